@@ -1,0 +1,211 @@
+"""Causal attention, blockwise, with a backward pass that can be watched.
+
+For one head, with scale c (design: docs/method.md):
+
+    s_ij = c q_i.k_j          (soft-capped where the model does so)
+    a_ij = exp(s_ij - lse_i)  over the edges (i, j) the mask allows
+    o_i  = sum_j a_ij v_j
+
+and backward, with do_i the gradient at o_i and D_i = do_i.o_i:
+
+    dv_j = sum_i a_ij do_i    ds_ij = a_ij (do_i.v_j - D_i)
+    dk_j = c sum_i ds_ij q_i  dq_i  = c sum_j ds_ij k_j
+
+Nothing of size N x N is ever held: the forward pass keeps the log-sum-exp `lse`, the backward pass recomputes one block
+of scores at a time (Dao 2023, arXiv 2307.08691). Plain causal attention on a CPU goes to torch's fused kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from posterity.errors import InputError
+from posterity.mask import Mask, Tile
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One finished backward pass of the operator: all that is needed to account for every edge of it.
+
+    Keys and values are shared by groups of `heads // key_value_heads` query heads. `grad_key` and `grad_value` are each
+    query head's own part; their sum over the group is the gradient that autograd sees.
+    """
+
+    query: Float[Tensor, "batch head query dim"]
+    key: Float[Tensor, "batch group key dim"]
+    value: Float[Tensor, "batch group key dim_v"]
+    output: Float[Tensor, "batch head query dim_v"]
+    lse: Float[Tensor, "batch head query"]
+    grad_output: Float[Tensor, "batch head query dim_v"]
+    grad_query: Float[Tensor, "batch head query dim"]
+    grad_key: Float[Tensor, "batch head key dim"]
+    grad_value: Float[Tensor, "batch head key dim_v"]
+    scale: float
+    softcap: float | None
+    mask: Mask
+
+    def repeat(self, grouped: Float[Tensor, "batch group key width"]) -> Float[Tensor, "batch head key width"]:
+        """Give each query head its own copy of what its group shares."""
+        return grouped.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
+
+    def wholes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of query, key and value that autograd sees, repeated for the query heads that share them."""
+        groups = self.key.shape[1]
+        return self.grad_query, *(self.repeat(group_sum(x, groups)) for x in (self.grad_key, self.grad_value))
+
+
+@dataclass(frozen=True)
+class _Options:
+    scale: float
+    softcap: float | None
+    mask: Mask
+    observe: Callable[[Backward], None] | None
+
+
+def attention(
+    query: Float[Tensor, "batch head query dim"],
+    key: Float[Tensor, "batch group key dim"],
+    value: Float[Tensor, "batch group key dim_v"],
+    scale: float | None = None,
+    *,
+    mask: Mask | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
+    observe: Callable[[Backward], None] | None = None,
+) -> Float[Tensor, "batch head query dim_v"]:
+    """Causal attention, differentiable once in query, key, value and sinks, in memory linear in the length.
+
+    Args:
+        query: Queries. With fewer queries than keys they stand at the last positions.
+        key: Keys; `head` must be a multiple of `group` (grouped-query attention).
+        value: Values; their width may differ from the keys'.
+        scale: Factor on the scores; 1/sqrt(dim) by default.
+        mask: Which pairs are edges; plain causal by default.
+        softcap: Scores become softcap * tanh(scores / softcap).
+        sinks: One extra logit per head that takes weight and gives no value.
+        observe: Called once per backward pass with the finished `Backward`.
+
+    Raises:
+        InputError: The shapes do not fit each other.
+    """
+    batch, heads, queries, dim = query.shape
+    groups, keys = key.shape[1:3]
+    if key.shape[0] != batch or key.shape[3] != dim or value.shape[:3] != key.shape[:3] or heads % groups:
+        raise InputError(
+            "attention expects query (batch, head, query, dim), key (batch, group, key, dim) and value (batch, group, "
+            f"key, dim_v), head a multiple of group; got {[*query.shape]}, {[*key.shape]}, {[*value.shape]}"
+        )
+    if queries > keys:
+        raise InputError(f"attention expects at least as many keys as queries; got {queries} queries, {keys} keys")
+    scale = dim**-0.5 if scale is None else float(scale)
+    return _Attention.apply(query, key, value, sinks, _Options(scale, softcap or None, mask or Mask(), observe))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, sinks, options):
+        run = _fused_forward if _fusable(query, key, value, sinks, options) else _block_forward
+        output, lse = run(query, key, value, sinks, options)
+        ctx.save_for_backward(query, key, value, sinks, output, lse)
+        ctx.options = options
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, sinks, output, lse = ctx.saved_tensors
+        options, groups = ctx.options, key.shape[1]
+        key_, value_ = (x.repeat_interleave(query.shape[1] // groups, 1) for x in (key, value))
+        run = _fused_backward if _fusable(query, key, value, sinks, options) else _block_backward
+        grad_query, grad_key, grad_value = run(grad_output, query, key_, value_, output, lse, options)
+        if options.observe is not None:
+            saved = (query, key, value, output, lse, grad_output, grad_query, grad_key, grad_value)
+            options.observe(Backward(*(x.detach() for x in saved), options.scale, options.softcap, options.mask))
+        grad_sinks = None
+        if sinks is not None:
+            weight = torch.exp(sinks[:, None] - lse)
+            grad_sinks = -(weight * (grad_output * output).sum(-1)).sum((0, 2)).to(sinks.dtype)
+        return grad_query, group_sum(grad_key, groups), group_sum(grad_value, groups), grad_sinks, None
+
+
+def group_sum(per_head: Float[Tensor, "batch head key dim"], groups: int) -> Float[Tensor, "batch group key dim"]:
+    """Add the parts of the query heads that share a key or value head."""
+    return per_head if per_head.shape[1] == groups else per_head.unflatten(1, (groups, -1)).sum(2)
+
+
+def _fusable(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: _Options) -> bool:
+    plain = options.mask.plain and options.softcap is None and sinks is None
+    return plain and query.device.type == "cpu" and query.shape[2:] == key.shape[2:] and key.shape == value.shape
+
+
+def _fused_forward(query, key, value, sinks, options):
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, 0.0, True, scale=options.scale)
+
+
+def _fused_backward(grad_output, query, key, value, output, lse, options):
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return fused(grad_output, query, key, value, output, lse, 0.0, True, scale=options.scale)
+
+
+def _block_forward(query, key, value, sinks, options):
+    """Softmax over blocks of keys with a running maximum; an empty row gets output 0 and lse +inf, so that a = 0."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    output = query.new_zeros(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=working(query.dtype))
+    for rows, tiles in options.mask.tiles(query.shape[2], key.shape[2], query.device):
+        top = lse.new_full((*query.shape[:2], rows.stop - rows.start, 1), -torch.inf)
+        if sinks is not None:
+            top = top.maximum(sinks[:, None, None])
+        total = torch.zeros_like(top) if sinks is None else torch.ones_like(top)
+        gathered = top.new_zeros(*top.shape[:3], value.shape[3])
+        for tile in tiles:
+            score, _ = _score(query, key, tile, options)
+            new_top = top.maximum(score.amax(-1, keepdim=True))
+            weight = torch.exp(score - new_top.nan_to_num(neginf=0.0))
+            shrink = torch.exp(top - new_top.nan_to_num(neginf=0.0))
+            total = total * shrink + weight.sum(-1, keepdim=True)
+            gathered = gathered * shrink + weight @ value[:, :, tile.columns].to(weight.dtype)
+            top = new_top
+        empty = total == 0
+        output[:, :, rows] = (gathered / total.masked_fill(empty, 1)).to(output.dtype)
+        lse[:, :, rows] = (top + total.log()).masked_fill(empty, torch.inf).squeeze(-1)
+    return output, lse
+
+
+def _block_backward(grad_output, query, key, value, output, lse, options):
+    """The four sums at the top of this file, one block of scores at a time."""
+    grads = [torch.zeros_like(x, dtype=working(x.dtype)) for x in (query, key, value)]
+    delta = (grad_output * output).sum(-1, keepdim=True, dtype=lse.dtype)
+    for rows, tiles in options.mask.tiles(query.shape[2], key.shape[2], query.device):
+        query_i, grad_i = query[:, :, rows].to(lse.dtype), grad_output[:, :, rows].to(lse.dtype)
+        for tile in tiles:
+            columns = tile.columns
+            score, slope = _score(query, key, tile, options)
+            weight = torch.exp(score - lse[:, :, rows, None])
+            grad_score = weight * (grad_i @ value[:, :, columns].to(lse.dtype).mT - delta[:, :, rows])
+            grad_score = options.scale * (grad_score if slope is None else grad_score * slope)
+            grads[0][:, :, rows] += grad_score @ key[:, :, columns].to(lse.dtype)
+            grads[1][:, :, columns] += grad_score.mT @ query_i
+            grads[2][:, :, columns] += weight.mT @ grad_i
+    return [grad.to(query.dtype) for grad in grads]
+
+
+def _score(query: Tensor, key: Tensor, tile: Tile, options: _Options) -> tuple[Tensor, Tensor | None]:
+    """Scores of one block, -inf off the edges, and the slope of the soft-cap."""
+    dtype = working(query.dtype)
+    score = options.scale * query[:, :, tile.rows].to(dtype) @ key[:, :, tile.columns].to(dtype).mT
+    slope = None
+    if options.softcap is not None:
+        tanh = torch.tanh(score / options.softcap)
+        score, slope = options.softcap * tanh, 1 - tanh * tanh
+    return options.mask.fill_(score, tile, -torch.inf), slope
+
+
+def working(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is accounted in float32; everything else in its own precision."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

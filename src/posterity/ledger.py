@@ -1,0 +1,161 @@
+"""Accounts of one backward pass: where the gradients of queries, keys and values come from, by lag and by position.
+
+Each edge (i, j) of each head adds one term to three gradients; its credit is the inner product of the term with the
+whole gradient that it helped to make, its mass the norm of the term (docs/method.md):
+
+    stream   term           credit             mass
+    query    c ds_ij k_j    c ds_ij (k_j.dq_i)  c |ds_ij| |k_j|
+    key      c ds_ij q_i    c ds_ij (q_i.dk_j)  c |ds_ij| |q_i|
+    value    a_ij do_i      a_ij (do_i.dv_j)    a_ij |do_i|
+
+dk_j and dv_j are the gradients of the key and value themselves, summed over the query heads that share them. Credits of
+all edges therefore add up to the squared norms of the gradients that autograd computes: the ledger balances.
+
+The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are swept, block by block (sweep.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from posterity.attention import Backward, working
+from posterity.errors import InputError
+from posterity.mask import Tile
+from posterity.sweep import sweep
+
+STREAMS = ("query", "key", "value")
+SIDES = ("self", "other")
+EXACT_LAGS = 16  # lags below this have a bin each; beyond, four bins an octave
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Bins of lags: `first[b] <= lag <= last[b]`. Bin 0 is the self edge alone."""
+
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+    swept: bool  # False: nothing but self and other is asked for
+
+    @classmethod
+    def of(cls, lags: str, context: int) -> "Bins":
+        """Bins up to a context: "octaves" (exact up to 15, then a quarter octave each), "all" or "self"."""
+        if lags == "all":
+            first = list(range(context))
+        elif lags == "self":
+            first = [0, 1]
+        elif lags == "octaves":
+            quarters = (round(EXACT_LAGS * 2 ** (n / 4)) for n in range(4 * max(context.bit_length(), 1)))
+            first = [*range(EXACT_LAGS), *quarters]
+        else:
+            raise InputError(f'lags expects "octaves", "all" or "self"; got {lags!r}')
+        first = [lag for lag in first if lag < context]
+        return cls(tuple(first), (*(lag - 1 for lag in first[1:]), context - 1), lags != "self")
+
+    def sum(self, by_lag: Num[Tensor, "*rest lag"]) -> Num[Tensor, "*rest bin"]:
+        """Add up the lags of each bin."""
+        if len(self.first) == by_lag.shape[-1]:
+            return by_lag
+        lags = torch.arange(by_lag.shape[-1], device=by_lag.device)
+        starts = torch.tensor(self.first, device=by_lag.device)
+        bin_of = torch.searchsorted(starts, lags, right=True) - 1
+        return by_lag.new_zeros(*by_lag.shape[:-1], len(self.first)).index_add_(-1, bin_of, by_lag)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one backward pass of one layer adds to the ledger, per document of the batch, in float64."""
+
+    credit: Float[Tensor, "batch head stream bin"]
+    mass: Float[Tensor, "batch head stream bin"]
+    attention: Float[Tensor, "batch head bin"]
+    edges: Int[Tensor, "batch bin"]
+    credit_by_position: Float[Tensor, "batch head stream side position"]
+    attention_first: Float[Tensor, "batch head"]
+
+
+@dataclass(frozen=True)
+class SelfPart:
+    """The part of the gradients that a position sends to itself: shapes as in `Backward`."""
+
+    attention: Float[Tensor, "batch head position"]
+    query: Float[Tensor, "batch head position dim"]
+    key: Float[Tensor, "batch head position dim"]
+    value: Float[Tensor, "batch head position dim_v"]
+
+
+def self_part(back: Backward) -> SelfPart:
+    """Self edges, elementwise: O(N d), no scores but the diagonal ones.
+
+    Raises:
+        InputError: There are more keys than queries, so that a key has readers outside this pass.
+    """
+    length = back.lse.shape[2]
+    if back.key.shape[2] != length:
+        raise InputError(
+            f"a ledger needs whole sequences; got {length} queries for {back.key.shape[2]} keys: "
+            "call the model without past_key_values"
+        )
+    query, key, value, grad = (
+        x.to(back.lse.dtype) for x in (back.query, back.repeat(back.key), back.repeat(back.value), back.grad_output)
+    )
+    score = back.scale * (query * key).sum(-1)
+    slope = torch.ones_like(score)
+    if back.softcap is not None:
+        tanh = torch.tanh(score / back.softcap)
+        score, slope = back.softcap * tanh, 1 - tanh * tanh
+    weight = torch.exp(score - back.lse)
+    allowed = back.mask.diagonal(length, length, query.device)
+    if allowed is not None:
+        weight = weight * allowed
+    delta = (grad * back.output).sum(-1)
+    grad_score = back.scale * weight * slope * ((grad * value).sum(-1) - delta)
+    return SelfPart(weight, grad_score[..., None] * key, grad_score[..., None] * query, weight[..., None] * grad)
+
+
+def account(back: Backward, part: SelfPart, bins: Bins) -> Account:
+    """Credit, mass and attention of every edge, summed by lag and by position."""
+    batch, length = len(back.lse), back.lse.shape[2]
+    own_credit, whole_credit = (
+        torch.stack([_dot(x, whole) for x, whole in zip(terms, back.wholes(), strict=True)], 2)
+        for terms in ((part.query, part.key, part.value), (back.grad_query, back.grad_key, back.grad_value))
+    )
+    by_position = torch.stack((own_credit, whole_credit - own_credit), 3)
+    edges = bins.sum(back.mask.edges(length, back.lse.device)).expand(batch, -1)
+    if bins.swept:
+        swept = bins.sum(sweep(back))
+        credit, mass, attention = swept[:3].movedim(0, 2), swept[3:6].movedim(0, 2), swept[6]
+    else:
+        credit, mass, attention = _unswept(back, part, by_position)
+        credit, mass, attention = (x[..., : len(bins.first)] for x in (credit, mass, attention))
+    return Account(credit, mass, attention, edges, by_position, _attention_first(back))
+
+
+def _unswept(back: Backward, part: SelfPart, by_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Credit, mass and attention of the bins (self, other); of the others only the credit is known without a sweep."""
+    mass = torch.stack([x.norm(dim=-1).sum(-1, dtype=torch.float64) for x in (part.query, part.key, part.value)], -1)
+    attention = _read(part.attention, back).sum(-1, dtype=torch.float64)
+    mass, attention = (torch.stack((x, torch.full_like(x, torch.nan)), -1) for x in (mass, attention))
+    return by_position.sum(-1), mass, attention
+
+
+def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
+    """Attention on key 0, summed over queries."""
+    first = Tile(slice(0, back.lse.shape[2]), slice(0, 1), 0, back.mask.plain)
+    query, key = back.query.to(back.lse.dtype), back.repeat(back.key[:, :, :1]).to(back.lse.dtype)
+    score = back.scale * (query * key).sum(-1)
+    if back.softcap is not None:
+        score = back.softcap * torch.tanh(score / back.softcap)
+    weight = back.mask.fill_(torch.exp(score - back.lse)[..., None], first, 0.0).squeeze(-1)
+    return _read(weight, back).sum(-1, dtype=torch.float64)
+
+
+def _read(weight: Float[Tensor, "batch head query"], back: Backward) -> Float[Tensor, "batch head query"]:
+    """Weights of the queries that count as readers."""
+    readers = back.mask.readers(weight.shape[-1])
+    return weight if readers is None else weight * readers[:, None]
+
+
+def _dot(x: Float[Tensor, "*rest dim"], y: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*rest"]:
+    return (x.to(working(x.dtype)) * y).sum(-1, dtype=torch.float64)

@@ -1,0 +1,175 @@
+"""Which (query, key) pairs are edges, asked one block at a time, so that no N x N mask is ever made.
+
+A mask knows its empty blocks (outside a sliding window, in another packed document): they cost nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from posterity.errors import InputError
+
+# Rows and columns of a block. On a CPU the block must fit the caches; elsewhere few large operations win.
+BLOCK = {"cpu": (128, 512)}
+LARGE = (512, 2048)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of pairs: rows of queries, columns of keys; `offset` is the position of query 0."""
+
+    rows: slice
+    columns: slice
+    offset: int
+    whole: bool  # every pair of the tile with key <= query is an edge
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def lag(self) -> int:
+        """Lag of the tile's upper left pair."""
+        return self.offset + self.rows.start - self.columns.start
+
+
+class Mask:
+    """The edges of one attention call; plain causal without arguments.
+
+    Args:
+        allowed: `allowed(query, key)` gets positions that broadcast to (rows, columns) and returns bools that
+            broadcast to (batch, head, rows, columns).
+        padding: True at real tokens. Padding positions are never counted as readers.
+    """
+
+    def __init__(
+        self,
+        allowed: Callable[[Int[Tensor, "rows 1"], Int[Tensor, "1 columns"]], Bool[Tensor, "..."]] | None = None,
+        padding: Bool[Tensor, "batch position"] | None = None,
+    ):
+        """Keep the rule; nothing is evaluated yet."""
+        if allowed is None and padding is not None:
+            allowed = _unpadded(padding)
+        self.allowed = allowed
+        self.padding = padding
+        self._edges: Tensor | None = None
+        self._tiles: dict[tuple, list[tuple[slice, list[Tile]]]] = {}
+
+    @property
+    def plain(self) -> bool:
+        """Whether the edges are all pairs with key <= query."""
+        return self.allowed is None
+
+    def tiles(self, queries: int, keys: int, device: torch.device) -> list[tuple[slice, list[Tile]]]:
+        """The blocks that hold edges, row by row: (rows, tiles of these rows), in order; a row block may have none.
+
+        Raises:
+            InputError: The mask lets a query see a later key.
+        """
+        wanted = (queries, keys, device)
+        if wanted not in self._tiles:
+            height = BLOCK.get(device.type, LARGE)[0]
+            blocks = [slice(top, min(top + height, queries)) for top in range(0, queries, height)]
+            self._tiles[wanted] = [(rows, list(self._row(rows, keys - queries, keys, device))) for rows in blocks]
+        return self._tiles[wanted]
+
+    def _row(self, rows: slice, offset: int, keys: int, device: torch.device) -> Iterator[Tile]:
+        width = BLOCK.get(device.type, LARGE)[1]
+        last = offset + rows.stop  # keys from here on are later than every query of these rows
+        for left in range(0, last if self.plain else keys, width):
+            tile = Tile(rows, slice(left, min(left + width, last if left < last else keys)), offset, self.plain)
+            if self.plain:
+                yield tile
+                continue
+            allowed, causal = self._evaluate(tile, device), _causal(tile, device)
+            if (allowed & ~causal).any():
+                raise InputError("the mask lets a query see later keys: only causal attention can be accounted for")
+            if allowed.any():
+                yield replace(tile, whole=bool((allowed == causal).all()))
+
+    def fill_(
+        self, block: Float[Tensor, "*batch_head rows columns"], tile: Tile, value: float, document: int | None = None
+    ):
+        """Write `value` over the pairs of a block that are no edges, in place; return the block.
+
+        `block` is (batch, head, rows, columns), or (head, rows, columns) of the one `document`.
+        """
+        if tile.whole:
+            late = tile.lag + 1  # columns from here on hold pairs with key > query
+            if late < block.shape[-1]:
+                late = max(late, 0)
+                causal = _causal(
+                    replace(tile, columns=slice(tile.columns.start + late, tile.columns.stop)), block.device
+                )
+                block[..., late:].masked_fill_(~causal, value)
+            return block
+        allowed = self._evaluate(tile, block.device)
+        if document is not None:
+            allowed = allowed[document if len(allowed) > 1 else 0]
+        return block.masked_fill_(~allowed, value)
+
+    def diagonal(self, queries: int, keys: int, device: torch.device) -> Bool[Tensor, "#batch #head query"] | None:
+        """Whether each query may see its own key; None if all may."""
+        if self.allowed is None:
+            return None
+        at = torch.arange(keys - queries, keys, device=device)
+        allowed = self.allowed(at[:, None], at[:, None])
+        return _four(allowed, queries, 1).squeeze(-1)
+
+    def readers(self, queries: int) -> Bool[Tensor, "batch query"] | None:
+        """The queries that count as readers: not padding; None if all do."""
+        return None if self.padding is None else self.padding[:, -queries:]
+
+    def edges(self, length: int, device: torch.device) -> Int[Tensor, "#batch lag"]:
+        """How many pairs of each lag are edges with a reader, per head; computed once.
+
+        Raises:
+            InputError: The heads have different masks.
+        """
+        if self._edges is None or self._edges.shape[-1] != length:
+            if self.plain:
+                self._edges = torch.arange(length, 0, -1, device=device)[None]
+            else:
+                self._edges = self._count(length, device)
+        return self._edges
+
+    def _count(self, length: int, device: torch.device) -> Int[Tensor, "batch lag"]:
+        readers = self.readers(length)
+        count = None
+        for _, tiles in self.tiles(length, length, device):
+            for tile in tiles:
+                allowed = self._evaluate(tile, device)
+                if allowed.shape[1] > 1:
+                    raise InputError("the mask differs between heads, which no count of edges by lag can express")
+                if readers is not None:
+                    allowed = allowed & readers[:, None, tile.rows, None]
+                if count is None:
+                    count = torch.zeros(max(len(allowed), 1), length, dtype=torch.long, device=device)
+                rows = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None]
+                lag = rows - torch.arange(tile.columns.start, tile.columns.stop, device=device)
+                for document, pairs in zip(count, allowed[:, 0], strict=True):
+                    document += torch.bincount(lag[pairs], minlength=length)
+        return torch.zeros(1, length, dtype=torch.long, device=device) if count is None else count
+
+    def _evaluate(self, tile: Tile, device: torch.device) -> Bool[Tensor, "#batch #head rows columns"]:
+        rows = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None] + tile.offset
+        columns = torch.arange(tile.columns.start, tile.columns.stop, device=device)[None, :]
+        return _four(self.allowed(rows, columns), len(rows), columns.shape[1])  # type: ignore[misc]
+
+
+def _causal(tile: Tile, device: torch.device) -> Bool[Tensor, "rows columns"]:
+    return torch.ones(tile.shape, dtype=torch.bool, device=device).tril(tile.lag)
+
+
+def _unpadded(padding: Bool[Tensor, "batch position"]) -> Callable[[Tensor, Tensor], Tensor]:
+    documents = torch.arange(len(padding), device=padding.device)[:, None, None, None]
+    return lambda query, key: (key <= query) & padding[documents, key]
+
+
+def _four(allowed: Tensor, rows: int, columns: int) -> Tensor:
+    allowed = allowed.reshape((1,) * (4 - allowed.dim()) + allowed.shape)
+    return allowed.expand(*allowed.shape[:2], rows, columns)

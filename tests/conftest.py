@@ -1,0 +1,35 @@
+"""A hostile world for every test: shapes checked, fresh memory NaN, fixed seeds, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from jaxtyping import install_import_hook
+
+with install_import_hook(
+    ["posterity.attention", "posterity.mask", "posterity.ledger", "posterity.sweep", "posterity.weights"],
+    "beartype.beartype",
+):
+    import posterity.attention
+    import posterity.ledger
+    import posterity.mask
+    import posterity.sweep
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _hostile():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # also fills fresh memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 4 x 8, so that short sequences meet every kind of block edge."""
+    monkeypatch.setitem(posterity.mask.BLOCK, "cpu", (4, 8))

@@ -1,0 +1,132 @@
+"""The operator against dense attention written down in the reference, and against torch's own."""
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from reference import allowed_pairs, dense_attention
+
+from posterity.attention import attention
+from posterity.errors import InputError
+from posterity.mask import Mask
+
+LENGTHS = (1, 3, 7, 8, 9, 16, 21)
+HEADS, GROUPS, DIM, DIM_V = 4, 2, 5, 3
+
+
+def mask_case(name, length, batch=2):
+    """(Mask, allowed pairs of the reference, readers)."""
+    window, documents, padding = None, None, None
+    if name == "window":
+        window = 3
+    if name == "packed":
+        documents = torch.arange(length) // 6
+    if name.endswith("padding"):
+        padding = torch.ones(batch, length, dtype=torch.bool)
+        padding[1, : length // 3] = False
+        if name == "right padding":
+            padding = padding.flip(1)
+    allowed = allowed_pairs(length, window, documents, padding)
+    if name == "plain":
+        return Mask(), allowed, None
+    if padding is not None:
+        return Mask(padding=padding), allowed, padding
+    return Mask(lambda query, key: allowed[0, 0][query, key]), allowed, None
+
+
+MASKS = ("plain", "window", "packed", "left padding", "right padding")
+
+
+def leaves(length, dim_v=DIM_V, sinks=False, batch=2, dtype=torch.double):
+    shapes = ((batch, HEADS, length, DIM), (batch, GROUPS, length, DIM), (batch, GROUPS, length, dim_v))
+    made = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    return [*made, torch.randn(HEADS, dtype=dtype).requires_grad_() if sinks else None]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dim_v", [DIM_V, DIM])
+@pytest.mark.usefixtures("small_blocks")
+def test_output_and_gradients_equal_dense_attention(length, name, softcap, sinks, dim_v):
+    query, key, value, sink = leaves(length, dim_v, sinks)
+    mask, allowed, _ = mask_case(name, length)
+    ours = attention(query, key, value, 0.7, mask=mask, softcap=softcap, sinks=sink)
+    dense = dense_attention(query, key, value, 0.7, allowed, softcap, sink)[0]
+    torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
+    inputs = [x for x in (query, key, value, sink) if x is not None]
+    grad = torch.randn_like(ours)
+    for mine, right in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(dense, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 9])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("name", ["plain", "window"])
+@pytest.mark.usefixtures("small_blocks")
+def test_gradcheck(length, contiguous, name):
+    query, key, value, sinks = leaves(length, sinks=name != "plain", batch=1)
+    if not contiguous:
+        query, key, value = (x.detach().mT.contiguous().mT.requires_grad_() for x in (query, key, value))
+        assert length == 1 or not query.is_contiguous()
+    mask = mask_case(name, length, 1)[0]
+
+    def run(query, key, value, sinks):
+        return attention(query, key, value, mask=mask, softcap=None if name == "plain" else 2.0, sinks=sinks)
+
+    assert torch.autograd.gradcheck(run, (query, key, value, sinks))
+
+
+@pytest.mark.parametrize("length", [1, 100, 129, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plain_attention_equals_scaled_dot_product_attention(length, dtype):
+    query, key, value, _ = leaves(length, DIM, dtype=dtype)
+    ours = attention(query, key, value)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    grad = torch.randn_like(ours)
+    for mine, right in zip(
+        (ours, *torch.autograd.grad(ours, (query, key, value), grad)),
+        (theirs, *torch.autograd.grad(theirs, (query, key, value), grad)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_fewer_queries_than_keys_stand_at_the_end():
+    query, key, value, _ = leaves(21)
+    whole = attention(query, key, value)
+    torch.testing.assert_close(attention(query[:, :, 13:], key, value), whole[:, :, 13:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_outside_the_band_are_never_touched():
+    mask = Mask(lambda query, key: (key <= query) & (query - key < 3))
+    lags = [
+        tile.lag - tile.columns.stop + tile.columns.start
+        for _, row in mask.tiles(64, 64, torch.device("cpu"))
+        for tile in row
+    ]
+    assert max(lags) < 3
+    assert sum(len(row) for _, row in mask.tiles(64, 64, torch.device("cpu"))) <= 2 * 64 // 4
+
+
+def test_a_mask_that_looks_ahead_is_refused():
+    query, key, value, _ = leaves(5)
+    with pytest.raises(InputError, match="later keys"):
+        attention(query, key, value, mask=Mask(lambda query, key: key <= query + 1))
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name():
+    query, key, value, _ = leaves(5)
+    with pytest.raises(InputError, match=r"head a multiple of group; got \[2, 3, 5, 5\]"):
+        attention(query[:, :3], key, value)
+    with pytest.raises(InputError, match="5 queries, 4 keys"):
+        attention(query, key[:, :, :4], value[:, :, :4])
+
+
+def test_shape_checks_are_on():
+    with pytest.raises(TypeCheckError):
+        attention(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3))

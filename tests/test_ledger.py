@@ -1,0 +1,133 @@
+"""The ledger against the dense account of every single edge, and against its own laws."""
+
+import pytest
+import torch
+from reference import by_lag, dense_account
+from test_attention import DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
+
+from posterity.attention import attention
+from posterity.errors import InputError
+from posterity.ledger import Bins, account, self_part
+from posterity.mask import Mask
+
+
+def observed(query, key, value, grad, **options):
+    """The `Backward` of one call."""
+    seen = []
+    attention(query, key, value, 0.7, observe=seen.append, **options).backward(grad)
+    return seen[0]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dim_v", [DIM_V, DIM])
+@pytest.mark.usefixtures("small_blocks")
+def test_every_account_equals_the_dense_one(length, name, softcap, sinks, dim_v):
+    query, key, value, sink = leaves(length, dim_v, sinks)
+    grad = torch.randn(2, HEADS, length, dim_v, dtype=torch.double)
+    mask, allowed, readers = mask_case(name, length)
+    back = observed(query, key, value, grad, mask=mask, softcap=softcap, sinks=sink)
+    credit, mass, weight, pairs, grads, _ = dense_account(query, key, value, grad, 0.7, allowed, softcap, sink, readers)
+    part = self_part(back)
+    ours = account(back, part, Bins.of("all", length))
+
+    def same(mine, right):
+        torch.testing.assert_close(mine, right.to(mine.dtype).expand_as(mine), rtol=1e-10, atol=1e-12)
+
+    same(ours.credit, by_lag(credit).movedim(0, 2))
+    same(ours.mass, by_lag(mass).movedim(0, 2))
+    same(ours.attention, by_lag(weight))
+    same(ours.edges, by_lag(pairs.long())[:, 0])
+    same(ours.attention_first, weight[..., 0].sum(-1))
+    own = credit.diagonal(0, -2, -1)
+    whole = torch.stack((credit[0].sum(-1), credit[1].sum(-2), credit[2].sum(-2)))
+    same(ours.credit_by_position, torch.stack((own, whole - own)).permute(2, 3, 1, 0, 4))
+    # the ledger balances against autograd
+    for stream, right in enumerate(grads):
+        same(ours.credit.sum((1, 3))[:, stream], right.square().sum((1, 2, 3)))
+    # the elementwise self part is lag 0 of the sweep
+    same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0])
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.usefixtures("small_blocks")
+def test_the_self_part_is_the_diagonal_term_of_each_gradient(name):
+    query, key, value, _ = leaves(9)
+    grad = torch.randn(2, HEADS, 9, DIM_V, dtype=torch.double)
+    mask, allowed, _ = mask_case(name, 9)
+    part = self_part(observed(query, key, value, grad, mask=mask))
+    terms = dense_account(query, key, value, grad, 0.7, allowed)[5]
+    for mine, term in zip((part.query, part.key, part.value), terms, strict=True):
+        torch.testing.assert_close(mine, term.diagonal(0, 2, 3).mT, rtol=1e-10, atol=1e-12)
+
+
+def test_the_self_score_is_the_default_the_look_back_competes_with():
+    """sum_j ds_ij = 0: with one more, constant key coordinate, its query gradient is c sum_j ds_ij."""
+    query, key, value, _ = leaves(33)
+    key = torch.cat((key.detach(), torch.ones_like(key[..., :1])), -1).requires_grad_()
+    query = torch.cat((query.detach(), torch.randn_like(query[..., :1])), -1).requires_grad_()
+    attention(query, key, value).square().sum().backward()
+    assert query.grad[..., -1].abs().max() < 1e-14 < query.grad[..., 0].abs().max()
+
+
+@pytest.mark.parametrize("lags", ["octaves", "self"])
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 40, 150])
+def test_bins_are_sums_of_lags(lags, length):
+    query, key, value, _ = leaves(length)
+    grad = torch.randn(2, HEADS, length, DIM_V, dtype=torch.double)
+    back = observed(query, key, value, grad)
+    part = self_part(back)
+    fine, coarse = account(back, part, Bins.of("all", length)), account(back, part, Bins.of(lags, length))
+    bins = Bins.of(lags, length)
+    for b, (first, last) in enumerate(zip(bins.first, bins.last, strict=True)):
+        torch.testing.assert_close(coarse.credit[..., b], fine.credit[..., first : last + 1].sum(-1))
+        assert (coarse.edges[..., b] == fine.edges[..., first : last + 1].sum(-1)).all()
+        if bins.swept or b == 0:
+            torch.testing.assert_close(coarse.mass[..., b], fine.mass[..., first : last + 1].sum(-1))
+            torch.testing.assert_close(coarse.attention[..., b], fine.attention[..., first : last + 1].sum(-1))
+        else:
+            assert coarse.mass[..., b].isnan().all()
+
+
+def test_bins_cover_every_lag_once():
+    for context in range(1, 300):
+        for lags in ("octaves", "all", "self"):
+            bins = Bins.of(lags, context)
+            assert bins.first[0] == 0
+            assert bins.last[0] == 0
+            assert bins.last[-1] == context - 1
+            assert all(last + 1 == first for last, first in zip(bins.last, bins.first[1:], strict=False))
+    with pytest.raises(InputError, match="octaves"):
+        Bins.of("thirds", 8)
+
+
+def test_float32_balances_to_rounding():
+    query, key, value, _ = leaves(700, DIM, dtype=torch.float32)
+    back = observed(query, key, value, torch.randn(2, HEADS, 700, DIM))
+    ours = account(back, self_part(back), Bins.of("octaves", 700))
+    for stream, leaf in enumerate((query, key, value)):
+        whole = leaf.grad.double().square().sum()
+        assert abs(ours.credit.sum((0, 1, 3))[stream] / whole - 1) < 1e-5
+
+
+def test_heads_with_different_masks_are_refused():
+    query, key, value, _ = leaves(5)
+    windows = torch.tensor([1, 2, 3, 4])[None, :, None, None]
+    back = observed(
+        query,
+        key,
+        value,
+        torch.ones(2, HEADS, 5, DIM_V, dtype=torch.double),
+        mask=Mask(lambda query, key: (key <= query) & (query - key < windows)),
+    )
+    with pytest.raises(InputError, match="differs between heads"):
+        account(back, self_part(back), Bins.of("all", 5))
+
+
+def test_a_pass_over_part_of_a_sequence_is_refused():
+    query, key, value, _ = leaves(5)
+    back = observed(query[:, :, 3:], key, value, torch.ones(2, HEADS, 2, DIM_V, dtype=torch.double))
+    with pytest.raises(InputError, match="2 queries for 5 keys"):
+        account(back, self_part(back), Bins.of("all", 5))
