@@ -7,7 +7,7 @@ from test_attention import DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
 
 from posterity.attention import attention
 from posterity.errors import InputError
-from posterity.ledger import Bins, account, self_part
+from posterity.ledger import Bins, self_part, tally
 from posterity.mask import Mask
 
 
@@ -31,7 +31,7 @@ def test_every_account_equals_the_dense_one(length, name, softcap, sinks, dim_v)
     back = observed(query, key, value, grad, mask=mask, softcap=softcap, sinks=sink)
     credit, mass, weight, pairs, grads, _ = dense_account(query, key, value, grad, 0.7, allowed, softcap, sink, readers)
     part = self_part(back)
-    ours = account(back, part, Bins.of("all", length))
+    ours = tally(back, part, Bins.of("all", length))
 
     def same(mine, right):
         torch.testing.assert_close(mine, right.to(mine.dtype).expand_as(mine), rtol=1e-10, atol=1e-12)
@@ -79,7 +79,7 @@ def test_bins_are_sums_of_lags(lags, length):
     grad = torch.randn(2, HEADS, length, DIM_V, dtype=torch.double)
     back = observed(query, key, value, grad)
     part = self_part(back)
-    fine, coarse = account(back, part, Bins.of("all", length)), account(back, part, Bins.of(lags, length))
+    fine, coarse = tally(back, part, Bins.of("all", length)), tally(back, part, Bins.of(lags, length))
     bins = Bins.of(lags, length)
     for b, (first, last) in enumerate(zip(bins.first, bins.last, strict=True)):
         torch.testing.assert_close(coarse.credit[..., b], fine.credit[..., first : last + 1].sum(-1))
@@ -106,7 +106,7 @@ def test_bins_cover_every_lag_once():
 def test_float32_balances_to_rounding():
     query, key, value, _ = leaves(700, DIM, dtype=torch.float32)
     back = observed(query, key, value, torch.randn(2, HEADS, 700, DIM))
-    ours = account(back, self_part(back), Bins.of("octaves", 700))
+    ours = tally(back, self_part(back), Bins.of("octaves", 700))
     for stream, leaf in enumerate((query, key, value)):
         whole = leaf.grad.double().square().sum()
         assert abs(ours.credit.sum((0, 1, 3))[stream] / whole - 1) < 1e-5
@@ -123,11 +123,11 @@ def test_heads_with_different_masks_are_refused():
         mask=Mask(lambda query, key: (key <= query) & (query - key < windows)),
     )
     with pytest.raises(InputError, match="differs between heads"):
-        account(back, self_part(back), Bins.of("all", 5))
+        tally(back, self_part(back), Bins.of("all", 5))
 
 
 def test_a_pass_over_part_of_a_sequence_is_refused():
     query, key, value, _ = leaves(5)
     back = observed(query[:, :, 3:], key, value, torch.ones(2, HEADS, 2, DIM_V, dtype=torch.double))
     with pytest.raises(InputError, match="2 queries for 5 keys"):
-        account(back, self_part(back), Bins.of("all", 5))
+        tally(back, self_part(back), Bins.of("all", 5))

@@ -114,7 +114,7 @@ def self_part(back: Backward) -> SelfPart:
     return SelfPart(weight, grad_score[..., None] * key, grad_score[..., None] * query, weight[..., None] * grad)
 
 
-def account(back: Backward, part: SelfPart, bins: Bins) -> Account:
+def tally(back: Backward, part: SelfPart, bins: Bins) -> Account:
     """Credit, mass and attention of every edge, summed by lag and by position."""
     batch, length = len(back.lse), back.lse.shape[2]
     own_credit, whole_credit = (

@@ -1,0 +1,184 @@
+"""The ledger of a model: every backward pass inside the `with` is accounted for, layer by layer, text by text."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from posterity import result
+from posterity.attention import Backward
+from posterity.errors import InputError
+from posterity.hook import Layer
+from posterity.ledger import SIDES, STREAMS, Account, Bins, self_part, tally
+from posterity.models import watched
+from posterity.provenance import provenance
+from posterity.weights import Projections, WeightSplit
+
+
+@contextlib.contextmanager
+def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> Iterator["Ledger"]:
+    """Account for any forward and backward passes of your own.
+
+    Each row of a batch counts as one document, each backward pass as new ones. Padding is honoured where the model is
+    told of it (`attention_mask`).
+
+    Args:
+        model: A causal language model of transformers (or a wrapper around one); restored on exit.
+        lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep).
+        weights: Whether to split the gradients of W_Q, W_K and W_V too.
+
+    Raises:
+        InputError: The model cannot be measured, with the reason.
+    """
+    Bins.of(lags, 2)
+    ledger = Ledger(model, lags, weights)
+    with watched(model, ledger.observe) as found:
+        ledger.open(found.layers, found.other_paths)
+        yield ledger
+
+
+class Ledger:
+    """Sums over documents of the accounts of every layer; `result()` labels them."""
+
+    def __init__(self, model: nn.Module, lags: str, weights: bool):
+        """Start empty."""
+        self.model, self.lags, self.weights = model, lags, weights
+        self.place = ""  # what is being measured now, for messages
+        self.losses: list[tuple[float, int]] = []  # mean loss and number of losses of each document, where known
+        self._layers: dict[Layer, _LayerSums] = {}
+        self._other_paths = False
+
+    def open(self, layers: tuple[Layer, ...], other_paths: bool) -> None:
+        """Name the layers, in the order of the forward pass."""
+        self._layers = {layer: _LayerSums() for layer in layers}
+        self._other_paths = other_paths
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every document."""
+        self._layers = {layer: _LayerSums() for layer in self._layers}
+        self.losses = []
+
+    def observe(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
+        """Account for one backward pass of one layer."""
+        sums = self._layers.get(layer)
+        if sums is None:
+            raise InputError(
+                f"attention layer {layer} was not called when the model was probed: its calls vary with input"
+            )
+        part = self_part(back)
+        entry = tally(back, part, Bins.of(self.lags, back.lse.shape[2]))
+        if not entry.credit_by_position.isfinite().all():
+            raise InputError(
+                f"the gradient of layer {layer} is not finite{self.place}: check the model, or use float32"
+            )
+        if self.weights:
+            sums.weights.add(back, part, project)
+        sums.add(entry)
+
+    @property
+    def documents(self) -> int:
+        """How many documents have been accounted for."""
+        return max((len(sums.documents) for sums in self._layers.values()), default=0)
+
+    def result(self, texts: list[str] | None = None, **attrs: object) -> xr.Dataset:
+        """Label the sums: the schema of `posterity.measure`.
+
+        Args:
+            texts: Where each document came from.
+            attrs: Provenance to add.
+
+        Raises:
+            InputError: No backward pass has been seen, or not by every layer.
+        """
+        counts = {layer: len(sums.documents) for layer, sums in self._layers.items()}
+        if not self.documents:
+            raise InputError("no backward pass has been seen: call .backward() on a loss inside the `with`")
+        short = next((layer for layer, count in counts.items() if count < self.documents), None)
+        if short is not None:
+            raise InputError(
+                f"layer {short} has seen {counts[short]} of {self.documents} documents: no gradient reaches it "
+                "(are its inputs detached?)"
+            )
+        context = max(sums.length for sums in self._layers.values())
+        bins = Bins.of(self.lags, context)
+        losses = self.losses or [(float("nan"), 0)] * self.documents
+        variables = self._stacked(context, len(bins.first)) | {
+            "loss": np.array([loss for loss, _ in losses]),
+            "tokens": np.array([count for _, count in losses]),
+        }
+        known = {
+            "context": context,
+            "documents": self.documents,
+            "lags": self.lags,
+            "other_paths": int(self._other_paths),
+        }
+        return result.build(
+            variables,
+            modules=[str(layer) for layer in self._layers],
+            lag=bins.first,
+            lag_end=bins.last,
+            texts=texts or [""] * self.documents,
+            attrs=provenance(self.model) | known | attrs,
+        )
+
+    def _stacked(self, context: int, bins: int) -> dict[str, np.ndarray]:
+        """All layers side by side; heads that a layer does not have are NaN."""
+        sums = list(self._layers.values())
+        heads = max(len(layer.total["attention_first"]) for layer in sums)
+        s = len(STREAMS)
+        shapes = {
+            "credit": (heads, s, bins),
+            "mass": (heads, s, bins),
+            "attention": (heads, bins),
+            "edges": (bins,),
+            "credit_by_position": (heads, s, len(SIDES), context),
+            "attention_first": (heads,),
+        }
+        found = {name: [_fit(x.total[name], shape) for x in sums] for name, shape in shapes.items()} | {
+            "credit_by_document": [
+                torch.stack([_fit(sides, (heads, s, len(SIDES))) for sides, _, _ in x.documents]) for x in sums
+            ],
+            "first_by_document": [torch.stack([_fit(first, (heads, s)) for _, first, _ in x.documents]) for x in sums],
+            "profile_by_document": [torch.stack([_fit(lags, (s, bins)) for _, _, lags in x.documents]) for x in sums],
+        }
+        if self.weights:
+            found["weight_by_document"] = [torch.stack(x.weights.documents) for x in sums]
+            found["weight_mean"] = [x.weights.mean() for x in sums]
+        by_document = {name for name in found if name.endswith("_by_document")}
+        return {name: torch.stack(xs, int(name in by_document)).cpu().numpy() for name, xs in found.items()}
+
+
+class _LayerSums:
+    """The sums of one layer over documents, and what is kept of each document."""
+
+    def __init__(self):
+        self.total: dict[str, Tensor] = {}  # the fields of `Account`, without the batch
+        self.documents: list[tuple[Tensor, Tensor, Tensor]] = []  # sides, first position, lags of all heads
+        self.weights = WeightSplit()
+        self.length = 0
+
+    def add(self, entry: Account) -> None:
+        for name, x in vars(entry).items():
+            self.total[name] = _plus(self.total[name], x.sum(0)) if name in self.total else x.sum(0)
+        self.length = max(self.length, entry.credit_by_position.shape[-1])
+        sides, first = entry.credit_by_position.sum(-1), entry.credit_by_position[..., 0].sum(-1)
+        self.documents += zip(sides, first, entry.credit.sum(1), strict=True)
+
+
+def _plus(one: Tensor, other: Tensor) -> Tensor:
+    """Add two sums whose last axis counts bins or positions: those of a shorter context are the first ones of a longer."""
+    long, short = (one, other) if one.shape[-1] >= other.shape[-1] else (other, one)
+    return long + torch.nn.functional.pad(short, (0, long.shape[-1] - short.shape[-1]))
+
+
+def _fit(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Pad bins and positions with zeros and missing heads with NaN."""
+    x = torch.nn.functional.pad(x, (0, shape[-1] - x.shape[-1])) if x.shape[1:] != shape[1:] else x
+    if len(x) < shape[0]:
+        missing = x.new_full((shape[0] - len(x), *x.shape[1:]), torch.nan)
+        x = torch.cat((x, missing))
+    return x

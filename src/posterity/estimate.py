@@ -1,0 +1,58 @@
+"""What a run will take, said before it starts: from a trial with the first few tokens of the first window."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from posterity.weights import projection_parameters
+
+TRIAL_TOKENS = 128
+
+
+def estimate(
+    model: nn.Module, ids: Tensor, windows: int, batch: int, weights: bool, run: Callable[[nn.Module, Tensor], Tensor]
+) -> str:
+    """One line: memory and time of a run over windows as long as `ids`; `run` gives the losses of a batch.
+
+    Activations are counted on the trial and grow linearly with the tokens. Time is that of the trial for every token;
+    attention's quadratic part is left out, so long contexts take longer.
+    """
+    trial = ids[None, :TRIAL_TOKENS]
+    parameters = {x.untyped_storage().data_ptr(): x.numel() * x.element_size() for x in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    started = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        losses = run(model, trial)
+    losses.sum().backward()
+    seconds = (time.perf_counter() - started) / trial.numel() * windows * len(ids)
+    activations = sum(size for place, size in saved.items() if place not in parameters) / trial.numel()
+    passing = batch * len(ids) * activations
+    sums = 0
+    if weights:
+        split = {id(x): x.numel() * 4 for module in _attentions(model) for x in projection_parameters(module).values()}
+        sums = 2 * sum(split.values())
+    total = sum(parameters.values()) + passing + sums
+    return (
+        f"{windows} windows of {len(ids)} tokens: about {_clock(seconds)} and {total / 1e9:.1f} GB "
+        f"(model {sum(parameters.values()) / 1e9:.1f}, activations {passing / 1e9:.1f}, weight sums {sums / 1e9:.1f})"
+    )
+
+
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    """Attention modules by their class name: good enough for an estimate."""
+    return [module for module in model.modules() if "attention" in type(module).__name__.lower()]
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{max(seconds, 1)} s"

@@ -1,0 +1,314 @@
+"""What transformers calls: the attention function, the mask function, and the watch over a model's attention modules.
+
+This file and models.py are the only ones that know transformers.
+"""
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from posterity.attention import Backward, attention
+from posterity.errors import InputError
+from posterity.mask import Mask
+from posterity.weights import Projections, projection_parameters
+
+NAME = "posterity"
+# What reordered sums move, relative to the largest number; models compute norms and softmax in float32 at most.
+ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
+ROUNDING_FLOAT32 = 2e-4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention call of the model: the module that makes it, and which of its calls it is."""
+
+    name: str
+    call: int
+
+    def __str__(self) -> str:
+        """The module's name, with the number of the call from the second on."""
+        return self.name if self.call == 0 else f"{self.name}#{self.call}"
+
+
+class Observer(Protocol):
+    """Gets every finished backward pass of a layer, and the means to run its projections again."""
+
+    def __call__(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
+        """`project(document)` makes the projections of one document of the batch anew."""
+        ...
+
+
+def register() -> None:
+    """Make the operator known to transformers under `NAME`; a model uses it only when switched to it."""
+    AttentionInterface.register(NAME, _attention_function)
+    AttentionMaskInterface.register(NAME, _mask_function)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far two ways to compute the same may differ, relative to the largest number."""
+    return ROUNDING.get(dtype, ROUNDING_FLOAT32)
+
+
+def differ(one: Tensor, other: Tensor) -> float:
+    """Return the largest absolute difference."""
+    return (one.float() - other.float()).abs().max().item()
+
+
+watches: "WeakKeyDictionary[nn.Module, Watch | Recorder]" = WeakKeyDictionary()
+_replay = threading.local()
+
+
+@torch.compiler.disable
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention for transformers: (batch, head, position, dim) in, (batch, position, head, dim) out."""
+    if dropout:
+        raise InputError(
+            f"expected no attention dropout, got {dropout} in training mode, which makes the edges random: "
+            "set attention_dropout (attn_pdrop in GPT-2) of the config to 0, or call model.eval()"
+        )
+    if position_bias is not None:
+        raise InputError("its attention adds a position bias to the scores, which the operator does not know")
+    mask = _as_mask(module, attention_mask, is_causal)
+    if (capture := getattr(_replay, "capture", None)) is not None and capture.module is module:
+        return capture(query, key, value), None
+    watch = watches.get(module)
+    if isinstance(watch, Recorder) and watch.cut:
+        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]), None
+    observe = None if watch is None else watch.called(module)
+    output = attention(query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux, observe=observe)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> Mask:
+    """The mask function of transformers' interface: the rule itself instead of an N x N tensor."""
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+        padding = None if padding.all() else padding
+    first = kv_length - q_length  # what the operator takes as the position of query 0
+    aligned = isinstance(q_offset, int) and q_offset == first + kv_offset
+    if mask_function is causal_mask_function and aligned:
+        return Mask(padding=padding)
+    documents = torch.arange(batch_size, device=device)
+
+    def allowed(query: Tensor, key: Tensor) -> Tensor:
+        query, key = query - first + q_offset, key + kv_offset
+        if use_vmap:
+            edges = _pairwise(mask_function, documents, query, key)
+        else:
+            edges = mask_function(documents[:, None, None, None], documents[:1, None, None, None], query, key)
+        return edges if padding is None else edges & padding[documents[:, None, None, None], key - kv_offset]
+
+    return Mask(allowed, padding)
+
+
+def _pairwise(mask_function: Callable, documents: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A rule that takes single indices only, for all documents and pairs."""
+    query, key = torch.broadcast_tensors(query, key)
+    pairs = torch.vmap(lambda q, k, b: mask_function(b, b.new_zeros(()), q, k), in_dims=(0, 0, None))
+    with TransformGetItemToIndex():
+        edges = torch.vmap(pairs, in_dims=(None, None, 0))(query.flatten(), key.flatten(), documents)
+    return edges.view(len(documents), 1, *query.shape)
+
+
+def _as_mask(module: nn.Module, given: Any, is_causal: bool | None) -> Mask:
+    """What a model hands over as its mask: ours, nothing, or a 4D tensor that the user made."""
+    if isinstance(given, Mask):
+        return given
+    if given is None:
+        if not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
+            raise InputError(f"{type(module).__name__} attends in both directions; only causal attention is measured")
+        return Mask()
+    if not isinstance(given, Tensor) or given.dim() != 4:
+        raise InputError(f"its attention mask is a {type(given).__name__} the operator does not know")
+    if given.dtype != torch.bool:
+        hidden = given <= torch.finfo(given.dtype).min / 2
+        if given.requires_grad or (given.masked_fill(hidden, 0) != 0).any():
+            raise InputError(
+                "its attention mask adds a bias to the scores; only masks that allow or forbid are measured"
+            )
+        given = ~hidden
+    heads, length = torch.arange(given.shape[1], device=given.device), given.shape[2]
+    documents = torch.arange(len(given), device=given.device)[:, None, None, None]
+    first = given.shape[3] - length
+    return Mask(lambda query, key: given[documents, heads[:, None, None], (query - first).clamp(max=length - 1), key])
+
+
+class Recorder:
+    """Notes which modules call attention, in order; with `cut`, attention passes nothing on."""
+
+    def __init__(self, model: PreTrainedModel, cut: bool = False):
+        self.names = {module: name for name, module in model.named_modules()}
+        self.cut = cut
+        self.layers: list[Layer] = []
+
+    def called(self, module: nn.Module) -> None:
+        """Note one attention call."""
+        name = self.names[module]
+        self.layers.append(Layer(name, sum(layer.name == name for layer in self.layers)))
+
+    def __enter__(self) -> "Recorder":
+        self.outer = {module: watches.get(module) for module in self.names}
+        watches.update(dict.fromkeys(self.names, self))
+        return self
+
+    def __exit__(self, *error) -> None:
+        for module, watch in self.outer.items():
+            if watch is None:
+                watches.pop(module, None)
+            else:
+                watches[module] = watch
+
+
+class Watch:
+    """Watches the attention modules of one model: their inputs, their calls, their backward passes."""
+
+    def __init__(self, modules: dict[str, nn.Module], observe: Observer):
+        self.names = {module: name for name, module in modules.items()}
+        self.observe = observe
+        self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}
+        self.calls: Counter[nn.Module] = Counter()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Watch from here to the end of the `with`."""
+        hooks = [module.register_forward_pre_hook(self._entered, with_kwargs=True) for module in self.names]
+        watches.update(dict.fromkeys(self.names, self))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in self.names:
+                watches.pop(module, None)
+
+    @torch.compiler.disable
+    def _entered(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keep the input of a module, without its graph and without its cache; count its calls from 0."""
+
+        def keep(x: Any) -> Any:
+            return None if isinstance(x, Cache) else x.detach() if isinstance(x, Tensor) else x
+
+        self.calls[module] = 0
+        self.inputs[module] = tree_map(keep, (args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
+
+    def called(self, module: nn.Module) -> Callable[[Backward], None]:
+        """Return what the backward pass of this attention call reports to."""
+        layer = Layer(self.names[module], self.calls[module])
+        self.calls[module] += 1
+        replay = _Replay(module, *self.inputs[module], layer.call)
+        return lambda back: self.observe(layer, back, lambda document: replay.project(back, document))
+
+
+class _Replay:
+    """Runs an attention module once more up to its attention call: what it projects, as a function of its weights."""
+
+    def __init__(self, module: nn.Module, args: tuple, kwargs: dict, call: int):
+        self.module, self.args, self.kwargs, self.call = module, args, kwargs, call
+        device = next(module.parameters()).device.type
+        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def project(self, back: Backward, document: int) -> Projections:
+        """Query, key and value of one document of the batch, as a function of fresh leaves for the module's weights.
+
+        Raises:
+            InputError: The module did not make the same queries, keys and values again.
+        """
+        batch = len(back.query)
+
+        def one(x: Any) -> Any:
+            return x[document, None] if isinstance(x, Tensor) and x.dim() and len(x) == batch > 1 else x
+
+        args, kwargs = tree_map(one, (self.args, self.kwargs))
+        leaves = {name: weight.detach().requires_grad_() for name, weight in projection_parameters(self.module).items()}
+        capture = _Capture(self.module, self.call)
+        _replay.capture = capture
+        device, dtype, enabled = self.autocast
+        try:
+            with torch.autocast(device, dtype, enabled):
+                torch.func.functional_call(
+                    _Bare(self.module), {f"module.{n}": x for n, x in leaves.items()}, args, kwargs
+                )
+        except _Captured:
+            pass
+        finally:
+            _replay.capture = None
+        self._verify(back, document, capture.streams)
+        return Projections(capture.streams, list(leaves.values()))
+
+    def _verify(self, back: Backward, document: int, streams: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        if streams is not None:
+            given = [x[document, None] for x in (back.query, back.key, back.value)]
+            error = max(differ(x, y) / (y.abs().max().item() or 1) for x, y in zip(streams, given, strict=True))
+            if error < rounding(back.query.dtype):
+                return
+        raise InputError(
+            f"{type(self.module).__name__} does not make the same queries, keys and values when run again, so its "
+            "weights' gradient cannot be split: measure without the weights (weights=False, --no-weights)"
+        )
+
+
+class _Bare(nn.Module):
+    """A module without its hooks."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module.forward(*args, **kwargs)
+
+
+class _Capture:
+    """Stops a replay at the wanted attention call and keeps what it got."""
+
+    def __init__(self, module: nn.Module, call: int):
+        self.module, self.left = module, call
+        self.streams: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.left == 0:
+            self.streams = (query, key, value)
+            raise _Captured
+        self.left -= 1
+        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3])
+
+
+class _Captured(Exception):
+    """Ends a replay."""

@@ -1,0 +1,162 @@
+"""The instrument: a model and texts in, a labelled result out. One forward and one backward pass per window."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import xarray as xr
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from posterity import corpus
+from posterity.account import account
+from posterity.attention import working
+from posterity.errors import InputError
+from posterity.estimate import estimate
+from posterity.models import language_model
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Any,
+    *,
+    context: int = 512,
+    limit: int | None = None,
+    lags: str = "octaves",
+    weights: bool = True,
+    batch: int = 1,
+    progress: bool = True,
+    seed: int = 0,
+    attrs: Mapping[str, object] | None = None,
+) -> xr.Dataset:
+    """Measure where the gradients of queries, keys and values come from, on windows of text.
+
+    The loss of a window is the sum over its positions of the negative log-likelihood of the next token, in nats; the
+    last position has none. The model runs in evaluation mode with frozen parameters and is restored afterwards.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer; None if `documents` are token ids.
+        documents: str, token ids, a list of either, or pairs (name, document); see `posterity.corpus.windows`.
+        context: Tokens in a window.
+        limit: The largest number of windows; None means all.
+        lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep).
+        weights: Whether to split the gradients of W_Q, W_K and W_V.
+        batch: Windows in one pass.
+        progress: Whether to show an estimate and a progress bar on stderr.
+        seed: For models that draw random numbers even in evaluation mode.
+        attrs: Provenance to add to the result.
+
+    Returns:
+        The result; dims and units in `posterity.result.SCHEMA`.
+
+    Raises:
+        InputError: The model or the input cannot be measured, with the reason and what to do.
+    """
+    if batch < 1:
+        raise InputError(f"expected a batch of at least 1; got {batch}")
+    inner = language_model(model)
+    _check_context(inner, context)
+    windows = corpus.windows(documents, tokenizer, context, limit)
+    with _frozen(inner), _seeded(seed), account(model, lags, weights) as ledger:
+        if progress:
+            Console(stderr=True).print(estimate(model, windows[0].ids, len(windows), batch, weights, _run))
+            ledger.clear()
+        started = time.perf_counter()
+        with _progress(len(windows), progress) as advance:
+            for start in range(0, len(windows), batch):
+                some = windows[start : start + batch]
+                names = ", ".join(f"{window.text} #{window.index}" for window in some)
+                ledger.place = f" in window {names}"
+                ids = torch.stack([window.ids for window in some])
+                losses = _run(model, ids)
+                for loss, name in zip(losses, names.split(", "), strict=False):
+                    if not loss.isfinite():
+                        raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
+                ledger.losses += [(loss.item() / (context - 1), context - 1) for loss in losses]
+                losses.sum().backward()
+                advance(len(some), ids.numel())
+        seconds = time.perf_counter() - started
+        tokens = len(windows) * context
+        known = {
+            "tokens": tokens,
+            "text_digest": corpus.digest(windows),
+            "text_name": "; ".join(dict.fromkeys(window.text for window in windows)),
+            "seed": seed,
+            "command": "posterity.measure",
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        return ledger.result([window.text for window in windows], **known | dict(attrs or {}))
+
+
+def _run(model: nn.Module, ids: Tensor) -> Tensor:
+    """Sum of the losses of each window, in nats, with its graph."""
+    inner = language_model(model)
+    ids = ids.to(inner.get_input_embeddings().weight.device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    targets = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1).to(logits.device)
+    logits = logits.to(working(logits.dtype)).flatten(0, 1)
+    return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).sum(1)
+
+
+def _check_context(model: nn.Module, context: int) -> None:
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and context > longest > 0:
+        raise InputError(f"the model reads at most {longest} tokens; got a context of {context}: lower it (--context)")
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients, while gradients flow through the activations; then as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def start_here(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_() if torch.is_grad_enabled() else output
+
+    hook = model.get_input_embeddings().register_forward_hook(start_here)
+    try:
+        model.eval().requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+        for module, mode in modes:
+            module.training = mode
+        for parameter, want in wanted:
+            parameter.requires_grad_(want)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Any]:
+    """A bar of windows with tokens per second and the time left."""
+    columns = (
+        TextColumn("measuring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("windows · {task.fields[speed]} · left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=total, speed="- tokens/s")
+        started, done = time.perf_counter(), 0
+
+        def advance(windows: int, tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            bar.update(task, advance=windows, speed=f"{done / (time.perf_counter() - started):,.0f} tokens/s")
+
+        yield advance

@@ -1,0 +1,102 @@
+"""The gradient of W_Q, W_K and W_V, split into the part a position sends to itself and the rest.
+
+The projections of a layer are run once more from its saved input, and the two parts of dq, dk and dv are sent back
+through them. What lies between weights and queries (norms, rotary embedding, a fused matrix) needs no case of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from posterity.attention import Backward, group_sum, working
+from posterity.ledger import SelfPart
+
+TERMS = ("self", "other", "inner")
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Query, key and value of one document, made anew from `parameters` with a graph between them."""
+
+    streams: tuple[Tensor, Tensor, Tensor]
+    parameters: list[Tensor]
+
+
+class WeightSplit:
+    """Squared norms and inner product of the two parts for one layer: of each document, and of their mean."""
+
+    def __init__(self):
+        """Start empty."""
+        self.documents: list[Float[Tensor, "stream term"]] = []
+        self._sums: list[dict[int, list[Tensor]]] = [{}, {}, {}]
+
+    def add(self, back: Backward, part: SelfPart, project: Callable[[int], Projections]) -> None:
+        """Account for the documents of one backward pass; `project` makes the projections of one of them."""
+        groups = back.key.shape[1]
+        wholes = back.grad_query, group_sum(back.grad_key, groups), group_sum(back.grad_value, groups)
+        owns = part.query, group_sum(part.key, groups), group_sum(part.value, groups)
+        for document in range(len(back.query)):
+            with torch.enable_grad():
+                projections = project(document)
+            row = [
+                self._stream(stream, projections, own[document, None], whole[document, None])
+                for stream, (own, whole) in enumerate(zip(owns, wholes, strict=True))
+            ]
+            self.documents.append(torch.stack(row))
+
+    def mean(self) -> Float[Tensor, "stream term"]:
+        """The same three numbers for the mean gradient over the documents."""
+        rows = [self._terms(list(zip(*sums.values(), strict=True))) for sums in self._sums]
+        return torch.stack(rows).cpu() / max(len(self.documents), 1) ** 2
+
+    def _stream(self, stream: int, projections: Projections, own: Tensor, whole: Tensor) -> Float[Tensor, " term"]:
+        output, parameters = projections.streams[stream], projections.parameters
+        if not output.requires_grad or not parameters:  # made by another layer
+            return torch.full((3,), torch.nan, dtype=torch.float64)
+        sums = self._sums[stream]
+        # The parameters that reach a stream are found once: all of them are tried the first time.
+        reached = list(sums) or range(len(parameters))
+        wanted = [parameters[index] for index in reached]
+        own, whole = own.to(output.dtype), whole.to(output.dtype)
+        parts = [
+            torch.autograd.grad(output, wanted, grad, retain_graph=True, allow_unused=True)
+            for grad in (own, whole - own)
+        ]
+        terms = []
+        for index, own_grad, other_grad in zip(reached, *parts, strict=True):
+            if own_grad is None:
+                continue
+            pair = [x.to(working(x.dtype)) for x in (own_grad, other_grad)]
+            terms.append(pair)
+            if index in sums:
+                for total, x in zip(sums[index], pair, strict=True):
+                    total.add_(x)
+            else:
+                sums[index] = [x.clone() for x in pair]
+        return self._terms(list(zip(*terms, strict=True)))
+
+    @staticmethod
+    def _terms(parts: list[tuple[Tensor, ...]]) -> Float[Tensor, " term"]:
+        """|self|^2, |other|^2 and their inner product, over all parameters; NaN without any."""
+        if not parts:
+            return torch.full((3,), torch.nan, dtype=torch.float64)
+        own, other = parts
+
+        def inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
+            products = (torch.dot(x.flatten(), y.flatten()).double() for x, y in zip(left, right, strict=True))
+            return torch.stack(list(products)).sum()
+
+        return torch.stack((inner(own, own), inner(other, other), inner(own, other)))
+
+
+def projection_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and biases of all projections inside an attention module, by name; norms and other vectors left out."""
+    found = {}
+    for prefix, child in module.named_modules():
+        own = dict(child.named_parameters(recurse=False))
+        if any(parameter.dim() > 1 for parameter in own.values()):
+            found |= {f"{prefix}.{name}".lstrip("."): parameter for name, parameter in own.items()}
+    return found
