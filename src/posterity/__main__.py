@@ -1,0 +1,6 @@
+"""`python -m posterity` is the command `posterity`."""
+
+from posterity.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The command line: every command is one call of the library, and every mistake of the user's is one line.
+
+torch and transformers are imported inside the commands, so that `--help` answers at once.
+"""
+
+import errno
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from posterity.errors import InputError
+
+DOCUMENTS = 16
+
+
+class _Group(TyperGroup):
+    """Runs the commands inside the one place that turns mistakes into a line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _edge():
+            answer = super().invoke(ctx)
+            sys.stdout.flush()
+            return answer
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Shows, exactly, who the keys and values of causal attention are written for.",
+)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file; 'default' or nothing: SmolLM2-135M-Instruct."),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TEXT", help="Files, '-', .jsonl files, dataset names (name:config:split); nothing: default text."
+    ),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored unless given.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA where there is one unless given.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Result file that measure --output wrote.")]
+
+
+@app.command()
+def measure(
+    model: Model = None,
+    text: Texts = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 512]")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Windows to measure.")] = DOCUMENTS,
+    lags: Annotated[
+        Literal["octaves", "all", "self"] | None,
+        typer.Option(help="Bins of a quarter octave, every lag, or only self and other.  [default: octaves]"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows in one pass.  [default: 1]")] = None,
+    weights: Annotated[
+        bool | None, typer.Option("--weights/--no-weights", help="Split the weights' gradients.  [default: weights]")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")] = "text",
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")] = None,
+    trust_remote_code: Trust = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")] = None,
+    report: Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")] = None,
+) -> None:
+    """Measure a model on texts.
+
+    Shows where the gradients of its queries, keys and values come from. With --output and --report the result is kept
+    as a file and as a page; the table is printed in any case.
+    """
+    import posterity
+    from posterity import corpus, loading
+    from posterity.result import writable
+
+    for path in (output, report):
+        if path is not None:
+            writable(path)
+    texts = corpus.sources(text or [], field)
+    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
+    # Only what was given is passed on: the defaults are those of posterity.measure.
+    given = {"context": context, "lags": lags, "weights": weights, "batch": batch, "seed": seed}
+    result = posterity.measure(
+        loaded.model,
+        loaded.tokenizer,
+        texts,
+        limit=documents,
+        attrs={"model": loaded.name, "revision": loaded.revision, "command": shlex.join(["posterity", *sys.argv[1:]])},
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if output is not None:
+        posterity.save(result, output)
+    if report is not None:
+        posterity.report(result, report)
+    posterity.summary(result)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Result files; several are set side by side.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write (HTML).")],
+) -> None:
+    """Write a page from one or several runs."""
+    import posterity
+
+    posterity.report([posterity.load(run) for run in runs], output)
+
+
+@app.command()
+def check(
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say whether a model can be measured.
+
+    One line, with the reasons; the exit code is 0 for yes and 2 for no.
+    """
+    import posterity
+    from posterity import loading
+
+    answer: Any = posterity.check(loading.load_model(model, dtype, device, revision, trust_remote_code).model)
+    typer.echo(str(answer))
+    if not answer.ok:
+        raise typer.Exit(2)
+
+
+@app.command()
+def summary(run: Run) -> None:
+    """Print the table of a run."""
+    import posterity
+
+    posterity.summary(posterity.load(run))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import posterity
+
+        typer.echo(f"posterity {posterity.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; the console script and `python -m posterity` come here."""
+    app(prog_name="posterity")
+
+
+@contextmanager
+def _edge() -> Iterator[None]:
+    """Turn mistakes, a lack of memory and interruptions into one line; a real bug keeps its traceback."""
+    try:
+        yield
+    except InputError as error:
+        _stop(str(error), 2, error)
+    except KeyboardInterrupt as error:
+        _stop("interrupted", 130, error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        _stop("out of memory: lower --context or --batch, or choose --dtype bfloat16", 2, error)
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        # The reader has gone; what is still buffered would make Python complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from error
+
+
+def _is_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError is a RuntimeError with this text; the CPU allocator has the other.
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _stop(message: str, code: int, error: BaseException) -> None:
+    typer.echo(f"posterity: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code) from error

@@ -1,0 +1,226 @@
+"""The command line passes on what was asked for, and every mistake is one line and an exit code."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import posterity
+from posterity import cli
+from posterity.corpus import default_text
+from posterity.errors import InputError
+from posterity.loading import Loaded
+
+SOURCE = str(Path(__file__).parents[1] / "src")
+
+
+def run(*args):
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+def process(*args, **options):
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "posterity", *args],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        **options,
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every function that a command calls, replaced by one that notes its arguments."""
+    made = []
+
+    def note(name, answer=None):
+        def called(*args, **options):
+            made.append((name, args, options))
+            return answer
+
+        return called
+
+    loaded = Loaded("the model", "the tokenizer", "its name", "its revision")
+    monkeypatch.setattr("posterity.loading.load_model", note("load_model", loaded))
+    monkeypatch.setattr("posterity.result.writable", note("writable"))
+    monkeypatch.setattr(posterity, "__version__", "9.9", raising=False)
+    for name, answer in {
+        "measure": "the result",
+        "save": None,
+        "report": None,
+        "summary": None,
+        "load": "a run",
+    }.items():
+        monkeypatch.setattr(posterity, name, note(name, answer), raising=False)
+    return made
+
+
+def fail(monkeypatch, error):
+    def raised(*args, **options):
+        raise error
+
+    monkeypatch.setattr(posterity, "summary", raised, raising=False)
+    monkeypatch.setattr(posterity, "load", lambda path: None, raising=False)
+
+
+def test_measure_passes_on_what_was_given_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/posterity", "measure", "a b"])
+    answer = run("measure")
+    assert (answer.exit_code, answer.output) == (0, "")
+    loading, measuring, showing = calls
+    assert loading == ("load_model", (None, None, None, None, False), {})
+    attributes = {"model": "its name", "revision": "its revision", "command": "posterity measure 'a b'"}
+    assert measuring[1][:2] == ("the model", "the tokenizer")
+    assert list(measuring[1][2]) == [default_text()]
+    assert measuring[2] == {"limit": 16, "attrs": attributes}
+    assert showing == ("summary", ("the result",), {})
+
+
+def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    options = ["--context", 64, "--documents", 3, "--lags", "all", "--batch", 2, "--no-weights", "--seed", 7]
+    options += ["--dtype", "float64", "--device", "cpu", "--revision", "r", "--trust-remote-code"]
+    answer = run("measure", "org/model", text, *options, "--output", "run.nc", "--report", "page.html")
+    assert answer.exit_code == 0
+    names = [name for name, _, _ in calls]
+    assert names == ["writable", "writable", "load_model", "measure", "save", "report", "summary"]
+    assert calls[2][1] == ("org/model", "float64", "cpu", "r", True)
+    given = dict(calls[3][2])
+    del given["attrs"]
+    assert given == {"context": 64, "limit": 3, "lags": "all", "batch": 2, "weights": False, "seed": 7}
+    assert [name for name, _ in calls[3][1][2]] == [str(text)]
+    assert calls[4][1] == ("the result", Path("run.nc"))
+    assert calls[5][1] == ("the result", Path("page.html"))
+
+
+def test_a_missing_text_stops_before_the_model_is_loaded(calls):
+    answer = run("measure", "default", "none.txt")
+    assert answer.exit_code == 2
+    assert re.fullmatch(r"posterity: expected a file.*there is no file none\.txt.*\n", answer.stderr)
+    assert calls == []
+
+
+def test_the_defaults_that_the_help_shows_are_those_of_the_library():
+    signature = inspect.signature(posterity.measure).parameters
+    text = " ".join(process("measure", "--help").stdout.split())
+    for name in ("context", "lags", "batch", "seed"):
+        shown = re.search(rf"--{name} <.*?\[default: (\w+)\]", text)
+        assert shown is not None
+        assert shown[1] == str(signature[name].default)
+    assert "[default: weights]" in text
+    assert signature["weights"].default is True
+
+
+def test_several_runs_make_one_page(calls):
+    assert run("report", "a.nc", "b.nc", "-o", "page.html").exit_code == 0
+    assert [call[:2] for call in calls] == [
+        ("load", (Path("a.nc"),)),
+        ("load", (Path("b.nc"),)),
+        ("report", (["a run", "a run"], Path("page.html"))),
+    ]
+
+
+def test_summary_shows_a_run(calls):
+    assert run("summary", "a.nc").exit_code == 0
+    assert [call[:2] for call in calls] == [("load", (Path("a.nc"),)), ("summary", ("a run",))]
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 2)])
+def test_check_answers_in_one_line_and_by_its_exit_code(calls, monkeypatch, ok, code):
+    class Answer:
+        def __init__(self, model):
+            assert model == "the model"
+            self.ok = ok
+
+        def __str__(self):
+            return "its name: the answer"
+
+    monkeypatch.setattr(posterity, "check", Answer, raising=False)
+    answer = run("check", "its name")
+    assert (answer.exit_code, answer.stdout) == (code, "its name: the answer\n")
+
+
+def test_the_version_is_the_package_s(calls):
+    assert run("--version").stdout == "posterity 9.9\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("expected one;\n got two"), 2, "posterity: expected one; got two"),
+        (KeyboardInterrupt(), 130, "posterity: interrupted"),
+        (MemoryError(), 2, "posterity: out of memory: lower --context or --batch, or choose --dtype bfloat16"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "posterity: out of memory: .*"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 2, "posterity: out of memory: .*"),
+    ],
+)
+def test_mistakes_and_shortages_are_one_line_and_an_exit_code(monkeypatch, error, code, line):
+    fail(monkeypatch, error)
+    answer = run("summary", "a.nc")
+    assert answer.exit_code == code
+    assert answer.stdout == ""
+    assert re.fullmatch(line + "\n", answer.stderr)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), OSError("a bug"), KeyError("a bug")])
+def test_a_bug_keeps_its_traceback(monkeypatch, error):
+    fail(monkeypatch, error)
+    answer = run("summary", "a.nc")
+    assert answer.exception is error
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["measure", "--context", "1"],
+        ["measure", "--documents", "0"],
+        ["measure", "--lags", "few"],
+        ["measure", "--zorg"],
+        ["report", "a.nc"],
+        ["report"],
+        ["summary"],
+        ["zorg"],
+    ],
+)
+def test_a_wrong_option_is_exit_code_2_and_nothing_is_called(calls, args):
+    answer = run(*args)
+    assert answer.exit_code == 2
+    assert "Error: " in answer.stderr
+    assert calls == []
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys; from posterity import cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": SOURCE}
+    asked = [sys.executable, "-c", code]
+    assert subprocess.run(asked, capture_output=True, text=True, env=environment, check=True).stdout == "[]\n"
+    answer = process("--help")
+    assert answer.returncode == 0
+    assert all(command in answer.stdout for command in ("measure", "report", "check", "summary"))
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_gone_brings_no_traceback(lines):
+    code = (
+        "import posterity\n"
+        "from posterity import cli\n"
+        "posterity.load = lambda path: None\n"
+        f"posterity.summary = lambda result: print('line\\n' * {lines})\n"
+        "import sys; sys.argv = ['posterity', 'summary', 'a.nc']; cli.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "PYTHONUNBUFFERED": ""}
+    reading, writing = os.pipe()
+    os.close(reading)
+    asked = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
+    )
+    os.close(writing)
+    assert (asked.returncode, asked.stderr) == (141, "")

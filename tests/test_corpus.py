@@ -1,0 +1,370 @@
+"""Laws of the windows: what comes out is what went in, cut, in order, and no more is read than needed."""
+
+import io
+import json
+import sys
+import types
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from posterity.corpus import Stream, default_text, digest, sources, windows
+from posterity.errors import InputError
+
+WORDS = "the cat sat on the mat and the dog ran to the end of the long road \n"
+# From one to many characters in a token, with and without white space to cut at.
+LONG = ["cat", "table", "market", "wonderful", "antidisestablishmentarianism"]
+
+
+def byte_tokenizer(begin=False, end=False):
+    """A byte-level BPE with a few merges; limit 8, so that a longer text would bring the library's warning."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    core.train_from_iterator([WORDS + " ".join(LONG)] * 10, trainer)
+    if begin or end:
+        form = " ".join(["<s>"] * begin + ["$A"] + ["</s>"] * end)
+        core.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", model_max_length=8)
+
+
+def unigram_tokenizer():
+    """Like sentencepiece: no split into words before the model, white space is a sign of the vocabulary."""
+    core = Tokenizer(models.Unigram())
+    core.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    trainer = trainers.UnigramTrainer(vocab_size=90, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    core.train_from_iterator([WORDS + " ".join(LONG)] * 10, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+PLAIN = byte_tokenizer()
+TOKENIZERS = {"plain": PLAIN, "begin and end": byte_tokenizer(True, True), "unigram": unigram_tokenizer()}
+
+ids_lists = st.lists(st.lists(st.integers(0, 50), max_size=30), min_size=1, max_size=6)
+texts = st.builds(
+    lambda words, gap, repeat: gap.join(words * repeat),
+    st.lists(st.sampled_from([*LONG, "é", "漢", "🙂", "<s>", " ", "\n\n"]), min_size=1, max_size=8),
+    st.sampled_from(["", " ", "\n", "\t"]),
+    st.integers(1, 200),
+)
+
+
+def joined(found, name=None):
+    kept = [window.ids for window in found if name is None or window.text == name]
+    return torch.cat(kept).tolist() if kept else []
+
+
+@given(ids_lists, st.integers(2, 12))
+def test_windows_of_a_document_joined_are_its_beginning_and_the_rest_is_shorter_than_a_window(documents, context):
+    if all(len(document) < context for document in documents):
+        with pytest.raises(InputError, match=f"the longest of {len(documents)} given has {max(map(len, documents))}"):
+            windows(documents, None, context)
+        return
+    found = windows(documents, None, context)
+    assert {len(window.ids) for window in found} == {context}
+    for number, document in enumerate(documents):
+        kept = joined(found, f"document {number}")
+        assert kept == document[: len(document) // context * context]
+        indices = [window.index for window in found if window.text == f"document {number}"]
+        assert indices == list(range(len(document) // context))
+
+
+@given(ids_lists, st.integers(2, 6), st.integers(1, 9))
+def test_a_limit_keeps_the_first_windows_and_changes_none(documents, context, limit):
+    try:
+        whole = windows(documents, None, context)
+    except InputError:
+        return
+    assert digest(windows(documents, None, context, limit)) == digest(whole[:limit])
+
+
+@settings(deadline=None, max_examples=50)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=texts, limit=st.integers(1, 12), piece=st.integers(1, 700))
+def test_reading_only_as_far_as_needed_gives_the_windows_of_the_whole_text(kind, text, limit, piece):
+    pieces = Stream(lambda: (text[start : start + piece] for start in range(0, len(text), piece)))
+    try:
+        whole = windows(text, TOKENIZERS[kind], 8)
+    except InputError:
+        return
+    assert digest(windows(text, TOKENIZERS[kind], 8, limit)) == digest(whole[:limit])
+    assert digest(windows(pieces, TOKENIZERS[kind], 8, limit)) == digest(whole[:limit])
+    assert digest(windows(pieces, TOKENIZERS[kind], 8)) == digest(whole)
+
+
+@pytest.mark.parametrize("gap", ["", " "])
+@pytest.mark.parametrize("kind", ["plain", "begin and end"])
+def test_tokens_much_longer_than_expected_and_cuts_inside_a_word_change_no_window(kind, gap):
+    for start in ["", "a", "ab", "abc"]:
+        text = start + gap.join([LONG[-1]] * 400)
+        whole = windows(text, TOKENIZERS[kind], 8)
+        for limit in range(1, 13):
+            assert digest(windows(text, TOKENIZERS[kind], 8, limit)) == digest(whole[:limit])
+
+
+@given(ids_lists, ids_lists)
+def test_the_digest_is_the_same_exactly_when_tokens_and_boundaries_are(left, right):
+    from posterity.corpus import Window
+
+    def made(rows, text):
+        return [Window(torch.tensor(row, dtype=torch.int64), text, 0) for row in rows]
+
+    assert digest(made(left, "a")) == digest(made(left, "b"))
+    assert (digest(made(left, "a")) == digest(made(right, "a"))) == (left == right)
+    flat = [[token for row in left for token in row]]
+    assert (digest(made(left, "a")) == digest(made(flat, "a"))) == (left == flat)
+
+
+def test_every_form_of_token_ids_gives_the_same_windows():
+    rows = [[5, 1, 4, 2], [9, 8, 7, 3]]
+    forms = [rows, np.array(rows), np.array(rows, np.uint16), torch.tensor(rows), torch.tensor(rows, dtype=torch.int32)]
+    forms += [(torch.tensor(row) for row in rows), [np.array(row) for row in rows], [("a", rows[0]), ("b", rows[1])]]
+    assert len({digest(windows(form, None, 4)) for form in forms}) == 1
+    flat = [[5, 1, 4, 2, 9, 8, 7, 3], range(8), np.arange(8), torch.arange(8)]
+    assert [len(windows(form, None, 4)) for form in flat] == [2, 2, 2, 2]
+    assert joined(windows(flat[0], None, 4)) == flat[0]
+
+
+def test_every_window_begins_with_what_the_tokenizer_puts_in_front_of_a_text_and_nothing_is_put_behind():
+    tokenizer = byte_tokenizer(begin=True, end=True)
+    found = windows(WORDS * 5, tokenizer, 6)
+    assert len(found) > 5
+    assert all(window.ids[0] == 0 and not (window.ids == 1).any() for window in found)
+    text = torch.cat([window.ids[1:] for window in found]).tolist()
+    whole = tokenizer(WORDS * 5, add_special_tokens=False, verbose=False).input_ids
+    assert text == whole[: len(text)]
+    assert len(whole) - len(text) < 5
+
+
+def test_token_ids_are_taken_as_they_are_also_when_the_tokenizer_has_a_prefix():
+    assert joined(windows([3, 4, 5, 6], byte_tokenizer(begin=True), 2)) == [3, 4, 5, 6]
+
+
+@pytest.fixture
+def loud():
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.enable_propagation()
+    yield
+    logging.disable_propagation()
+    logging.set_verbosity(before)
+
+
+def test_a_text_longer_than_the_tokenizer_likes_brings_no_warning(loud, caplog):
+    tokenizer = byte_tokenizer()
+    windows(WORDS * 3, tokenizer, 4)
+    assert not caplog.records
+    tokenizer(WORDS * 3)  # the same without our care: the test can fail
+    assert "longer than the specified maximum" in caplog.text
+
+
+def test_names_of_documents_are_kept():
+    named = [("one.txt", WORDS), ("two.txt", WORDS * 2)]
+    assert list(dict.fromkeys(window.text for window in windows(named, PLAIN, 4))) == ["one.txt", "two.txt"]
+    assert {window.text for window in windows(WORDS, PLAIN, 4)} == {"text"}
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        (b"bytes", "got bytes"),
+        (3, "got int"),
+        (None, "got NoneType"),
+        ({"input_ids": [1, 2]}, "fields input_ids"),
+        ([{"text": "a", "label": 1}], "fields text, label"),
+        ([], "got none"),
+        ([None], "document 0: expected text or token ids; got NoneType"),
+        ([1.5, 2.5], "whole numbers"),
+        ([True, False], "whole numbers"),
+        (torch.rand(4), "whole numbers"),
+        ([[1, 2, [3]], [4]], "whole numbers"),
+        ([[[1, 2], [3, 4]]], "one dimension"),
+        (torch.zeros(2, 2, 2, dtype=torch.int64), r"one dimension; got the shape \(2, 2\)"),
+        ([1, 2, -100], "got -100"),
+        ("\ud800 half", "half of a pair"),
+        ("short", "the longest of 1 given has 5"),
+        ("", "the longest of 1 given has 0"),
+    ],
+)
+def test_what_is_neither_text_nor_token_ids_is_refused_in_one_line(documents, message):
+    with pytest.raises(InputError, match=message) as caught:
+        windows(documents, PLAIN, 1000)
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_and_tokenizer_are_checked():
+    with pytest.raises(InputError, match="context to be a whole number of at least 2; got 1"):
+        windows("text", PLAIN, 1)
+    with pytest.raises(InputError, match="limit to be a whole number of at least 1; got 0"):
+        windows("text", PLAIN, 4, limit=0)
+    with pytest.raises(InputError, match="expected a tokenizer"):
+        windows("text", None, 4)
+    wide = byte_tokenizer(begin=True)
+    wide.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A", special_tokens=[("<s>", 0)]
+    )
+    with pytest.raises(InputError, match="above the 2 tokens that begin every text; got 2"):
+        windows("text", wide, 2)
+
+
+# Sources of the command line
+
+
+def test_a_file_is_its_text_without_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + WORDS.encode())
+    [(name, stream)] = sources([str(path)])
+    assert name == str(path)
+    assert "".join(stream.pieces()) == WORDS == "".join(stream.pieces())
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40), st.integers(1, 5))
+def test_characters_survive_every_size_of_the_chunks_that_are_read(text, size):
+    from posterity import corpus
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "CHUNK", size)
+        assert "".join(corpus._decode(io.BytesIO(text.encode()), "name")) == text.removeprefix("\ufeff")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"abc\0def", "is binary, byte 3 is zero"),
+        (b"good \xc3\xa9 bad \xe9 end", "another encoding at byte 12"),
+        (b"cut off \xe2\x82", "another encoding at byte 8"),
+        ("utf-16".encode("utf-16"), "binary|another encoding at byte 0"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
+def test_files_that_are_no_text_are_refused_with_the_byte(tmp_path, monkeypatch, data, message, chunk):
+    from posterity import corpus
+
+    monkeypatch.setattr(corpus, "CHUNK", chunk)
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        windows(sources([str(path)]), PLAIN, 4)
+
+
+def test_wrong_arguments_are_found_before_anything_is_read(tmp_path):
+    good = tmp_path / "good.txt"
+    good.write_text(WORDS)
+    for bad, message in [
+        (str(tmp_path), "is a folder"),
+        (str(tmp_path / "none.txt"), "there is no file"),
+        ("none.txt", "there is no file none.txt"),
+        ("none.jsonl", "there is no file none.jsonl"),
+        ("not a name", "there is no file not a name"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            sources([str(good), bad])
+
+
+def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "secret.txt"
+    path.write_text(WORDS)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(InputError, match=r"secret\.txt: Permission denied"):
+        sources([str(path)])
+
+
+def test_a_long_file_is_read_only_as_far_as_needed(tmp_path, monkeypatch):
+    from posterity import corpus
+
+    monkeypatch.setattr(corpus, "CHUNK", 1000)
+    path = tmp_path / "long.txt"
+    path.write_bytes(WORDS.encode() * 1000 + b"\xff")
+    assert len(windows(sources([str(path)]), PLAIN, 8, limit=3)) == 3
+    with pytest.raises(InputError, match="another encoding"):
+        windows(sources([str(path)]), PLAIN, 8)
+
+
+def test_standard_input_is_a_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(WORDS.encode() * 4)))
+    found = windows(sources(["-"]), PLAIN, 4)
+    assert joined(found) == joined(windows(WORDS * 4, PLAIN, 4))
+    assert found[0].text == "standard input"
+
+
+def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([json.dumps({"body": WORDS}), "", json.dumps({"body": WORDS * 2})]))
+    assert list(sources([str(path)], "body")) == [(f"{path}:1", WORDS), (f"{path}:3", WORDS * 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "line 2: expected one JSON object"),
+        ("[" * 100_000, "line 2: expected one JSON object"),
+        ("[1]", "line 2: expected a JSON object with the field 'text'; got list"),
+        ('{"body": "a", "id": 1}', "line 2: expected the field 'text'; got body, id: choose with --field"),
+        ('{"text": 3}', "line 2: expected text in the field 'text'; got int"),
+    ],
+)
+def test_a_broken_line_is_named_and_only_when_it_is_reached(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": WORDS}) + "\n" + line)
+    assert len(windows(sources([str(path)]), PLAIN, 4, limit=2)) == 2
+    with pytest.raises(InputError, match=message):
+        windows(sources([str(path)]), PLAIN, 4)
+
+
+def test_a_dataset_is_streamed_with_its_name_configuration_and_split(monkeypatch):
+    read = []
+
+    def rows():
+        for number in range(1000):
+            read.append(number)
+            yield {"text": f"{number} " + WORDS}
+
+    def load(name, config, *, split, streaming):
+        assert (name, streaming) == ("org/name", True)
+        asked.append((config, split))
+        return datasets.IterableDataset.from_generator(rows)
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for arg in ["org/name", "org/name:small", "org/name:small:test", "org/name::test"]:
+        found = windows(sources([arg]), PLAIN, 8, limit=4)
+        assert found[0].text == f"{arg}#0"
+        assert joined(found) == joined(windows([f"{number} " + WORDS for number in range(4)], PLAIN, 8, limit=4))
+    assert asked == [(None, "train"), ("small", "train"), ("small", "test"), (None, "test")]
+    assert max(read) < 10
+    with pytest.raises(InputError, match=r"org/name, row 0: expected the field 'body'; got text"):
+        windows(sources(["org/name"], "body"), PLAIN, 8)
+
+
+def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"nobody/nothing is no file, and as a dataset: .*nobody/nothing") as caught:
+        sources(["nobody/nothing"])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_text_holds_every_topic_whole_and_names_the_python():
+    from pydoc_data.topics import topics
+
+    [(name, text)] = sources([])
+    assert (name, text) == default_text()
+    assert sys.version.split()[0] in name
+    assert all(topic in text for topic in topics.values())
