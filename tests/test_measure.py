@@ -1,5 +1,7 @@
 """The instrument on whole models: against dense accounts with autograd's own gradients, and against its own laws."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -156,7 +158,7 @@ def test_any_split_of_the_documents_and_any_batch_gives_the_same_result(cuts, ba
     edges = [0, *sorted(cuts), 5]
     parts = [
         posterity.measure(model, None, ids[a:b], context=12, batch=batch, progress=False)
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
         if a < b
     ]
     for name in ("credit", "mass", "attention", "credit_by_position", "attention_first", "edges"):
@@ -179,7 +181,7 @@ def test_the_corpus_of_a_ledger_is_the_sum_of_its_documents():
     xr.testing.assert_allclose(found.credit_by_position.sum("position"), by_document)
     xr.testing.assert_allclose(found.credit.isel(lag=0, drop=True), by_document.sel(side="self", drop=True))
     xr.testing.assert_allclose(found.profile_by_document.sum("document"), found.credit.sum("head"))
-    xr.testing.assert_allclose(found.attention.sum(("lag")), xr.full_like(found.attention_first, 60.0))
+    xr.testing.assert_allclose(found.attention.sum("lag"), xr.full_like(found.attention_first, 60.0))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

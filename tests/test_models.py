@@ -41,7 +41,7 @@ INPUTS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_loss_and_every_parameter_gradient_are_those_of_the_eager_model(name, inputs):
-    # Eager attention turns an empty row of a float64 model into NaN: the smallest float64 is -inf to its float32 softmax.
+    # Eager attention makes an empty row of a float64 model NaN: its float32 softmax takes the smallest float64 for -inf.
     model, ids = tiny(name, torch.float32 if inputs == "left padding" else torch.float64), tokens()
     if inputs == "left padding":  # the last padding row predicts the first real token
         mask, labels = padded(ids, "left")
@@ -77,9 +77,14 @@ def test_the_model_is_restored_even_after_an_error():
     model.model.layers[1].eval()
     before = copy.deepcopy([module.training for module in model.modules()])
     logits = model(input_ids=tokens()).logits
-    with pytest.raises(RuntimeError, match="mine"), watched(model, ignore):
-        assert model.config._attn_implementation == "posterity"
-        raise RuntimeError("mine")
+
+    def fail():
+        with watched(model, ignore):
+            assert model.config._attn_implementation == "posterity"
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fail()
     assert model.config._attn_implementation == "eager"
     assert [module.training for module in model.modules()] == before
     assert not any(module._forward_pre_hooks for module in model.modules())

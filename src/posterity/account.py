@@ -170,7 +170,7 @@ class _LayerSums:
 
 
 def _plus(one: Tensor, other: Tensor) -> Tensor:
-    """Add two sums whose last axis counts bins or positions: those of a shorter context are the first ones of a longer."""
+    """Add two sums over bins or positions; those of a shorter context are the first ones of a longer."""
     long, short = (one, other) if one.shape[-1] >= other.shape[-1] else (other, one)
     return long + torch.nn.functional.pad(short, (0, long.shape[-1] - short.shape[-1]))
 

@@ -55,7 +55,8 @@ class Backward:
     def wholes(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of query, key and value that autograd sees, repeated for the query heads that share them."""
         groups = self.key.shape[1]
-        return self.grad_query, *(self.repeat(group_sum(x, groups)) for x in (self.grad_key, self.grad_value))
+        key, value = (self.repeat(group_sum(x, groups)) for x in (self.grad_key, self.grad_value))
+        return self.grad_query, key, value
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def attention(
         )
     if queries > keys:
         raise InputError(f"attention expects at least as many keys as queries; got {queries} queries, {keys} keys")
-    scale = dim**-0.5 if scale is None else float(scale)
-    return _Attention.apply(query, key, value, sinks, _Options(scale, softcap or None, mask or Mask(), observe))
+    options = _Options(dim**-0.5 if scale is None else float(scale), softcap or None, mask or Mask(), observe)
+    return _Attention.apply(query, key, value, sinks, options)
 
 
 class _Attention(torch.autograd.Function):
@@ -123,8 +124,11 @@ class _Attention(torch.autograd.Function):
         run = _fused_backward if _fusable(query, key, value, sinks, options) else _block_backward
         grad_query, grad_key, grad_value = run(grad_output, query, key_, value_, output, lse, options)
         if options.observe is not None:
-            saved = (query, key, value, output, lse, grad_output, grad_query, grad_key, grad_value)
-            options.observe(Backward(*(x.detach() for x in saved), options.scale, options.softcap, options.mask))
+            back = Backward(
+                query.detach(), key.detach(), value.detach(), output.detach(), lse.detach(), grad_output.detach(),
+                grad_query, grad_key, grad_value, options.scale, options.softcap, options.mask,
+            )  # fmt: skip
+            options.observe(back)
         grad_sinks = None
         if sinks is not None:
             weight = torch.exp(sinks[:, None] - lse)

@@ -208,7 +208,8 @@ class Watch:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Watch from here to the end of the `with`."""
-        hooks = [module.register_forward_pre_hook(self._entered, with_kwargs=True) for module in self.names]
+        enter: Callable = torch.compiler.disable(self._entered)  # type: ignore[assignment]
+        hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in self.names]
         watches.update(dict.fromkeys(self.names, self))
         try:
             yield
@@ -218,7 +219,6 @@ class Watch:
             for module in self.names:
                 watches.pop(module, None)
 
-    @torch.compiler.disable
     def _entered(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Keep the input of a module, without its graph and without its cache; count its calls from 0."""
 
@@ -269,19 +269,18 @@ class _Replay:
             pass
         finally:
             _replay.capture = None
-        self._verify(back, document, capture.streams)
+        if capture.streams is None or not self._same(back, document, capture.streams):
+            raise InputError(
+                f"{type(self.module).__name__} does not make the same queries, keys and values when run again, so its "
+                "weights' gradient cannot be split: measure without the weights (weights=False, --no-weights)"
+            )
         return Projections(capture.streams, list(leaves.values()))
 
-    def _verify(self, back: Backward, document: int, streams: tuple[Tensor, Tensor, Tensor] | None) -> None:
-        if streams is not None:
-            given = [x[document, None] for x in (back.query, back.key, back.value)]
-            error = max(differ(x, y) / (y.abs().max().item() or 1) for x, y in zip(streams, given, strict=True))
-            if error < rounding(back.query.dtype):
-                return
-        raise InputError(
-            f"{type(self.module).__name__} does not make the same queries, keys and values when run again, so its "
-            "weights' gradient cannot be split: measure without the weights (weights=False, --no-weights)"
-        )
+    @staticmethod
+    def _same(back: Backward, document: int, streams: tuple[Tensor, Tensor, Tensor]) -> bool:
+        given = [x[document, None] for x in (back.query, back.key, back.value)]
+        error = max(differ(x, y) / (y.abs().max().item() or 1) for x, y in zip(streams, given, strict=True))
+        return error < rounding(back.query.dtype)
 
 
 class _Bare(nn.Module):

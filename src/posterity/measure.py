@@ -10,13 +10,14 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from posterity import corpus
 from posterity.account import account
 from posterity.attention import working
 from posterity.errors import InputError
 from posterity.estimate import estimate
-from posterity.models import language_model
+from posterity.models import first_device, language_model
 
 
 def measure(
@@ -96,15 +97,14 @@ def measure(
 
 def _run(model: nn.Module, ids: Tensor) -> Tensor:
     """Sum of the losses of each window, in nats, with its graph."""
-    inner = language_model(model)
-    ids = ids.to(inner.get_input_embeddings().weight.device)
+    ids = ids.to(first_device(language_model(model)))
     logits = model(input_ids=ids, use_cache=False).logits
     targets = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1).to(logits.device)
     logits = logits.to(working(logits.dtype)).flatten(0, 1)
     return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).sum(1)
 
 
-def _check_context(model: nn.Module, context: int) -> None:
+def _check_context(model: PreTrainedModel, context: int) -> None:
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest > 0:
@@ -112,7 +112,7 @@ def _check_context(model: nn.Module, context: int) -> None:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and no parameter gradients, while gradients flow through the activations; then as before."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -81,9 +81,14 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     return found
 
 
+def first_device(model: PreTrainedModel) -> torch.device:
+    """Where the model wants its tokens."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
 def _probe(model: PreTrainedModel) -> Check:
     """Compare the model with itself under the operator, on two rows that differ in the last token only."""
-    device = model.get_input_embeddings().weight.device
+    device = first_device(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, _PROBE_TOKENS), generator=generator).to(device)
     last, first = ids.clone(), ids.clone()
@@ -94,7 +99,7 @@ def _probe(model: PreTrainedModel) -> Check:
         return model(input_ids=torch.cat(rows), use_cache=False).logits
 
     own = logits(ids, last)
-    tolerance = rounding(own.dtype) * own.abs().max()
+    tolerance = rounding(own.dtype) * own.abs().max().item()
     if not own.isfinite().all():
         raise InputError("its logits for random tokens are not finite")
     if differ(own[0, :-1], own[1, :-1]) > tolerance:

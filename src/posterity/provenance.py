@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import posterity
-from posterity.models import language_model
+from posterity.models import first_device, language_model
 
 
 def provenance(model: nn.Module) -> dict[str, object]:
     """Attributes of a result that the model and the machine know by themselves."""
     inner = language_model(model)
-    weight = inner.get_input_embeddings().weight
+    device = first_device(inner)
     return {
         "posterity_version": posterity.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -23,7 +23,7 @@ def provenance(model: nn.Module) -> dict[str, object]:
         "architecture": type(inner).__name__,
         "parameters": sum(parameter.numel() for parameter in inner.parameters()),
         "dtype": str(inner.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "torch_version": version("torch"),
         "transformers_version": version("transformers"),
         "python_version": platform.python_version(),

