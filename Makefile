@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow check bench picture clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -38,6 +38,9 @@ check: $(VENV)/tested  ## format, lint, types, tests, docs
 
 bench: $(VENV)/tested  ## the table of the README: time and memory beside a plain training step
 	$(BIN)/python bench/bench.py
+
+picture: demo $(VENV)/tested  ## the picture of the README, from demo/report.html
+	$(BIN)/python bench/picture.py
 
 clean:  ## remove what make has made
 	rm -rf $(VENV) demo dist

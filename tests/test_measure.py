@@ -14,7 +14,7 @@ from test_models import INPUTS, padded
 from tiny import CONFIGS, summed_loss, tiny, tokens
 
 import posterity
-from posterity import result as results
+from posterity import derived
 from posterity.errors import InputError
 
 KEYS = ("q_proj", "k_proj", "v_proj")
@@ -61,7 +61,7 @@ def test_every_number_equals_the_dense_account_of_autograds_gradients(name, inpu
         for tensor, stream in zip(call[:3], ours.stream.values, strict=True):
             balance = ours.credit.sel(layer=layer, stream=stream).sum().item()
             assert balance == pytest.approx(tensor.grad.square().sum().item(), rel=1e-10)
-    assert float(results.balance(ours).max()) < 1e-10
+    assert float(derived.balance(ours).max()) < 1e-10
 
 
 PROJECTIONS = {  # rows of each parameter that make the query, key and value

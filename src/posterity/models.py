@@ -117,7 +117,8 @@ def _probe(model: PreTrainedModel) -> Check:
     with Recorder(model, cut=True), _switched(model):
         cut = logits(ids, first)
     leak = differ(cut[0, 1:], cut[1, 1:]) > tolerance
-    reason = f"{len(recorder.layers)} attention layers"
+    count = len(recorder.layers)
+    reason = f"{count} attention layer{'s' if count > 1 else ''}"
     if leak:
         reason += "; positions also communicate outside of them, so that only the ledger by lag is exact, not who pays"
     return Check(True, reason, tuple(recorder.layers), leak)

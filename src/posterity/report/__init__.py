@@ -1,0 +1,180 @@
+"""Results as one page of HTML that needs nothing else: no network, no server, no other file."""
+
+import base64
+import hashlib
+import html
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import xarray as xr
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from posterity import derived
+from posterity import result as results
+from posterity.errors import InputError
+from posterity.report.charts import charts
+from posterity.summary import (
+    Head,
+    heading,
+    mean_loss,
+    model_name,
+    notes,
+    percent,
+    ranked_heads,
+    rows,
+    sentence,
+    text_name,
+)
+
+Source = xr.Dataset | str | os.PathLike[str]
+EXTREMES = 5  # heads shown at each end of the ranking
+TEXTS = 12  # texts shown by name
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that a notebook shows by itself, also after it was exported."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        style = "width:100%;height:52rem;border:1px solid #8884;border-radius:8px"
+        return (
+            f'<iframe srcdoc="{html.escape(self.html, quote=True)}" title="Posterity report" style="{style}" '
+            'sandbox="allow-scripts allow-downloads allow-modals"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        """Short, so that a notebook's log does not hold the page twice."""
+        return f"<Page of {len(self.html) / 1e6:.1f} MB: show it in a notebook or write it with a path>"
+
+
+def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | None = None) -> Page | Path:
+    """Show one or more results (or files of results) side by side.
+
+    With a path the page is written there, whole or not at all, and the path is returned; without one the page itself is
+    returned, which a notebook shows. Raises InputError for a path that cannot be written or what is not a result.
+    """
+    target = None if path is None else results.writable(path)
+    sources = [result] if isinstance(result, (xr.Dataset, str, os.PathLike)) else list(result)
+    if not sources:
+        raise InputError("expected at least one result for the report, but none came; pass a result or a file")
+    loaded = [results.load(one) if isinstance(one, (str, os.PathLike)) else results.check(one) for one in sources]
+    page = render(loaded)
+    if target is None or path is None:
+        return Page(page)
+    results.write_whole(target, page.encode())
+    return Path(path)
+
+
+def render(loaded: list[xr.Dataset]) -> str:
+    """The page as one string of HTML."""
+    names = labels(loaded)
+    shown = [{"name": name, **_words(one)} for name, one in zip(names, loaded, strict=True)]
+    data = [{"name": name, **charts(one)} for name, one in zip(names, loaded, strict=True)]
+    script, plotly = _asset("script.js"), _plotly()
+    environment = Environment(
+        loader=PackageLoader("posterity.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["tied"] = lambda text: text.replace("± ", "±\u00a0").replace(" %", "\u00a0%")
+    return environment.get_template("template.html.j2").render(
+        results=shown,
+        streams=results.STREAMS,
+        weights=any(one["weights"] for one in data),
+        style=Markup(_asset("style.css")),
+        script=Markup(script),
+        plotly=Markup(plotly),
+        policy=" ".join(f"'sha256-{_digest(code)}'" for code in (plotly, script)),
+        data=Markup(escaped_json(data)),
+    )
+
+
+def labels(loaded: list[xr.Dataset]) -> list[str]:
+    """A name for each result that tells it from the others: the model, then the text, then a number."""
+    names = [model_name(one) for one in loaded]
+    if len(set(names)) < len(names):
+        names = [f"{name}, {text_name(one)}" for name, one in zip(names, loaded, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return names
+
+
+def escaped_json(data: object) -> str:
+    """JSON that no HTML parser can mistake for markup and no script for a line end."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII, so U+2028 and U+2029 are escaped
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _words(result: xr.Dataset) -> dict:
+    """What the template shows of one result as text and tables."""
+    title, *details = heading(result)
+    layers = derived.shares(result, ("layer",)).sel(side="self")
+    return {
+        "model": title,
+        "details": details,
+        "sentence": sentence(result),
+        "rows": rows(result),
+        "notes": notes(result),
+        "heads": {stream: _ends(ranked_heads(result, stream)[::-1]) for stream in results.STREAMS},
+        "layers": [
+            (int(one.layer), str(one.module.item()),
+             [percent(*map(float, (one.share[index], one.error[index]))) for index in range(3)])
+            for one in (layers.isel(layer=index) for index in range(result.sizes["layer"]))
+        ],
+        "provenance": _provenance(result),
+        "texts": _texts(result),
+    }  # fmt: skip
+
+
+def _ends(heads: list[Head]) -> list[dict | None]:
+    """The first and the last few of the ranking, as text; None stands for those left out between them."""
+    cells: list[dict | None] = []
+    for one in heads:
+        name, share = f"layer {one.layer}, head {one.head}", percent(one.share, one.error)
+        cells.append({"name": name, "share": share, "portion": f"{one.portion:.2f}"})
+    return cells if len(cells) <= 2 * EXTREMES + 1 else [*cells[:EXTREMES], None, *cells[-EXTREMES:]]
+
+
+def _provenance(result: xr.Dataset) -> list[tuple[str, str]]:
+    known = [(str(name).replace("_", " "), str(results.plain(value))) for name, value in result.attrs.items()]
+    off = float(derived.balance(result).max())
+    return [
+        *((name, value) for name, value in known if value),
+        ("accounts disagree by at most", f"{off:.1e} of a layer"),
+    ]
+
+
+def _texts(result: xr.Dataset) -> list[tuple[str, int, str]]:
+    """Texts in the order of the windows: name, windows, mean loss; the last line counts those not shown."""
+    names = [str(name) for name in result.text.values]
+    unique = list(dict.fromkeys(names))
+    table = [(name, names.count(name), mean_loss(result.isel(document=[one == name for one in names])))
+             for name in unique[:TEXTS]]  # fmt: skip
+    hidden = unique[TEXTS:]
+    return [*table, (f"{len(hidden)} more texts", sum(map(names.count, hidden)), "")] if hidden else table
+
+
+def _digest(code: str) -> str:
+    return base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+
+
+def _asset(name: str) -> str:
+    return (files("posterity.report") / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+
+
+@cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs  # slow to import, and only a report needs it
+
+    code = get_plotlyjs()
+    assert "</script" not in code
+    assert "<!--" not in code
+    assert "\r" not in code
+    return code

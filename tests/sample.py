@@ -1,0 +1,118 @@
+"""A synthetic result, for tests only: made of random edges, so every identity between its accounts holds."""
+
+import numpy as np
+import xarray as xr
+
+from posterity import result as results
+
+ATTRS = {
+    "posterity_version": "0.0.0",
+    "created": "2026-01-31T12:00:00Z",
+    "model": "tiny/sample",
+    "revision": "0123abc",
+    "architecture": "LlamaForCausalLM",
+    "parameters": 123456,
+    "dtype": "float32",
+    "device": "cpu",
+    "text_digest": "ab" * 32,
+    "text_name": "sample text",
+    "seed": 0,
+    "command": "posterity measure",
+    "torch_version": "2",
+    "transformers_version": "5",
+    "python_version": "3",
+    "platform": "Linux",
+    "seconds": 1.5,
+    "tokens_per_second": 213.0,
+}
+
+
+def bins(context: int, lags: str = "octaves") -> tuple[np.ndarray, np.ndarray]:
+    """First and last lag of each bin: exact to 15, then quarter octaves; "all"; or "self" and one bin for the rest."""
+    starts = {"all": range(context), "self": range(min(2, context)), "octaves": range(min(16, context))}[lags]
+    first = list(starts)
+    if lags == "octaves":
+        first += [edge for step in range(100) if 16 <= (edge := round(2 ** (4 + step / 4))) < context]
+    return np.array(first), np.array([*(edge - 1 for edge in first[1:]), context - 1])
+
+
+def sample(
+    layers=4, heads=3, context=64, documents=5, seed=0, *, lags="octaves", with_weights=True, missing_heads=0,
+    modules=None, texts=None, **changes,
+) -> xr.Dataset:  # fmt: skip
+    """`changes` are attributes; the last layer lacks `missing_heads` heads."""
+    random = np.random.default_rng(seed)
+    first, last = bins(context, lags)
+    edge = _edges(random, layers, heads, context, documents)  # document, layer, head, stream, lag, position
+    edge[:, -1, heads - missing_heads :] = 0
+    attention = _attention(random, layers, heads, context, documents)  # layer, head, query, key
+    lag = np.subtract.outer(np.arange(context), np.arange(context))
+    by_lag = np.stack([np.where(lag == one, attention, 0).sum((2, 3)) for one in range(context)], -1)
+    side = np.stack([edge[..., 0, :], edge[..., 1:, :].sum(4)], 4)
+    binned = np.add.reduceat(edge.sum(-1), first, axis=-1)
+    count = documents * (context - np.arange(context))
+    variables = {
+        "credit": binned.sum(0),
+        "mass": np.add.reduceat(np.abs(edge).sum(-1), first, axis=-1).sum(0) * 3 + 1,
+        "attention": np.add.reduceat(by_lag, first, axis=-1),
+        "edges": np.broadcast_to(np.add.reduceat(count, first), (layers, len(first))).copy(),
+        "credit_by_position": side.sum(0),
+        "attention_first": attention[..., 0].sum(-1),
+        "credit_by_document": side.sum(-1),
+        "first_by_document": side[..., 0].sum(-1),
+        "profile_by_document": binned.sum(2),
+        "loss": 3 + random.random(documents),
+        "tokens": np.full(documents, context - 1),
+    }
+    if lags == "self":
+        for name in ("mass", "attention"):
+            variables[name][..., 1:] = np.nan
+    if missing_heads:
+        _take_away(variables, missing_heads)
+    if with_weights:
+        variables |= weight_norms(random.normal(size=(documents, layers, 3, 2, 40)) + 0.3)
+    return results.build(
+        variables,
+        modules=modules or [f"model.layers.{layer}.self_attn" for layer in range(layers)],
+        lag=first,
+        lag_end=last,
+        texts=texts or [f"text {document % 2}" for document in range(documents)],
+        attrs={**ATTRS, "context": context, "documents": documents, "tokens": documents * (context - 1), "lags": lags}
+        | changes,
+    )
+
+
+def weight_norms(gradient: np.ndarray) -> dict[str, np.ndarray]:
+    """Norms and inner products of gradients (document, layer, stream, side, number) for each window and their mean."""
+
+    def terms(one):
+        own, other = one[..., 0, :], one[..., 1, :]
+        return np.stack([(own**2).sum(-1), (other**2).sum(-1), (own * other).sum(-1)], -1)
+
+    return {"weight_by_document": terms(gradient), "weight_mean": terms(gradient.mean(0))}
+
+
+def _edges(random, layers, heads, context, documents) -> np.ndarray:
+    """Credit of the edges, summed over everything but lag and position; falls with the lag, has a sink."""
+    lag, position = np.meshgrid(np.arange(context), np.arange(context), indexing="ij")
+    possible = np.stack([lag <= position, position + lag < context, position + lag < context])  # stream, lag, position
+    shape = (documents, layers, heads, 3)
+    decay = random.uniform(0.4, 1.6, (layers, heads, 3, 1, 1))
+    size = random.lognormal(0, 0.5, (layers, heads, 3, 1, 1))
+    typical = size * (1 + lag) ** -decay * np.where(position == 0, 8, 1)
+    noise = random.gamma(0.5, 2, (*shape, context, context)) - 0.1
+    return typical * noise * possible
+
+
+def _attention(random, layers, heads, context, documents) -> np.ndarray:
+    weight = random.gamma(0.3, 1, (layers, heads, context, context)) * np.where(np.arange(context) == 0, 20, 1)
+    weight = np.tril(weight + 1e-6)
+    return documents * weight / weight.sum(-1, keepdims=True)
+
+
+def _take_away(variables, missing) -> None:
+    """The last layer has fewer heads: NaN where the missing ones would be."""
+    for name in ("credit", "mass", "attention", "credit_by_position", "attention_first"):
+        variables[name][-1, -missing:] = np.nan
+    for name in ("credit_by_document", "first_by_document"):
+        variables[name][:, -1, -missing:] = np.nan
