@@ -41,7 +41,7 @@ INPUTS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_loss_and_every_parameter_gradient_are_those_of_the_eager_model(name, inputs):
-    # Eager attention makes an empty row of a float64 model NaN: its float32 softmax takes the smallest float64 for -inf.
+    # Eager attention makes an empty row of a float64 model NaN: to its float32 softmax, the smallest float64 is -inf.
     model, ids = tiny(name, torch.float32 if inputs == "left padding" else torch.float64), tokens()
     if inputs == "left padding":  # the last padding row predicts the first real token
         mask, labels = padded(ids, "left")

@@ -15,6 +15,7 @@ from posterity.hook import Layer
 from posterity.ledger import SIDES, STREAMS, Account, Bins, self_part, tally
 from posterity.models import watched
 from posterity.provenance import provenance
+from posterity.sweep import Scratch
 from posterity.weights import Projections, WeightSplit
 
 
@@ -50,6 +51,7 @@ class Ledger:
         self.losses: list[tuple[float, int]] = []  # mean loss and number of losses of each document, where known
         self._layers: dict[Layer, _LayerSums] = {}
         self._other_paths = False
+        self._scratch = Scratch()
 
     def open(self, layers: tuple[Layer, ...], other_paths: bool) -> None:
         """Name the layers, in the order of the forward pass."""
@@ -70,7 +72,7 @@ class Ledger:
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
             )
         part = self_part(back)
-        entry = tally(back, part, Bins.of(self.lags, back.lse.shape[2]))
+        entry = tally(back, part, Bins.of(self.lags, back.lse.shape[2]), self._scratch)
         if not entry.credit_by_position.isfinite().all():
             raise InputError(
                 f"the gradient of layer {layer} is not finite{self.place}: check the model, or use float32"

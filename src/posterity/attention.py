@@ -17,6 +17,7 @@ of scores at a time (Dao 2023, arXiv 2307.08691). Plain causal attention on a CP
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -52,6 +53,7 @@ class Backward:
         """Give each query head its own copy of what its group shares."""
         return grouped.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
 
+    @cached_property
     def wholes(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of query, key and value that autograd sees, repeated for the query heads that share them."""
         groups = self.key.shape[1]

@@ -40,7 +40,7 @@ def estimate(
         sums = 2 * sum(split.values())
     total = sum(parameters.values()) + passing + sums
     return (
-        f"{windows} {'window' if windows == 1 else 'windows'} of {len(ids)} tokens: about {_clock(seconds)} and {total / 1e9:.1f} GB "
+        f"{windows} window{'s'[: windows - 1]} of {len(ids)} tokens: about {_clock(seconds)} and {total / 1e9:.1f} GB "
         f"(model {sum(parameters.values()) / 1e9:.1f}, activations {passing / 1e9:.1f}, weight sums {sums / 1e9:.1f})"
     )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from posterity.attention import Backward, working
 from posterity.errors import InputError
 from posterity.mask import Tile
-from posterity.sweep import sweep
+from posterity.sweep import Scratch, sweep
 
 STREAMS = ("query", "key", "value")
 SIDES = ("self", "other")
@@ -57,10 +57,8 @@ class Bins:
         """Add up the lags of each bin."""
         if len(self.first) == by_lag.shape[-1]:
             return by_lag
-        lags = torch.arange(by_lag.shape[-1], device=by_lag.device)
-        starts = torch.tensor(self.first, device=by_lag.device)
-        bin_of = torch.searchsorted(starts, lags, right=True) - 1
-        return by_lag.new_zeros(*by_lag.shape[:-1], len(self.first)).index_add_(-1, bin_of, by_lag)
+        bins = zip(self.first, self.last, strict=True)
+        return torch.stack([by_lag[..., first : last + 1].sum(-1) for first, last in bins], -1)
 
 
 @dataclass(frozen=True)
@@ -114,17 +112,18 @@ def self_part(back: Backward) -> SelfPart:
     return SelfPart(weight, grad_score[..., None] * key, grad_score[..., None] * query, weight[..., None] * grad)
 
 
-def tally(back: Backward, part: SelfPart, bins: Bins) -> Account:
+def tally(back: Backward, part: SelfPart, bins: Bins, scratch: Scratch | None = None) -> Account:
     """Credit, mass and attention of every edge, summed by lag and by position."""
     batch, length = len(back.lse), back.lse.shape[2]
+    wholes = back.wholes
     own_credit, whole_credit = (
-        torch.stack([_dot(x, whole) for x, whole in zip(terms, back.wholes(), strict=True)], 2)
+        torch.stack([_dot(x, whole) for x, whole in zip(terms, wholes, strict=True)], 2)
         for terms in ((part.query, part.key, part.value), (back.grad_query, back.grad_key, back.grad_value))
     )
     by_position = torch.stack((own_credit, whole_credit - own_credit), 3)
     edges = bins.sum(back.mask.edges(length, back.lse.device)).expand(batch, -1)
     if bins.swept:
-        swept = bins.sum(sweep(back))
+        swept = bins.sum(sweep(back, scratch))
         credit, mass, attention = swept[:3].movedim(0, 2), swept[3:6].movedim(0, 2), swept[6]
     else:
         credit, mass, attention = _unswept(back, part, by_position)
@@ -158,4 +157,4 @@ def _read(weight: Float[Tensor, "batch head query"], back: Backward) -> Float[Te
 
 
 def _dot(x: Float[Tensor, "*rest dim"], y: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*rest"]:
-    return (x.to(working(x.dtype)) * y).sum(-1, dtype=torch.float64)
+    return (x.to(working(x.dtype)) * y).sum(-1).double()

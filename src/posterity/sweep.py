@@ -15,15 +15,17 @@ from posterity.attention import Backward
 from posterity.mask import Tile
 
 # Scratch for the blocks of a few heads: a CPU's last cache should hold it.
-_SCRATCH_BYTES = {"cpu": 24e6}
+_SCRATCH_BYTES = {"cpu": 10e6}
 _SCRATCH_LARGE = 1e9
 
 
-def sweep(back: Backward) -> Float[Tensor, "seven batch head lag"]:
+def sweep(back: Backward, scratch: "Scratch | None" = None) -> Float[Tensor, "seven batch head lag"]:
     """Credit of (query, key, value), mass of (query, key, value), and attention, for each lag.
 
     Returns float64; memory is O(heads N + d N + block^2). Attention counts readers only (`Mask.readers`).
+    `scratch` keeps the memory of the blocks between calls.
     """
+    scratch = Scratch() if scratch is None else scratch
     batch, heads, length = back.lse.shape
     device = back.lse.device
     out = torch.zeros(7, batch, heads, length, dtype=torch.float64, device=device)
@@ -36,16 +38,18 @@ def sweep(back: Backward) -> Float[Tensor, "seven batch head lag"]:
     parts = min(heads, -(-heads // max(1, int(budget))))
     for document in range(batch):
         for some in torch.arange(heads).tensor_split(parts):
-            _sweep_heads(back, document, slice(int(some[0]), int(some[-1]) + 1), tiles, out)
+            _sweep_heads(back, document, slice(int(some[0]), int(some[-1]) + 1), tiles, out, scratch)
     return out
 
 
-def _sweep_heads(back: Backward, document: int, heads: slice, tiles: list[Tile], out: Tensor) -> None:
+def _sweep_heads(
+    back: Backward, document: int, heads: slice, tiles: list[Tile], out: Tensor, scratch: "Scratch"
+) -> None:
     """Add the diagonals of all tiles to `out`, for a few heads of one document."""
     part = _Operands(back, document, heads)
     for shape, group in groupby(tiles, lambda tile: tile.shape):
-        blocks = [_Block(len(part.query), *shape, part.query) for _ in range(6)]
-        weight, score, to_query, to_key, to_value, mass = (block.tile for block in blocks)
+        blocks = scratch.blocks(len(part.query), *shape, part.query)
+        to_query, to_key, to_value, mass, score, weight = blocks.tiles
         for tile in group:
             i, j = (slice(None), tile.rows), (slice(None), tile.columns)
             torch.bmm(part.query1[i], part.key1[j].mT, out=weight)
@@ -59,14 +63,16 @@ def _sweep_heads(back: Backward, document: int, heads: slice, tiles: list[Tile],
                 weight.mul_(back.softcap).sub_(part.lse[i])
             back.mask.fill_(weight.exp_(), tile, 0.0, document)
             score.mul_(weight)
-            to_query.mul_(score)
-            to_key.mul_(score)
+            blocks.tiles[:2].mul_(score)
             to_value.mul_(weight)
-            torch.mul(score.abs_(), part.key_norm[j].mT, out=mass)
-            sums = [block.diagonals() for block in blocks[2:]]
-            sums += blocks[1].diagonals(part.query_norm[i].mT), blocks[0].diagonals(part.readers[i].mT)
-            first = tile.lag - shape[1]  # of the sums; those below 0 and the outermost hold nothing
-            by_lag = torch.cat(sums, 1).transpose(0, 1)[..., max(0, -first) : out.shape[-1] - first]
+            torch.mul(score.abs_(), part.key_norm[..., tile.columns], out=mass)
+            sums = (  # in the order of the result: credits and mass of the query, then what has a weight per row
+                blocks.sheared[:4].sum(2),
+                (part.query_norm[..., tile.rows] @ blocks.sheared[4]).transpose(0, 1),
+                (part.readers[..., tile.rows] @ blocks.sheared[5]).transpose(0, 1),
+            )
+            first = tile.lag - shape[1]  # of the sums, once flipped; those below 0 hold nothing
+            by_lag = torch.cat(sums).flip(-1)[..., max(0, -first) : out.shape[-1] - first]
             first = max(0, first)
             out[:, document, heads, first : first + by_lag.shape[-1]] += by_lag
 
@@ -88,37 +94,55 @@ class _Operands:
         def shared(x: Tensor) -> Tensor:
             return x[document, groups].to(dtype).repeat_interleave(share, 0)[within]
 
-        def whole(x: Tensor) -> Tensor:
-            return shared(x.unflatten(1, (-1, share)).sum(2)) if share > 1 else own(x)
-
         self.key, value = shared(back.key), shared(back.value)
         self.query, self.grad = back.scale * own(back.query), own(back.grad_output)
         self.grad_query = back.scale * own(back.grad_query)
-        self.grad_key, self.grad_value = whole(back.grad_key), whole(back.grad_value)
+        self.grad_key, self.grad_value = (own(x) for x in back.wholes[1:])
         self.lse = own(back.lse)[..., None]
         one = torch.ones_like(self.lse)
         delta = (self.grad * own(back.output)).sum(-1, keepdim=True)
         lse = self.lse.clamp(max=1e30) if back.softcap is None else torch.zeros_like(one)
-        self.query1, self.key1 = torch.cat((self.query, -lse), -1), torch.cat((self.key, one), -1)
-        self.grad1, self.value1 = torch.cat((self.grad, -delta), -1), torch.cat((value, one), -1)
-        self.key_norm = back.scale * self.key.norm(dim=-1, keepdim=True)
-        self.query_norm = self.query.norm(dim=-1, keepdim=True)
-        readers = back.mask.readers(len(self.lse[0]))
-        reader = one if readers is None else one * readers[document, :, None]
-        self.readers = torch.cat((self.grad.norm(dim=-1, keepdim=True), reader), -1)
+        self.query1, self.key1 = _beside(self.query, -lse), _beside(self.key, one)
+        self.grad1, self.value1 = _beside(self.grad, -delta), _beside(value, one)
+        self.key_norm = back.scale * self.key.norm(dim=-1)[:, None]
+        self.query_norm = self.query.norm(dim=-1)[:, None]
+        readers = back.mask.readers(one.shape[1])
+        reader = one[..., 0] if readers is None else one[..., 0] * readers[document]
+        self.readers = torch.stack((self.grad.norm(dim=-1), reader), 1)
 
 
-class _Block:
-    """Memory of one tile of scores for a few heads, readable along its diagonals."""
+def _beside(x: Tensor, column: Tensor) -> Tensor:
+    """One more column, and zeros up to a multiple of 8: a product over 65 numbers takes longer than one over 72."""
+    return torch.nn.functional.pad(torch.cat((x, column), -1), (0, -(x.shape[-1] + 1) % 8))
+
+
+class Scratch:
+    """Blocks that are used again: what lies outside their columns stays zero."""
+
+    _SHAPES = 8  # kept at once
+
+    def __init__(self):
+        self._kept: dict[tuple, _Blocks] = {}
+
+    def blocks(self, heads: int, height: int, width: int, like: Tensor) -> "_Blocks":
+        """The blocks of one shape."""
+        wanted = (heads, height, width, like.dtype, like.device)
+        if wanted not in self._kept:
+            if len(self._kept) == self._SHAPES:
+                self._kept.clear()
+            self._kept[wanted] = _Blocks(heads, height, width, like)
+        return self._kept[wanted]
+
+
+class _Blocks:
+    """Six blocks of a few heads, each readable in two ways: `tiles` by query and key, `sheared` along its diagonals.
+
+    Column d of `sheared` is one diagonal, the largest lag first; its row r belongs to row r of the tile.
+    """
 
     def __init__(self, heads: int, height: int, width: int, like: Tensor):
         stride = height + width
         size = height * (stride + 1)
-        memory = like.new_zeros(heads, size)
-        self.tile = memory.as_strided((heads, height, width), (size, stride, 1), height)
-        self._sheared = memory.as_strided((heads, height, stride + 1), (size, stride + 1, 1))
-
-    def diagonals(self, weight: Float[Tensor, "head m rows"] | None = None) -> Float[Tensor, "head m diagonal"]:
-        """Sums along the diagonals, plain or with weights per row, the smallest lag (upper right corner) first."""
-        sums = self._sheared.sum(1, keepdim=True) if weight is None else weight @ self._sheared
-        return sums.flip(-1)
+        memory = like.new_zeros(6, heads, size)
+        self.tiles = memory.as_strided((6, heads, height, width), (heads * size, size, stride, 1), height)
+        self.sheared = memory.as_strided((6, heads, height, stride + 1), (heads * size, size, stride + 1, 1))

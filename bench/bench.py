@@ -1,0 +1,262 @@
+"""`make bench`: the table of the README. Time as ratios of medians taken in turns; memory in a process of its own each.
+
+python bench/bench.py            all of it (about 15 minutes on two cores)
+python bench/bench.py steps      ratio to a plain training step on SmolLM2-135M
+python bench/bench.py naive      the same lag profile with eager attention and everything kept
+python bench/bench.py long       a two-layer model at long contexts
+"""
+
+import contextlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import eager_mask
+
+from posterity import corpus, loading
+from posterity.account import account
+from posterity.ledger import Bins, self_part, tally
+from posterity.measure import _frozen, _run
+
+ROUNDS = 5
+LABELS = {
+    "plain": "plain training step (all parameter gradients, sdpa)",
+    "frozen": "plain step, frozen parameters",
+    "self": "self/other split",
+    "lags": "everything by lag, without the weights",
+    "weights": "everything, with the weights",
+}
+console = Console(width=110)
+
+
+def window(context):
+    loaded = loading.load_model(None)
+    return loaded.model, corpus.windows([corpus.default_text()], loaded.tokenizer, context, 1)[0].ids[None]
+
+
+@contextlib.contextmanager
+def mode(name, model):
+    """Inside, one call of what is yielded is one step of this kind."""
+    if name == "plain":
+        model.requires_grad_(True)
+        yield lambda ids: (model.zero_grad(), _run(model, ids).sum().backward())
+        model.zero_grad()
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        if name != "frozen":
+            stack.enter_context(account(model, "self" if name == "self" else "octaves", name == "weights"))
+        yield lambda ids: _run(model, ids).sum().backward()
+
+
+def timed(step, ids):
+    started = time.perf_counter()
+    step(ids)
+    return time.perf_counter() - started
+
+
+def steps():
+    table = Table("SmolLM2-135M, one window", title="Time and peak memory of one step")
+    contexts = (512, 1024)
+    for context in contexts:
+        table.add_column(f"{context}: time ratio", justify="right")
+        table.add_column("memory ratio", justify="right")
+    cells = {name: [] for name in LABELS}
+    for context in contexts:
+        model, ids = window(context)
+        seconds = {name: [] for name in LABELS}
+        for _ in range(ROUNDS + 1):
+            for name in LABELS:
+                with mode(name, model) as step:
+                    seconds[name].append(timed(step, ids))
+        median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        peak = {name: alone("peak", name, context)["peak"] for name in LABELS}
+        for name in LABELS:
+            cells[name] += [f"{median[name] / median['plain']:.2f}", f"{peak[name] / peak['frozen']:.2f}"]
+        console.print(
+            f"context {context}: plain step {median['plain']:.2f} s, frozen step peak {peak['frozen'] / 1e9:.2f} GB"
+        )
+    for name, label in LABELS.items():
+        table.add_row(label, *cells[name])
+    console.print(table)
+    console.print("time: to the plain step; memory: peak of the process, to the plain step with frozen parameters")
+
+
+def peak(name, context):
+    """Peak memory of a process that does two steps."""
+    model, ids = window(int(context))
+    with mode(name, model) as step:
+        step(ids)
+        step(ids)
+    return {"peak": resident()}
+
+
+def resident():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def alone(*arguments):
+    """Run one measurement in a process of its own; None where it ran out of memory."""
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        if done.returncode == -9 or "allocate" in done.stderr:
+            return None
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def naive():
+    table = Table(
+        "context", "Posterity: s", "GB", "eager with hooks: s", "GB", "time", "memory", "largest disagreement"
+    )
+    table.title = "The lag profile of all three streams, SmolLM2-135M"
+    for context in (256, 512, 1024, 2048):
+        ours, theirs = alone("profile", "ours", context), alone("profile", "eager", context)
+        row = [str(context), f"{ours['seconds']:.1f}", f"{ours['peak'] / 1e9:.1f}"]
+        if theirs is None:
+            row += ["out of memory", "", "", "", ""]
+        else:
+            off = torch.tensor(ours["credit"]) - torch.tensor(theirs["credit"])
+            off = off.abs().max() / torch.tensor(theirs["credit"]).abs().max()
+            row += [f"{theirs['seconds']:.1f}", f"{theirs['peak'] / 1e9:.1f}"]
+            row += [
+                f"{theirs['seconds'] / ours['seconds']:.1f} x",
+                f"{theirs['peak'] / ours['peak']:.1f} x",
+                f"{off:.0e}",
+            ]
+        table.add_row(*row)
+    console.print(table)
+
+
+def profile(name, context):
+    """Credit by lag of all layers and heads, in two ways: seconds of the second pass, peak memory, sums over heads."""
+    model, ids = window(int(context))
+    for _ in range(2):
+        if name == "ours":
+            with _frozen(model), account(model, "all", weights=False) as ledger:
+                started = time.perf_counter()
+                _run(model, ids).sum().backward()
+                seconds = time.perf_counter() - started
+            credit = torch.from_numpy(ledger.result().credit.sum("head").values)
+        else:
+            started = time.perf_counter()
+            credit = eager_profile(model, ids)
+            seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak": resident(), "credit": credit.tolist()}
+
+
+def eager_profile(model, ids):
+    """What one would write today: eager attention, patterns and their gradients kept, N x N products afterwards."""
+    kept = []
+
+    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
+        share = query.shape[1] // key.shape[1]
+        key_, value_ = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        pattern = torch.softmax(query @ key_.mT * scaling + attention_mask, -1)
+        output = pattern @ value_
+        for x in (query, key, value, pattern, output):
+            x.retain_grad()
+        kept.append((query, key, value, pattern, output, scaling, share))
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("kept", attend)
+    AttentionMaskInterface.register("kept", eager_mask)
+    model.set_attn_implementation("kept")
+    with _frozen(model):
+        _run(model, ids).sum().backward()
+    model.set_attn_implementation("sdpa")
+    profiles = []
+    for query, key, value, pattern, output, scaling, share in kept:
+        weight = pattern.detach()
+        score = scaling * weight * (pattern.grad - (pattern.grad * weight).sum(-1, keepdim=True))
+        key_grad, value_grad = key.grad.repeat_interleave(share, 1), value.grad.repeat_interleave(share, 1)
+        credits = (
+            score * (query.grad @ key.detach().repeat_interleave(share, 1).mT),
+            score * (query.detach() @ key_grad.mT),
+            weight * (output.grad @ value_grad.mT),
+        )
+        by_lag = [torch.stack([x.diagonal(-lag, -2, -1).sum() for lag in range(x.shape[-1])]) for x in credits]
+        profiles.append(torch.stack(by_lag))
+    return torch.stack(profiles)
+
+
+def long():
+    table = Table(
+        "context", "step: s", "of it accounts: s", "fused attention fwd+bwd: s", "accounts / fused", "peak GB"
+    )
+    table.add_column("KB a token")
+    table.title = "Two layers of 9 heads of 64, everything by lag"
+    before = None
+    for context in (2048, 4096, 8192, 16384):
+        found = alone("two_layers", context)
+        per_token = (
+            "" if before is None else f"{(found['peak'] - before['peak']) / (context - before['context']) / 1e3:.0f}"
+        )
+        table.add_row(
+            str(context),
+            f"{found['step']:.1f}",
+            f"{found['accounts']:.1f}",
+            f"{found['fused']:.1f}",
+            f"{found['accounts'] / found['fused']:.2f}",
+            f"{found['peak'] / 1e9:.2f}",
+            per_token,
+        )
+        before = found | {"context": context}
+    console.print(table)
+    console.print("accounts: self part and sweep of one layer, beside the fused forward and backward pass of one layer")
+
+
+def two_layers(context):
+    context = int(context)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=context,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(1024, (1, context))
+    with mode("lags", model) as step:
+        seconds = timed(step, ids)
+    used = resident()
+    query, key, value = (nn.Parameter(torch.randn(1, 9, context, 64)) for _ in range(3))
+    fused, accounts = [], []
+    for _ in range(3):
+        started = time.perf_counter()
+        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        grad = torch.randn_like(out)
+        out.backward(grad)
+        fused.append(time.perf_counter() - started)
+        accounts.append(observed(query, key, value, grad, context))
+    return {"step": seconds, "accounts": statistics.median(accounts), "fused": statistics.median(fused), "peak": used}
+
+
+def observed(query, key, value, grad, context):
+    from posterity import attention
+
+    seen = []
+    attention(query, key, value, observe=seen.append).backward(grad)
+    started = time.perf_counter()
+    tally(seen[0], self_part(seen[0]), Bins.of("octaves", context))
+    return time.perf_counter() - started
+
+
+def main():
+    torch.manual_seed(0)
+    wanted = sys.argv[1:]
+    if wanted and wanted[0] in ("peak", "profile", "two_layers"):
+        print(json.dumps(globals()[wanted[0]](*wanted[1:])))
+        return
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} rounds in turns")
+    for name in wanted or ("steps", "naive", "long"):
+        {"steps": steps, "naive": naive, "long": long}[name]()
+
+
+if __name__ == "__main__":
+    main()
