@@ -13,8 +13,8 @@ def main():
         page = browser.new_page(viewport={"width": 1180, "height": 900})
         page.goto((ROOT / "demo" / "report.html").as_uri())
         page.wait_for_timeout(3000)
-        cards = page.locator("section, .card")
-        top, bottom = cards.nth(1).bounding_box(), cards.nth(2).bounding_box()
+        cards = page.locator("#charts > *")
+        top, bottom = cards.nth(0).bounding_box(), cards.nth(1).bounding_box()
         clip = {"x": 0, "y": top["y"] - 20, "width": 1180, "height": bottom["y"] + bottom["height"] - top["y"] + 40}
         page.screenshot(path=ROOT / "docs" / "report.png", clip=clip, full_page=True)
         browser.close()

@@ -23,7 +23,7 @@ OUTSIDE = {  # what each module may import beside the standard library and the m
     "loading": TORCH | {"transformers", "huggingface_hub", "rich", "safetensors", "gguf"},
     "corpus": TORCH | {"numpy", "datasets"},
     "provenance": TORCH,
-    "estimate": TORCH,
+    "estimate": TORCH | {"transformers", "psutil"},
     "account": TORCH | {"numpy", "xarray"},
     "measure": TORCH | {"transformers", "rich", "xarray"},
     "result": {"numpy", "xarray", "h5netcdf", "h5py"},

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from posterity.weights import projection_parameters
 
@@ -12,7 +14,7 @@ TRIAL_TOKENS = 128
 
 
 def estimate(
-    model: nn.Module, ids: Tensor, windows: int, batch: int, weights: bool, run: Callable[[nn.Module, Tensor], Tensor]
+    model: PreTrainedModel, ids: Tensor, windows: int, batch: int, weights: bool, run: Callable[..., Tensor]
 ) -> str:
     """One line: memory and time of a run over windows as long as `ids`; `run` gives the losses of a batch.
 
@@ -33,19 +35,24 @@ def estimate(
     losses.sum().backward()
     seconds = (time.perf_counter() - started) / trial.numel() * windows * len(ids)
     activations = sum(size for place, size in saved.items() if place not in parameters) / trial.numel()
-    passing = batch * len(ids) * activations
+    # Beside what is saved, the backward pass of the loss holds two gradients as large as the logits.
+    logits = 2 * 4 * model.config.get_text_config().vocab_size
+    passing = batch * len(ids) * (activations + logits)
     sums = 0
     if weights:
         split = {id(x): x.numel() * 4 for module in _attentions(model) for x in projection_parameters(module).values()}
         sums = 2 * sum(split.values())
-    total = sum(parameters.values()) + passing + sums
+    now = sum(parameters.values())
+    if all(x.device.type == "cpu" for x in model.parameters()):
+        now = psutil.Process().memory_info().rss  # the model, and Python with its libraries
+    total = now + passing + sums
     return (
         f"{windows} window{'s'[: windows - 1]} of {len(ids)} tokens: about {_clock(seconds)} and {total / 1e9:.1f} GB "
-        f"(model {sum(parameters.values()) / 1e9:.1f}, activations {passing / 1e9:.1f}, weight sums {sums / 1e9:.1f})"
+        f"({now / 1e9:.1f} in use now, activations {passing / 1e9:.1f}, weight sums {sums / 1e9:.1f})"
     )
 
 
-def _attentions(model: nn.Module) -> list[nn.Module]:
+def _attentions(model: PreTrainedModel) -> list:
     """Attention modules by their class name: good enough for an estimate."""
     return [module for module in model.modules() if "attention" in type(module).__name__.lower()]
 

@@ -65,7 +65,7 @@ def measure(
     windows = corpus.windows(documents, tokenizer, context, limit)
     with _frozen(inner), _seeded(seed), account(model, lags, weights) as ledger:
         if progress:
-            Console(stderr=True).print(estimate(model, windows[0].ids, len(windows), batch, weights, _run))
+            Console(stderr=True).print(estimate(inner, windows[0].ids, len(windows), batch, weights, _run))
             ledger.clear()
         started = time.perf_counter()
         with _progress(len(windows), progress) as advance:
