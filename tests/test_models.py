@@ -183,3 +183,24 @@ def test_summed_loss_is_the_models_own():
     model, ids = tiny("llama"), tokens()
     own = model(input_ids=ids, labels=ids).loss * (ids.numel() - len(ids))
     torch.testing.assert_close(summed_loss(model, ids), own.double(), rtol=1e-6, atol=0)
+
+
+def test_a_module_that_cannot_be_run_again_is_refused_for_the_weights_only():
+    """Its forward is called past its hooks, so that its input is never seen."""
+    model = tiny("llama")
+    layer = model.model.layers[1]
+
+    class Past(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner.forward(*args, **kwargs)
+
+    layer.self_attn = Past(layer.self_attn)
+    with pytest.raises(InputError, match="measure without the weights"), posterity.account(model):
+        summed_loss(model, tokens()).backward()
+    with posterity.account(model, weights=False) as ledger:
+        summed_loss(model, tokens()).backward()
+    assert ledger.result().sizes["document"] == 2

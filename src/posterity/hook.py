@@ -232,7 +232,9 @@ class Watch:
         """Return what the backward pass of this attention call reports to."""
         layer = Layer(self.names[module], self.calls[module])
         self.calls[module] += 1
-        replay = _Replay(module, *self.inputs[module], layer.call)
+        # A module whose forward is called past its hooks has left no input: nothing can be run again then.
+        args, kwargs = self.inputs.get(module, ((), {}))
+        replay = _Replay(module, args, kwargs, layer.call)
         return lambda back: self.observe(layer, back, lambda document: replay.project(back, document))
 
 
@@ -265,7 +267,7 @@ class _Replay:
                 torch.func.functional_call(
                     _Bare(self.module), {f"module.{n}": x for n, x in leaves.items()}, args, kwargs
                 )
-        except _Captured:
+        except (_Captured, TypeError):  # TypeError: called without its input
             pass
         finally:
             _replay.capture = None
