@@ -54,7 +54,8 @@ def test_every_number_equals_the_dense_account_of_autograds_gradients(name, inpu
     same(ours.mass, [by_lag(x[1]).sum(1).movedim(0, 1) for x in dense])
     same(ours.attention, [by_lag(x[2]).sum(0) for x in dense])
     same(ours.edges, [by_lag(x[3][:, 0].long().expand(2, -1, -1)).sum(0) for x in dense])
-    same(ours.attention_first, [x[2][..., 0].sum((0, 2)) for x in dense])
+    starts = [0, 0] if readers is None else readers.int().argmax(1).tolist()
+    same(ours.attention_first, [sum(x[2][d, :, :, start].sum(-1) for d, start in enumerate(starts)) for x in dense])
     same(ours.profile_by_document, [[by_lag(x[0]).sum(2)[:, d] for x in dense] for d in range(2)])
     # the ledger balances against the gradients that autograd has for the model's own q, k, v
     for call, layer in zip(spy.calls, range(len(dense)), strict=True):
@@ -175,6 +176,22 @@ def test_any_split_of_the_documents_and_any_batch_gives_the_same_result(cuts, ba
         xr.testing.assert_allclose(whole[name].drop_vars(("document", "text")), joined, rtol=1e-6, atol=1e-9)
 
 
+def test_padding_on_the_left_changes_no_number_of_a_document():
+    """A document alone, and the same document behind four padding tokens: first position and positions included."""
+    model, ids = tiny("llama"), tokens(1)
+    with posterity.account(model, lags="all") as alone:
+        summed_loss(model, ids).backward()
+    behind = torch.cat((torch.ones(1, 4, dtype=torch.long), ids), 1)
+    mask = torch.cat((torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)), 1)
+    with posterity.account(model, lags="all") as padded_ledger:
+        places = {"attention_mask": mask, "position_ids": torch.cat((torch.zeros(4), torch.arange(12)))[None].long()}
+        own_loss(model, behind, places | {"labels": behind.masked_fill(torch.arange(16) < 5, -100)}).backward()
+    for name, right in alone.result().data_vars.items():
+        mine = padded_ledger.result()[name]
+        mine = mine.isel({dim: slice(0, right.sizes[dim]) for dim in ("lag", "position") if dim in mine.dims})
+        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-9, err_msg=name)
+
+
 def test_the_corpus_of_a_ledger_is_the_sum_of_its_documents():
     found = posterity.measure(tiny("llama"), None, tokens(3, 20), context=20, progress=False)
     by_document = found.credit_by_document.sum("document")
@@ -269,8 +286,17 @@ def test_bad_input_is_named_in_one_line():
         posterity.measure(model, None, tokens(), context=12, lags="thirds", progress=False)
     with pytest.raises(InputError, match="batch of at least 1"):
         posterity.measure(model, None, tokens(), context=12, batch=0, progress=False)
+    with pytest.raises(InputError, match="knows tokens 0 to 60; got 99 in window"):
+        posterity.measure(model, None, [[1] * 11 + [99]], context=12, progress=False)
     with posterity.account(model) as ledger, pytest.raises(InputError, match="no backward pass"):
         ledger.result()
+    with posterity.account(model) as ledger:
+        summed_loss(model, tokens()).backward()
+        late = summed_loss(model, tokens())
+    with pytest.raises(InputError, match="one text for each of 2 documents; got 1"):
+        ledger.result(["a"])
+    with pytest.raises(InputError, match="inside it"):
+        late.backward()
     with posterity.account(model) as ledger:
         with torch.no_grad():
             model(input_ids=tokens())

@@ -125,6 +125,10 @@ def test_the_readme_maps_every_module():
             assert f"`{path.name}`" in readme, path.name
 
 
+def test_the_readme_has_no_placeholder():
+    assert not re.findall(r"^[A-Z]+$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
 def test_every_link_between_the_documents_leads_somewhere():
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):

@@ -24,11 +24,15 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
     """Account for any forward and backward passes of your own.
 
     Each row of a batch counts as one document, each backward pass as new ones. Padding is honoured where the model is
-    told of it (`attention_mask`).
+    told of it (a 2D `attention_mask`): padding is no reader, and positions count from a row's first real token. (With
+    padding on the left, transformers' own loss lets the last padding token predict the first real one: set its label to
+    -100.) Packed documents share one row of positions. The weights of attention are never returned here
+    (`output_attentions`).
 
     Args:
         model: A causal language model of transformers (or a wrapper around one); restored on exit.
-        lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep).
+        lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep:
+            mass and attention of the others are NaN).
         weights: Whether to split the gradients of W_Q, W_K and W_V too.
 
     Raises:
@@ -105,6 +109,8 @@ class Ledger:
                 f"layer {short} has seen {counts[short]} of {self.documents} documents: no gradient reaches it "
                 "(are its inputs detached?)"
             )
+        if texts is not None and len(texts) != self.documents:
+            raise InputError(f"expected one text for each of {self.documents} documents; got {len(texts)}")
         context = max(sums.length for sums in self._layers.values())
         bins = Bins.of(self.lags, context)
         losses = self.losses or [(float("nan"), 0)] * self.documents
@@ -179,7 +185,7 @@ def _plus(one: Tensor, other: Tensor) -> Tensor:
 
 def _fit(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Pad bins and positions with zeros and missing heads with NaN."""
-    x = torch.nn.functional.pad(x, (0, shape[-1] - x.shape[-1])) if x.shape[1:] != shape[1:] else x
+    x = torch.nn.functional.pad(x, (0, shape[-1] - x.shape[-1])) if x.dim() > 1 or not x.is_floating_point() else x
     if len(x) < shape[0]:
         missing = x.new_full((shape[0] - len(x), *x.shape[1:]), torch.nan)
         x = torch.cat((x, missing))

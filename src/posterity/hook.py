@@ -161,7 +161,8 @@ def _as_mask(module: nn.Module, given: Any, is_causal: bool | None) -> Mask:
         hidden = given <= torch.finfo(given.dtype).min / 2
         if given.requires_grad or (given.masked_fill(hidden, 0) != 0).any():
             raise InputError(
-                "its attention mask adds a bias to the scores; only masks that allow or forbid are measured"
+                "its attention mask adds a bias to the scores; only masks that allow (0) or forbid (-inf, or "
+                "torch.finfo(dtype).min) are measured: pass a bool mask"
             )
         given = ~hidden
     heads, length = torch.arange(given.shape[1], device=given.device), given.shape[2]
@@ -204,6 +205,7 @@ class Watch:
         self.observe = observe
         self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}
         self.calls: Counter[nn.Module] = Counter()
+        self.closed = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -214,6 +216,7 @@ class Watch:
         try:
             yield
         finally:
+            self.closed = True
             for hook in hooks:
                 hook.remove()
             for module in self.names:
@@ -235,7 +238,13 @@ class Watch:
         # A module whose forward is called past its hooks has left no input: nothing can be run again then.
         args, kwargs = self.inputs.get(module, ((), {}))
         replay = _Replay(module, args, kwargs, layer.call)
-        return lambda back: self.observe(layer, back, lambda document: replay.project(back, document))
+
+        def report(back: Backward) -> None:
+            if self.closed:
+                raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
+            self.observe(layer, back, lambda document: replay.project(back, document))
+
+        return report
 
 
 class _Replay:
@@ -243,7 +252,7 @@ class _Replay:
 
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict, call: int):
         self.module, self.args, self.kwargs, self.call = module, args, kwargs, call
-        device = next(module.parameters()).device.type
+        device = next((x.device.type for x in module.parameters()), "cpu")
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def project(self, back: Backward, document: int) -> Projections:

@@ -128,7 +128,7 @@ def tally(back: Backward, part: SelfPart, bins: Bins, scratch: Scratch | None = 
     else:
         credit, mass, attention = _unswept(back, part, by_position)
         credit, mass, attention = (x[..., : len(bins.first)] for x in (credit, mass, attention))
-    return Account(credit, mass, attention, edges, by_position, _attention_first(back))
+    return Account(credit, mass, attention, edges, _from_start(by_position, back), _attention_first(back))
 
 
 def _unswept(back: Backward, part: SelfPart, by_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,14 +140,30 @@ def _unswept(back: Backward, part: SelfPart, by_position: Tensor) -> tuple[Tenso
 
 
 def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
-    """Attention on key 0, summed over queries."""
-    first = Tile(slice(0, back.lse.shape[2]), slice(0, 1), 0, back.mask.plain)
-    query, key = back.query.to(back.lse.dtype), back.repeat(back.key[:, :, :1]).to(back.lse.dtype)
+    """Attention on the first key, padding left aside, summed over queries."""
+    length, starts = back.lse.shape[2], back.mask.starts(back.lse.shape[2])
+    at = torch.zeros(len(back.lse), dtype=torch.long, device=back.lse.device) if starts is None else starts
+    documents = torch.arange(len(at), device=at.device)
+    query, key = back.query.to(back.lse.dtype), back.repeat(back.key[documents, :, at, None]).to(back.lse.dtype)
     score = back.scale * (query * key).sum(-1)
     if back.softcap is not None:
         score = back.softcap * torch.tanh(score / back.softcap)
-    weight = back.mask.fill_(torch.exp(score - back.lse)[..., None], first, 0.0).squeeze(-1)
+    weight = torch.exp(score - back.lse)
+    for document, column in enumerate(at.tolist()):
+        first = Tile(slice(0, length), slice(column, column + 1), 0, back.mask.plain)
+        back.mask.fill_(weight[document, ..., None], first, 0.0, document)
     return _read(weight, back).sum(-1, dtype=torch.float64)
+
+
+def _from_start(
+    by_position: Float[Tensor, "batch *rest position"], back: Backward
+) -> Float[Tensor, "batch *rest position"]:
+    """Count positions from each document's first real token; what padding leaves free at the end is zero."""
+    length, starts = by_position.shape[-1], back.mask.starts(by_position.shape[-1])
+    if starts is None:
+        return by_position
+    at = (torch.arange(length, device=starts.device) + starts[:, None]) % length
+    return by_position.gather(-1, at[:, None, None, None].expand_as(by_position))
 
 
 def _read(weight: Float[Tensor, "batch head query"], back: Backward) -> Float[Tensor, "batch head query"]:

@@ -124,6 +124,11 @@ class Mask:
         """The queries that count as readers: not padding; None if all do."""
         return None if self.padding is None else self.padding[:, -queries:]
 
+    def starts(self, queries: int) -> Int[Tensor, " batch"] | None:
+        """Index of each document's first real token; None without padding."""
+        readers = self.readers(queries)
+        return None if readers is None else readers.int().argmax(1)
+
     def edges(self, length: int, device: torch.device) -> Int[Tensor, "#batch lag"]:
         """How many pairs of each lag are edges with a reader, per head; computed once.
 

@@ -45,7 +45,8 @@ def measure(
         documents: str, token ids, a list of either, or pairs (name, document); see `posterity.corpus.windows`.
         context: Tokens in a window.
         limit: The largest number of windows; None means all.
-        lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep).
+        lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep:
+            mass and attention of the others are NaN).
         weights: Whether to split the gradients of W_Q, W_K and W_V.
         batch: Windows in one pass.
         progress: Whether to show an estimate and a progress bar on stderr.
@@ -63,6 +64,7 @@ def measure(
     inner = language_model(model)
     _check_context(inner, context)
     windows = corpus.windows(documents, tokenizer, context, limit)
+    _check_tokens(inner, windows)
     with _frozen(inner), _seeded(seed), account(model, lags, weights) as ledger:
         if progress:
             Console(stderr=True).print(estimate(inner, windows[0].ids, len(windows), batch, weights, _run))
@@ -71,11 +73,11 @@ def measure(
         with _progress(len(windows), progress) as advance:
             for start in range(0, len(windows), batch):
                 some = windows[start : start + batch]
-                names = ", ".join(f"{window.text} #{window.index}" for window in some)
-                ledger.place = f" in window {names}"
+                names = [f"{window.text} #{window.index}" for window in some]
+                ledger.place = f" in window {', '.join(names)}"
                 ids = torch.stack([window.ids for window in some])
                 losses = _run(model, ids)
-                for loss, name in zip(losses, names.split(", "), strict=False):
+                for loss, name in zip(losses, names, strict=True):
                     if not loss.isfinite():
                         raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
                 ledger.losses += [(loss.item() / (context - 1), context - 1) for loss in losses]
@@ -109,6 +111,16 @@ def _check_context(model: PreTrainedModel, context: int) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest > 0:
         raise InputError(f"the model reads at most {longest} tokens; got a context of {context}: lower it (--context)")
+
+
+def _check_tokens(model: PreTrainedModel, windows: list[corpus.Window]) -> None:
+    known = model.config.get_text_config().vocab_size
+    for window in windows:
+        if (largest := int(window.ids.max())) >= known:
+            raise InputError(
+                f"the model knows tokens 0 to {known - 1}; got {largest} in window {window.text} #{window.index}: "
+                "is it the model's own tokenizer?"
+            )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from posterity.mask import Tile
 
 # Scratch for the blocks of a few heads: a CPU's last cache should hold it.
 _SCRATCH_BYTES = {"cpu": 10e6}
-_SCRATCH_LARGE = 1e9
+_SCRATCH_LARGE = 256e6
 
 
 def sweep(back: Backward, scratch: "Scratch | None" = None) -> Float[Tensor, "seven batch head lag"]:
