@@ -77,17 +77,23 @@ def steps():
             for name in LABELS:
                 with mode(name, model) as step:
                     seconds[name].append(timed(step, ids))
-        median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        ratio = {name: paired(seconds[name], seconds["plain"]) for name in LABELS}
         peak = {name: alone("peak", name, context)["peak"] for name in LABELS}
         for name in LABELS:
-            cells[name] += [f"{median[name] / median['plain']:.2f}", f"{peak[name] / peak['frozen']:.2f}"]
+            cells[name] += [f"{ratio[name]:.2f}", f"{peak[name] / peak['frozen']:.2f}"]
         console.print(
-            f"context {context}: plain step {median['plain']:.2f} s, frozen step peak {peak['frozen'] / 1e9:.2f} GB"
+            f"context {context}: plain step {statistics.median(seconds['plain'][1:]):.2f} s, "
+            f"frozen step peak {peak['frozen'] / 1e9:.2f} GB"
         )
     for name, label in LABELS.items():
         table.add_row(label, *cells[name])
     console.print(table)
     console.print("time: to the plain step; memory: peak of the process, to the plain step with frozen parameters")
+
+
+def paired(ours, plain):
+    """Median over the rounds of the ratio within a round; the first round warms up."""
+    return statistics.median(mine / step for mine, step in zip(ours[1:], plain[1:], strict=True))
 
 
 def peak(name, context):

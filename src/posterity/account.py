@@ -59,7 +59,7 @@ class Ledger:
 
     def open(self, layers: tuple[Layer, ...], other_paths: bool) -> None:
         """Name the layers, in the order of the forward pass."""
-        self._layers = {layer: _LayerSums() for layer in layers}
+        self._layers = dict.fromkeys(layers, _LayerSums())
         self._other_paths = other_paths
         self.clear()
 

@@ -49,7 +49,7 @@ class Backward:
     softcap: float | None
     mask: Mask
 
-    def repeat(self, grouped: Float[Tensor, "batch group key width"]) -> Float[Tensor, "batch head key width"]:
+    def repeat(self, grouped: Float[Tensor, "batch group *rest"]) -> Float[Tensor, "batch head *rest"]:
         """Give each query head its own copy of what its group shares."""
         return grouped.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
 

@@ -75,12 +75,26 @@ class Account:
 
 @dataclass(frozen=True)
 class SelfPart:
-    """The part of the gradients that a position sends to itself: shapes as in `Backward`."""
+    """The self edges: a_ii and c ds_ii, and the part of the gradients that a position sends to itself."""
 
     attention: Float[Tensor, "batch head position"]
-    query: Float[Tensor, "batch head position dim"]
-    key: Float[Tensor, "batch head position dim"]
-    value: Float[Tensor, "batch head position dim_v"]
+    grad_score: Float[Tensor, "batch head position"]
+    back: Backward
+
+    @property
+    def query(self) -> Float[Tensor, "batch head position dim"]:
+        """The self part of dq."""
+        return self.grad_score[..., None] * self.back.repeat(self.back.key)
+
+    @property
+    def key(self) -> Float[Tensor, "batch head position dim"]:
+        """The self part of each query head's dk."""
+        return self.grad_score[..., None] * self.back.query
+
+    @property
+    def value(self) -> Float[Tensor, "batch head position dim_v"]:
+        """The self part of each query head's dv."""
+        return self.attention[..., None] * self.back.grad_output
 
 
 def self_part(back: Backward) -> SelfPart:
@@ -95,31 +109,36 @@ def self_part(back: Backward) -> SelfPart:
             f"a ledger needs whole sequences; got {length} queries for {back.key.shape[2]} keys: "
             "call the model without past_key_values"
         )
-    query, key, value, grad = (
-        x.to(back.lse.dtype) for x in (back.query, back.repeat(back.key), back.repeat(back.value), back.grad_output)
-    )
-    score = back.scale * (query * key).sum(-1)
-    slope = torch.ones_like(score)
+    weight, slope = _edge(back, back.repeat(back.key))
+    allowed = back.mask.diagonal(length, length, back.lse.device)
+    if allowed is not None:
+        weight = weight * allowed
+    grad_weight = _dot(back.grad_output, back.repeat(back.value)) - _dot(back.grad_output, back.output)
+    return SelfPart(weight, back.scale * slope * weight * grad_weight, back)
+
+
+def _edge(
+    back: Backward, key: Float[Tensor, "batch head #query dim"]
+) -> tuple[Float[Tensor, "batch head query"], Float[Tensor, "batch head query"] | float]:
+    """Attention of each query on one key of its own, the mask left aside, and the slope of the soft-cap there."""
+    score, slope = back.scale * _dot(back.query, key), 1.0
     if back.softcap is not None:
         tanh = torch.tanh(score / back.softcap)
         score, slope = back.softcap * tanh, 1 - tanh * tanh
-    weight = torch.exp(score - back.lse)
-    allowed = back.mask.diagonal(length, length, query.device)
-    if allowed is not None:
-        weight = weight * allowed
-    delta = (grad * back.output).sum(-1)
-    grad_score = back.scale * weight * slope * ((grad * value).sum(-1) - delta)
-    return SelfPart(weight, grad_score[..., None] * key, grad_score[..., None] * query, weight[..., None] * grad)
+    return torch.exp(score - back.lse), slope
 
 
 def tally(back: Backward, part: SelfPart, bins: Bins, scratch: Scratch | None = None) -> Account:
     """Credit, mass and attention of every edge, summed by lag and by position."""
     batch, length = len(back.lse), back.lse.shape[2]
-    wholes = back.wholes
-    own_credit, whole_credit = (
-        torch.stack([_dot(x, whole) for x, whole in zip(terms, wholes, strict=True)], 2)
-        for terms in ((part.query, part.key, part.value), (back.grad_query, back.grad_key, back.grad_value))
+    query, key, value = back.wholes
+    own = (
+        part.grad_score * _dot(back.repeat(back.key), query),
+        part.grad_score * _dot(back.query, key),
+        part.attention * _dot(back.grad_output, value),
     )
+    whole = (_dot(back.grad_query, query), _dot(back.grad_key, key), _dot(back.grad_value, value))
+    own_credit, whole_credit = (torch.stack(credits, 2).double() for credits in (own, whole))
     by_position = torch.stack((own_credit, whole_credit - own_credit), 3)
     edges = bins.sum(back.mask.edges(length, back.lse.device)).expand(batch, -1)
     if bins.swept:
@@ -133,7 +152,13 @@ def tally(back: Backward, part: SelfPart, bins: Bins, scratch: Scratch | None = 
 
 def _unswept(back: Backward, part: SelfPart, by_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Credit, mass and attention of the bins (self, other); of the others only the credit is known without a sweep."""
-    mass = torch.stack([x.norm(dim=-1).sum(-1, dtype=torch.float64) for x in (part.query, part.key, part.value)], -1)
+    slope = part.grad_score.abs()
+    terms = (
+        slope * back.repeat(_norm(back.key)),
+        slope * _norm(back.query),
+        part.attention * _norm(back.grad_output),
+    )
+    mass = torch.stack([x.sum(-1, dtype=torch.float64) for x in terms], -1)
     attention = _read(part.attention, back).sum(-1, dtype=torch.float64)
     mass, attention = (torch.stack((x, torch.full_like(x, torch.nan)), -1) for x in (mass, attention))
     return by_position.sum(-1), mass, attention
@@ -144,11 +169,7 @@ def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
     length, starts = back.lse.shape[2], back.mask.starts(back.lse.shape[2])
     at = torch.zeros(len(back.lse), dtype=torch.long, device=back.lse.device) if starts is None else starts
     documents = torch.arange(len(at), device=at.device)
-    query, key = back.query.to(back.lse.dtype), back.repeat(back.key[documents, :, at, None]).to(back.lse.dtype)
-    score = back.scale * (query * key).sum(-1)
-    if back.softcap is not None:
-        score = back.softcap * torch.tanh(score / back.softcap)
-    weight = torch.exp(score - back.lse)
+    weight, _ = _edge(back, back.repeat(back.key[documents, :, at, None]))
     for document, column in enumerate(at.tolist()):
         first = Tile(slice(0, length), slice(column, column + 1), 0, back.mask.plain)
         back.mask.fill_(weight[document, ..., None], first, 0.0, document)
@@ -172,5 +193,9 @@ def _read(weight: Float[Tensor, "batch head query"], back: Backward) -> Float[Te
     return weight if readers is None else weight * readers[:, None]
 
 
-def _dot(x: Float[Tensor, "*rest dim"], y: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*rest"]:
-    return (x.to(working(x.dtype)) * y).sum(-1).double()
+def _dot(x: Float[Tensor, "*#rest dim"], y: Float[Tensor, "*#rest dim"]) -> Float[Tensor, "*#rest"]:
+    return (x.to(working(x.dtype)) * y).sum(-1)
+
+
+def _norm(x: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*rest"]:
+    return x.to(working(x.dtype)).norm(dim=-1)

@@ -5,6 +5,7 @@ A mask knows its empty blocks (outside a sliding window, in another packed docum
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -99,13 +100,11 @@ class Mask:
         `block` is (batch, head, rows, columns), or (head, rows, columns) of the one `document`.
         """
         if tile.whole:
-            late = tile.lag + 1  # columns from here on hold pairs with key > query
-            if late < block.shape[-1]:
-                late = max(late, 0)
-                causal = _causal(
-                    replace(tile, columns=slice(tile.columns.start + late, tile.columns.stop)), block.device
-                )
-                block[..., late:].masked_fill_(~causal, value)
+            first = max(tile.lag + 1, 0)  # columns from here on hold pairs with key > query
+            if first < block.shape[-1]:
+                rows, columns = tile.shape
+                late = _late(rows, columns - first, tile.lag - first, block.device)
+                block[..., first:].masked_fill_(late, value)
             return block
         allowed = self._evaluate(tile, block.device)
         if document is not None:
@@ -164,6 +163,12 @@ class Mask:
         rows = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None] + tile.offset
         columns = torch.arange(tile.columns.start, tile.columns.stop, device=device)[None, :]
         return _four(self.allowed(rows, columns), len(rows), columns.shape[1])  # type: ignore[misc]
+
+
+@lru_cache(maxsize=16)
+def _late(rows: int, columns: int, lag: int, device: torch.device) -> Bool[Tensor, "rows columns"]:
+    """The pairs with key > query, in a block whose upper left pair has this lag."""
+    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu(lag + 1)
 
 
 def _causal(tile: Tile, device: torch.device) -> Bool[Tensor, "rows columns"]:

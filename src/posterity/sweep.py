@@ -5,6 +5,7 @@ diagonals, one per lag, take no loop: the block lies in memory with rows of `str
 read with rows of `stride + 1` numbers, every column of what is read is one diagonal.
 """
 
+import math
 from itertools import groupby
 
 import torch
@@ -33,7 +34,7 @@ def sweep(back: Backward, scratch: "Scratch | None" = None) -> Float[Tensor, "se
     tiles.sort(key=lambda tile: tile.shape)
     if not tiles:
         return out
-    per_head = 6 * max(height * (height + width) for height, width in (tile.shape for tile in tiles))
+    per_head = _Blocks.COUNT * max(height * (height + width) for height, width in (tile.shape for tile in tiles))
     budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_LARGE) / (per_head * back.lse.element_size())
     parts = min(heads, -(-heads // max(1, int(budget))))
     for document in range(batch):
@@ -47,32 +48,37 @@ def _sweep_heads(
 ) -> None:
     """Add the diagonals of all tiles to `out`, for a few heads of one document."""
     part = _Operands(back, document, heads)
+    smallest = math.log(torch.finfo(back.lse.dtype).tiny)
     for shape, group in groupby(tiles, lambda tile: tile.shape):
         blocks = scratch.blocks(len(part.query), *shape, part.query)
-        to_query, to_key, to_value, mass, score, weight = blocks.tiles
+        weight, score, credit = blocks.tiles
+        sheared_weight, sheared_score, sheared_credit = blocks.sheared
         for tile in group:
             i, j = (slice(None), tile.rows), (slice(None), tile.columns)
             torch.bmm(part.query1[i], part.key1[j].mT, out=weight)
             torch.bmm(part.grad1[i], part.value1[j].mT, out=score)
-            torch.bmm(part.grad_query[i], part.key[j].mT, out=to_query)
-            torch.bmm(part.query[i], part.grad_key[j].mT, out=to_key)
-            torch.bmm(part.grad[i], part.grad_value[j].mT, out=to_value)
             if back.softcap is not None:
                 weight.div_(back.softcap).tanh_()
                 score.mul_(1 - weight * weight)
                 weight.mul_(back.softcap).sub_(part.lse[i])
-            back.mask.fill_(weight.exp_(), tile, 0.0, document)
+            weight.clamp_(min=smallest).exp_()  # exp takes 30 times longer where it underflows
+            back.mask.fill_(weight, tile, 0.0, document)
             score.mul_(weight)
-            blocks.tiles[:2].mul_(score)
-            to_value.mul_(weight)
-            torch.mul(score.abs_(), part.key_norm[..., tile.columns], out=mass)
-            sums = (  # in the order of the result: credits and mass of the query, then what has a weight per row
-                blocks.sheared[:4].sum(2),
-                (part.query_norm[..., tile.rows] @ blocks.sheared[4]).transpose(0, 1),
-                (part.readers[..., tile.rows] @ blocks.sheared[5]).transpose(0, 1),
-            )
+            sums = []  # in the order of the result
+            for left, right, factor in (
+                (part.grad_query, part.key, score),
+                (part.query, part.grad_key, score),
+                (part.grad, part.grad_value, weight),
+            ):
+                torch.bmm(left[i], right[j].mT, out=credit)
+                credit.mul_(factor)
+                sums.append(sheared_credit.sum(1, keepdim=True))
+            score.abs_()
+            key_mass = part.query_norm[..., tile.rows] @ sheared_score
+            score.mul_(part.key_norm[..., tile.columns])
+            sums += [sheared_score.sum(1, keepdim=True), key_mass, part.readers[..., tile.rows] @ sheared_weight]
             first = tile.lag - shape[1]  # of the sums, once flipped; those below 0 hold nothing
-            by_lag = torch.cat(sums).flip(-1)[..., max(0, -first) : out.shape[-1] - first]
+            by_lag = torch.cat(sums, 1).transpose(0, 1).flip(-1)[..., max(0, -first) : out.shape[-1] - first]
             first = max(0, first)
             out[:, document, heads, first : first + by_lag.shape[-1]] += by_lag
 
@@ -135,14 +141,16 @@ class Scratch:
 
 
 class _Blocks:
-    """Six blocks of a few heads, each readable in two ways: `tiles` by query and key, `sheared` along its diagonals.
+    """Three blocks of a few heads, each readable in two ways: `tiles` by query and key, `sheared` along its diagonals.
 
     Column d of `sheared` is one diagonal, the largest lag first; its row r belongs to row r of the tile.
     """
 
+    COUNT = 3
+
     def __init__(self, heads: int, height: int, width: int, like: Tensor):
         stride = height + width
         size = height * (stride + 1)
-        memory = like.new_zeros(6, heads, size)
-        self.tiles = memory.as_strided((6, heads, height, width), (heads * size, size, stride, 1), height)
-        self.sheared = memory.as_strided((6, heads, height, stride + 1), (heads * size, size, stride + 1, 1))
+        memory = [like.new_zeros(heads, size) for _ in range(self.COUNT)]
+        self.tiles = [x.as_strided((heads, height, width), (size, stride, 1), height) for x in memory]
+        self.sheared = [x.as_strided((heads, height, stride + 1), (size, stride + 1, 1)) for x in memory]
