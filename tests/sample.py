@@ -38,7 +38,7 @@ def bins(context: int, lags: str = "octaves") -> tuple[np.ndarray, np.ndarray]:
 
 def sample(
     layers=4, heads=3, context=64, documents=5, seed=0, *, lags="octaves", with_weights=True, missing_heads=0,
-    modules=None, texts=None, **changes,
+    modules=None, texts=None, losses=False, horizons=(), tokens=None, parameters=(), **changes,
 ) -> xr.Dataset:  # fmt: skip
     """`changes` are attributes; the last layer lacks `missing_heads` heads."""
     random = np.random.default_rng(seed)
@@ -67,6 +67,23 @@ def sample(
     if lags == "self":
         for name in ("mass", "attention"):
             variables[name][..., 1:] = np.nan
+    coordinates = {}
+    if losses:
+        variables |= _losses(random, side)
+    if parameters:
+        coordinates["parameter"] = list(parameters)
+        variables["parameter_by_document"] = _two_parts(random.normal(size=(documents, len(parameters), 2, 40)))
+    if horizons:
+        coordinates["horizon"] = list(horizons)
+        reach = random.uniform(5, 60, (layers, heads, 3, 1))
+        variables["horizon_by_document"] = side.sum((-1, -2))[..., None] * (1 - np.exp(-np.array(horizons) / reach))
+    if tokens:
+        assert len(tokens) == context
+        coordinates["token"] = list(tokens)
+        shape = (layers, 2, context, context)  # loss position, position
+        decay = np.exp(-np.abs(lag) / random.uniform(2, 20, (layers, 2, 1, 1)))
+        variables["inspect_norm"] = random.gamma(1, 1, shape) * decay * (lag >= 0)
+        variables["inspect_credit"] = variables["inspect_norm"] ** 2 * random.uniform(-0.2, 1, shape)
     if missing_heads:
         _take_away(variables, missing_heads)
     if with_weights:
@@ -79,7 +96,33 @@ def sample(
         texts=texts or [f"text {document % 2}" for document in range(documents)],
         attrs={**ATTRS, "context": context, "documents": documents, "tokens": documents * (context - 1), "lags": lags}
         | changes,
+        **coordinates,
     )
+
+
+def _losses(random, side) -> dict[str, np.ndarray]:
+    """Who pays, from credit (document, layer, head, stream, side, position): the self side split in two."""
+    side = side[:, :, :, 1:]
+    own = side[..., 0, :] * random.uniform(0.2, 0.9, side[..., 0, :].shape)
+    parts = np.stack([own, side[..., 0, :] - own, side[..., 1, :]], 4)
+    vectors = np.sqrt(np.abs(parts.sum(0)))[..., None] * random.normal(size=(*parts.shape[1:], 8))
+    gram = [(vectors[..., one, :, :] * vectors[..., two, :, :]).sum(-1)
+            for one, two in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))]  # fmt: skip
+    documents, layers, context = side.shape[0], side.shape[1], side.shape[-1]
+    hidden = _two_parts(random.normal(size=(documents, layers, context, 2, 8)) + 0.3)
+    return {
+        "loss_credit": parts.sum(0),
+        "loss_gram": np.stack(gram, 3),
+        "loss_credit_by_document": parts.sum(-1),
+        "hidden": hidden.sum(0).swapaxes(-1, -2),
+        "hidden_by_document": hidden.sum(2),
+    }
+
+
+def _two_parts(gradient: np.ndarray) -> np.ndarray:
+    """Squared norms and inner product of own and later parts: (..., part, number) to (..., term)."""
+    own, later = gradient[..., 0, :], gradient[..., 1, :]
+    return np.stack([(own**2).sum(-1), (later**2).sum(-1), (own * later).sum(-1)], -1)
 
 
 def weight_norms(gradient: np.ndarray) -> dict[str, np.ndarray]:
@@ -114,5 +157,9 @@ def _take_away(variables, missing) -> None:
     """The last layer has fewer heads: NaN where the missing ones would be."""
     for name in ("credit", "mass", "attention", "credit_by_position", "attention_first"):
         variables[name][-1, -missing:] = np.nan
+    for name in {"loss_credit", "loss_gram"} & set(variables):
+        variables[name][-1, -missing:] = np.nan
+    for name in {"loss_credit_by_document", "horizon_by_document"} & set(variables):
+        variables[name][:, -1, -missing:] = np.nan
     for name in ("credit_by_document", "first_by_document"):
         variables[name][:, -1, -missing:] = np.nan

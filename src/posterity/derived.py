@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from posterity.result import TERMS
+from posterity.result import LOSS_TERMS, PAIRS, PARTS, TERMS
 
 FAINT = 0.1  # of an equal part of a layer's credit: a head with less has no share worth showing
 UNCERTAIN = 0.25  # standard error of a share above which a head's share is not worth showing
@@ -116,6 +116,91 @@ def weights(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     )
 
 
+def who_pays(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+    """Share of the credit of keys and values that each payer has: `share`, `error`, dims (*by, written, part).
+
+    `part`: own loss; later losses through the self edge; later losses through the edges of later queries. They sum
+    to 1. KeyError if it was not measured.
+    """
+    credit = _sum(result, result.loss_credit_by_document, by)
+    return ratio(credit, credit.sum("part", skipna=False))
+
+
+def who_pays_by_position(result: xr.Dataset) -> xr.DataArray:
+    """Share of the whole credit by payer and position, over all layers; dims (written, part, position)."""
+    credit = _sum(result, result.loss_credit, ())
+    return _named(credit / credit.sum(("part", "position"), skipna=False), "share of the credit")
+
+
+def parts(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+    """Norms of the three parts, and cosines between them, over all positions and windows; dims (*by, written, pair).
+
+    `norm` (part): root of the summed squared norms, nats; `cosine` (pair of parts): 1 where both pull alike.
+    """
+    gram = _sum(result, result.loss_gram, by).sum("position", skipna=False)
+    squared = {part: gram.sel(pair=part, drop=True) for part in PARTS}
+    norm = xr.concat([squared[part] ** 0.5 for part in PARTS], xr.Variable("part", list(PARTS)))
+    pairs = [pair for pair in PAIRS if " . " in pair]
+    cosines = []
+    for pair in pairs:
+        one, two = pair.split(" . ")
+        cosines.append(gram.sel(pair=pair, drop=True) / (squared[one] * squared[two]) ** 0.5)
+    cosine = xr.concat(cosines, xr.Variable("pair", pairs))
+    return xr.Dataset(
+        {
+            "norm": _named(norm.transpose(..., "part"), "norm of a part", "nats"),
+            "cosine": _named(cosine.transpose(..., "pair"), "cosine between two parts"),
+        }
+    )
+
+
+def hidden(result: xr.Dataset) -> xr.Dataset:
+    """The gradient of the hidden state at each layer's input, dims (layer).
+
+    `share`, `error`: share of the own loss in the squared norm (its inner product with the whole), and `cosine`
+    between the parts of the own and of the later losses. NaN where a layer's input was not seen.
+    """
+    terms = result.hidden_by_document
+    found = ratio(_own_part(terms), _whole(terms))
+    total = terms.sum("document", skipna=False)
+    own, later, inner = (total.sel(loss_term=term, drop=True) for term in LOSS_TERMS)
+    return found.assign(cosine=_named(inner / (own * later) ** 0.5, "cosine between own and later"))
+
+
+def parameters(result: xr.Dataset) -> xr.Dataset:
+    """The gradient of each module's parameters, dims (parameter): `share`, `error`, `cosine` as in `hidden`."""
+    terms = result.parameter_by_document
+    found = ratio(_own_part(terms), _whole(terms))
+    total = terms.sum("document", skipna=False)
+    own, later, inner = (total.sel(loss_term=term, drop=True) for term in LOSS_TERMS)
+    return found.assign(cosine=_named(inner / (own * later) ** 0.5, "cosine between own and later"))
+
+
+def horizon_curve(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+    """Share of the credit that remains under the discount rate 1 - 1/h, dims (*by, stream, horizon), and its error."""
+    whole = _sum(result, result.credit_by_document, by).sum("side", skipna=False)
+    return ratio(_sum(result, result.horizon_by_document, by), whole)
+
+
+def effective_horizon(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+    """The h at which the horizon curve first reaches one half, dims (*by, stream), in tokens.
+
+    Between two measured horizons the curve is taken as linear in log h. Where already the smallest horizon gives one
+    half or more, that horizon is the answer (an upper bound); where the largest gives less, infinity; NaN if not known.
+    """
+    share = horizon_curve(result, by).share.transpose(..., "horizon")
+    grid, values = np.log(share.horizon.values.astype(float)), share.values
+    reached = values >= 0.5
+    after = reached.argmax(-1)
+    before = np.maximum(after - 1, 0)
+    high, low = (np.take_along_axis(values, at[..., None], -1)[..., 0] for at in (after, before))
+    part = np.where(after > 0, (0.5 - low) / np.where(after > 0, high - low, 1.0), 1.0)
+    found = np.exp(grid[before] + part * (grid[after] - grid[before]))
+    found = np.where(reached.any(-1), found, math.inf)
+    found = np.where(np.isnan(values).any(-1), math.nan, found)
+    return _named(share.isel(horizon=0, drop=True).copy(data=found), "effective horizon", "tokens")
+
+
 def weak(result: xr.Dataset) -> xr.DataArray:
     """Heads whose shares say nothing; bool, dims (layer, head, stream). True also for heads that a layer has not.
 
@@ -171,3 +256,13 @@ def _parts(norms: xr.DataArray) -> xr.DataArray:
     """Squared norms of the self part, the other part and the whole, along `part`."""
     one, two, inner = (norms.sel(term=term, drop=True) for term in TERMS)
     return xr.concat([one, two, one + two + 2 * inner], xr.Variable("part", ["self", "other", "whole"]))
+
+
+def _own_part(norms: xr.DataArray) -> xr.DataArray:
+    """Inner product of the part of the own loss with the whole."""
+    return norms.sel(loss_term=["own", "inner"]).sum("loss_term", skipna=False)
+
+
+def _whole(norms: xr.DataArray) -> xr.DataArray:
+    """Squared norm of own and later together."""
+    return norms.sel(loss_term=["own", "later", "inner", "inner"]).sum("loss_term", skipna=False)

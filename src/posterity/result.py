@@ -20,7 +20,19 @@ SCHEMA_VERSION = 1
 STREAMS = ("query", "key", "value")
 SIDES = ("self", "other")
 TERMS = ("self", "other", "inner")
-LABELS = {"stream": STREAMS, "side": SIDES, "term": TERMS}
+WRITTEN = ("key", "value")
+PARTS = ("own", "self later", "future")
+PAIRS = ("own", "self later", "future", "own . self later", "own . future", "self later . future")
+LOSS_TERMS = ("own", "later", "inner")
+LABELS = {
+    "stream": STREAMS,
+    "side": SIDES,
+    "term": TERMS,
+    "written": WRITTEN,
+    "part": PARTS,
+    "pair": PAIRS,
+    "loss_term": LOSS_TERMS,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,14 @@ COORDINATES = {
     "document": Entry(("document",), "1", "window of text", "int"),
     "text": Entry(("document",), "", "where the window came from", "str"),
     "term": Entry(("term",), "", "term of a squared norm", "str"),
+    "written": Entry(("written",), "", "what a position writes: key or value", "str", required=False),
+    "part": Entry(("part",), "", "which loss pays, through which edge", "str", required=False),
+    "pair": Entry(("pair",), "", "squared norm of a part, or inner product of two", "str", required=False),
+    "loss_term": Entry(("loss_term",), "", "term of a squared norm: own loss, later losses", "str", required=False),
+    "parameter": Entry(("parameter",), "", "module whose parameters are meant", "str", required=False),
+    "horizon": Entry(("horizon",), "tokens", "horizon h of the discount rate 1 - 1/h", "int", required=False),
+    "loss_position": Entry(("loss_position",), "tokens", "position of the loss", "int", required=False),
+    "token": Entry(("position",), "", "token at this position", "str", required=False),
 }
 _HEADS = ("layer", "head", "stream")
 SCHEMA = {
@@ -66,7 +86,39 @@ SCHEMA = {
     "weight_mean": Entry(
         ("layer", "stream", "term"), "nats^2", "mean weight gradient, squared norm", required=False
     ),
+    "loss_credit": Entry(
+        ("layer", "head", "written", "part", "position"), "nats^2", "credit by who pays", required=False
+    ),
+    "loss_gram": Entry(
+        ("layer", "head", "written", "pair", "position"), "nats^2", "inner products of the parts", required=False
+    ),
+    "loss_credit_by_document": Entry(
+        ("document", "layer", "head", "written", "part"), "nats^2", "credit of one window by who pays", required=False
+    ),
+    "hidden": Entry(
+        ("layer", "loss_term", "position"), "nats^2", "gradient of the layer's input, squared norm", required=False
+    ),
+    "hidden_by_document": Entry(
+        ("document", "layer", "loss_term"), "nats^2", "gradient of the layer's input, one window", required=False
+    ),
+    "parameter_by_document": Entry(
+        ("document", "parameter", "loss_term"), "nats^2", "gradient of a module's parameters", required=False
+    ),
+    "horizon_by_document": Entry(
+        ("document", *_HEADS, "horizon"), "nats^2", "credit of one window under a discount", required=False
+    ),
+    "inspect_credit": Entry(
+        ("layer", "written", "loss_position", "position"), "nats^2", "credit of one loss", required=False
+    ),
+    "inspect_norm": Entry(
+        ("layer", "written", "loss_position", "position"), "nats", "norm of the gradient of one loss", required=False
+    ),
 }  # fmt: skip
+TOGETHER = (
+    ("weight_by_document", "weight_mean"),
+    ("loss_credit", "loss_gram", "loss_credit_by_document", "hidden", "hidden_by_document"),
+    ("inspect_credit", "inspect_norm", "token"),
+)
 _DTYPES = {"float": np.dtype("float64"), "int": np.dtype("int64")}
 
 
@@ -78,6 +130,7 @@ def build(
     lag_end: Sequence[int] | np.ndarray,
     texts: Sequence[str],
     attrs: Mapping[str, object],
+    **coordinates: Sequence[object] | np.ndarray,
 ) -> xr.Dataset:
     """Put the sums into one labelled Dataset; shapes as in `SCHEMA`. A wrong shape or name is a bug of the caller.
 
@@ -88,17 +141,24 @@ def build(
         lag_end: last lag of each bin, inclusive.
         texts: for each window the name of the text it came from.
         attrs: provenance; None becomes "".
+        coordinates: those that only some results have: `parameter`, `horizon`, `token`.
     """
     head, position = np.shape(variables["credit"])[1], np.shape(variables["credit_by_position"])[-1]
     values = {
-        **{name: np.array(labels) for name, labels in LABELS.items()},
+        **{name: np.array(labels) for name, labels in LABELS.items()}, **coordinates,
+        "loss_position": np.arange(position),
         "layer": np.arange(len(modules)), "module": _texts(modules), "head": np.arange(head),
         "lag": np.asarray(lag), "lag_end": np.asarray(lag_end), "position": np.arange(position),
         "document": np.arange(len(texts)), "text": _texts(texts),
     }  # fmt: skip
     assert set(variables) <= set(SCHEMA), set(variables) - set(SCHEMA)
     data = {name: _variable(SCHEMA[name], variables[name]) for name in SCHEMA if name in variables}
-    coords = {name: _variable(entry, values[name]) for name, entry in COORDINATES.items()}
+    used = {dim for name in data for dim in SCHEMA[name].dims}
+    coords = {
+        name: _variable(entry, values[name])
+        for name, entry in COORDINATES.items()
+        if entry.required or (name in values and (name in used or name == "token"))
+    }
     provenance = {name: plain(value) for name, value in attrs.items()}
     result = xr.Dataset(data, coords, {**provenance, "schema_version": SCHEMA_VERSION})
     flaw = _flaw(result)
@@ -221,7 +281,7 @@ def _read(path: str) -> tuple[xr.Dataset, str | None]:
             return xr.Dataset(), flaw
         named = {**SCHEMA, **COORDINATES}
         variables = {name: _variable(named[str(name)], variable.values) for name, variable in file.variables.items()}
-    coords = {name: variables.pop(name) for name in COORDINATES}
+    coords = {name: variables.pop(name) for name in COORDINATES if name in variables}
     result = xr.Dataset(variables, coords, attrs)
     return result, _flaw_of_values(result)
 
@@ -247,6 +307,13 @@ def _flaw_of_form(result: xr.Dataset) -> str | None:
             return f"{name!r} holds {variable.dtype} where text belongs"
         if entry.kind != "str" and variable.dtype.newbyteorder("=") != _DTYPES[entry.kind]:
             return f"{name!r} holds {variable.dtype} where {_DTYPES[entry.kind]} belongs"
+        bare = next((dim for dim in entry.dims if dim not in result.variables), None)
+        if bare is not None:
+            return f"{name!r} has no coordinate {bare!r}"
+    for group in TOGETHER:
+        missing = [name for name in group if name not in result.variables]
+        if 0 < len(missing) < len(group):
+            return f"it has no {missing[0]!r}"
     unknown = set(result.variables) - set(SCHEMA) - set(COORDINATES)
     if unknown:
         return f"it holds {sorted(map(str, unknown))}, which no result has"
@@ -256,11 +323,14 @@ def _flaw_of_form(result: xr.Dataset) -> str | None:
 def _flaw_of_values(result: xr.Dataset) -> str | None:
     """The first thing wrong with the values, as half a sentence; None if nothing is."""
     for name, labels in LABELS.items():
-        if tuple(result[name].values) != labels:
+        if name in result.variables and tuple(result[name].values) != labels:
             return f"the labels of {name!r} are {list(map(str, result[name].values))} where {list(labels)} belong"
-    for name in ("layer", "head", "position", "document"):
-        if not np.array_equal(result[name], np.arange(result.sizes[name])):
+    for name in ("layer", "head", "position", "document", "loss_position"):
+        if name in result.variables and not np.array_equal(result[name], np.arange(result.sizes[name])):
             return f"{name!r} does not count from 0 to {result.sizes[name] - 1}"
+    horizon = result["horizon"].values if "horizon" in result else np.array([1])
+    if (horizon < 1).any() or (np.diff(horizon) <= 0).any():
+        return "its horizons do not begin at 1 or more and grow"
     lag, lag_end = result["lag"].values, result["lag_end"].values
     if lag[0] != 0 or lag_end[0] != 0 or (lag_end < lag).any() or not np.array_equal(lag[1:], lag_end[:-1] + 1):
         return "its lags do not begin with lag 0 alone and go on without a gap"
