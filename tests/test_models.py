@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
+import xarray as xr
 from tiny import CONFIGS, summed_loss, tiny, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import posterity
 from posterity.errors import InputError
+from posterity.hook import watches
 from posterity.models import check, watched
 
 
@@ -147,13 +149,21 @@ def test_other_paths_between_positions_are_reported():
     answer = check(model)
     assert answer.ok
     assert answer.other_paths
-    assert "outside of them" in str(answer)
+    assert "through Module (model.layers.1.mlp.0)" in str(answer)
 
 
-def test_accounting_twice_at_once_is_refused():
+def test_accounts_nest_and_each_counts_what_is_inside_its_with():
     model = tiny("llama")
-    with posterity.account(model), pytest.raises(InputError, match="already"), posterity.account(model):
-        pass
+    with posterity.account(model) as outer:
+        summed_loss(model, tokens(1)).backward()
+        with posterity.account(model) as inner:
+            summed_loss(model, tokens(2)).backward()
+        summed_loss(model, tokens(1)).backward()
+    assert (outer.documents, inner.documents) == (4, 2)
+    with posterity.account(model) as alone:
+        summed_loss(model, tokens(2)).backward()
+    xr.testing.assert_equal(inner.result().credit, alone.result().credit)
+    assert not watches
 
 
 def test_a_user_made_mask_of_four_dimensions_is_honoured():

@@ -58,10 +58,67 @@ def test_a_loaded_result_holds_no_file(tmp_path, plain):
                 and name not in loaded.indexes]  # fmt: skip
 
 
-def test_every_variable_of_a_file_has_units_and_a_long_name(tmp_path, plain):
-    loaded = results.load(results.save(plain, tmp_path / "run.nc"))
+def full():
+    """A result with every variable of the schema."""
+    tokens = [f"t{position}" for position in range(64)]
+    return sample(losses=True, horizons=(1, 8, 64), tokens=tokens, parameters=["a", "b"])
+
+
+def test_every_variable_of_a_file_has_units_and_a_long_name(tmp_path):
+    loaded = results.load(results.save(full(), tmp_path / "run.nc"))
     for name, entry in results.SCHEMA.items():
         assert loaded[name].attrs == {"units": entry.units, "long_name": entry.long_name}
+
+
+def test_a_full_result_comes_back_as_it_was(tmp_path):
+    assert set(results.SCHEMA) == set(full().data_vars)
+    assert results.load(results.save(full(), tmp_path / "run.nc")).identical(full())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("loss_gram", "it has no 'loss_gram'"),
+        ("token", "it has no 'token'"),
+        ("weight_mean", "it has no 'weight_mean'"),
+        ("horizon", "'horizon_by_document' has no coordinate 'horizon'"),
+    ],
+)
+def test_a_result_that_lacks_half_of_a_group_is_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        results.check(full().drop_vars(name))
+
+
+@pytest.mark.parametrize("horizons", [[0, 8, 64], [1, 1, 2]])
+def test_horizons_that_do_not_grow_are_refused(horizons):
+    with pytest.raises(InputError, match="horizons do not begin at 1 or more and grow"):
+        results.check(full().assign_coords(horizon=("horizon", horizons, full().horizon.attrs)))
+
+
+def test_the_parts_of_who_pays_add_up():
+    found = full()
+    np.testing.assert_allclose(derived.who_pays(found, ("layer",)).share.sum("part"), 1)
+    np.testing.assert_allclose(derived.who_pays_by_position(found).sum(("part", "position")), 1)
+    whole = found.credit_by_document.sel(stream=["key", "value"]).sum("side").values
+    np.testing.assert_allclose(found.loss_credit_by_document.sum("part"), whole)
+    two = derived.parts(found)
+    vectors = found.loss_gram.sum(("layer", "head", "position"))
+    right = vectors.sel(pair="own . future") / (vectors.sel(pair="own") * vectors.sel(pair="future")) ** 0.5
+    np.testing.assert_allclose(two.cosine.sel(pair="own . future"), right)
+
+
+def test_the_effective_horizon_is_where_half_the_credit_is_reached():
+    found = sample(horizons=(1, 2, 4, 8))
+    whole = found.credit_by_document.sum("side").transpose("document", "layer", "head", "stream")
+
+    def with_curve(*curve):
+        values = (whole.values[..., None] * np.array(curve)).astype(float)
+        return found.assign(horizon_by_document=found.horizon_by_document.copy(data=values))
+
+    assert derived.effective_horizon(with_curve(0.1, 0.4, 0.6, 1)).values == pytest.approx(2**1.5)
+    assert derived.effective_horizon(with_curve(0.6, 0.7, 0.8, 1)).values == pytest.approx(1)
+    assert np.isinf(derived.effective_horizon(with_curve(0.1, 0.2, 0.3, 0.4))).all()
+    assert np.isnan(derived.effective_horizon(with_curve(0.1, np.nan, 0.6, 1))).all()
 
 
 def test_names_with_control_characters_come_back_readable(tmp_path):
@@ -277,7 +334,7 @@ def test_numbers_of_any_precision_become_those_of_the_schema():
 
 
 def _rebuilt(result, **changes):
-    variables = {name: result[name].values for name in results.SCHEMA} | changes
+    variables = {name: result[name].values for name in results.SCHEMA if name in result} | changes
     return results.build(variables, modules=list(result.module.values), lag=result.lag.values,
                          lag_end=result.lag_end.values, texts=list(result.text.values), attrs={})  # fmt: skip
 

@@ -13,21 +13,46 @@ if TYPE_CHECKING:
     from posterity.account import account
     from posterity.attention import attention
     from posterity.errors import InputError
+    from posterity.horizon import Discount, EdgeWindow, Full, Myopic
     from posterity.mask import Mask
     from posterity.measure import measure
-    from posterity.models import check
+    from posterity.models import check, horizon
     from posterity.report import report
     from posterity.result import load, save
     from posterity.summary import summary
 
-__all__ = ["InputError", "Mask", "account", "attention", "check", "load", "measure", "report", "save", "summary"]
+__all__ = [
+    "Discount",
+    "EdgeWindow",
+    "Full",
+    "InputError",
+    "Mask",
+    "Myopic",
+    "account",
+    "attention",
+    "check",
+    "horizon",
+    "load",
+    "measure",
+    "report",
+    "save",
+    "summary",
+]
 
 try:
     __version__ = version("posterity")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "unknown"
 
-_HOME = {"InputError": "errors", "Mask": "mask", "check": "models", "load": "result", "save": "result"}
+_HOME = {
+    "InputError": "errors",
+    "Mask": "mask",
+    "check": "models",
+    "load": "result",
+    "save": "result",
+    **dict.fromkeys(("Discount", "EdgeWindow", "Full", "Myopic"), "horizon"),
+    "horizon": "models",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from posterity import result
 from posterity.attention import Backward
 from posterity.errors import InputError
-from posterity.hook import Layer
+from posterity.hook import Layer, Watch
 from posterity.ledger import SIDES, STREAMS, Account, Bins, self_part, tally
+from posterity.losses import Payers
 from posterity.models import watched
 from posterity.provenance import provenance
 from posterity.sweep import Scratch
@@ -40,8 +41,8 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
     """
     Bins.of(lags, 2)
     ledger = Ledger(model, lags, weights)
-    with watched(model, ledger.observe) as found:
-        ledger.open(found.layers, found.other_paths)
+    with watched(model, ledger.observe) as watch:
+        ledger.open(watch)
         yield ledger
 
 
@@ -54,13 +55,13 @@ class Ledger:
         self.place = ""  # what is being measured now, for messages
         self.losses: list[tuple[float, int]] = []  # mean loss and number of losses of each document, where known
         self._layers: dict[Layer, _LayerSums] = {}
-        self._other_paths = False
+        self.watch: Watch | None = None
         self._scratch = Scratch()
 
-    def open(self, layers: tuple[Layer, ...], other_paths: bool) -> None:
+    def open(self, watch: Watch) -> None:
         """Name the layers, in the order of the forward pass."""
-        self._layers = dict.fromkeys(layers, _LayerSums())
-        self._other_paths = other_paths
+        self.watch = watch
+        self._layers = dict.fromkeys(watch.layers, _LayerSums())
         self.clear()
 
     def clear(self) -> None:
@@ -90,11 +91,12 @@ class Ledger:
         """How many documents have been accounted for."""
         return max((len(sums.documents) for sums in self._layers.values()), default=0)
 
-    def result(self, texts: list[str] | None = None, **attrs: object) -> xr.Dataset:
+    def result(self, texts: list[str] | None = None, payers: Payers | None = None, **attrs: object) -> xr.Dataset:
         """Label the sums: the schema of `posterity.measure`.
 
         Args:
             texts: Where each document came from.
+            payers: Who pays, of the same documents.
             attrs: Provenance to add.
 
         Raises:
@@ -118,11 +120,13 @@ class Ledger:
             "loss": np.array([loss for loss, _ in losses]),
             "tokens": np.array([count for _, count in losses]),
         }
+        if payers is not None:
+            variables |= payers.variables()
         known = {
             "context": context,
             "documents": self.documents,
             "lags": self.lags,
-            "other_paths": int(self._other_paths),
+            "other_paths": "; ".join(self.watch.other_paths) if self.watch else "",
         }
         return result.build(
             variables,
@@ -131,6 +135,7 @@ class Ledger:
             lag_end=bins.last,
             texts=texts or [""] * self.documents,
             attrs=provenance(self.model) | known | attrs,
+            **({} if payers is None else payers.coordinates()),
         )
 
     def _stacked(self, context: int, bins: int) -> dict[str, np.ndarray]:

@@ -13,6 +13,8 @@ and backward, with do_i the gradient at o_i and D_i = do_i.o_i:
 
 Nothing of size N x N is ever held: the forward pass keeps the log-sum-exp `lse`, the backward pass recomputes one block
 of scores at a time (Dao 2023, arXiv 2307.08691). Plain causal attention on a CPU goes to torch's fused kernel.
+
+Under a horizon (horizon.py) every edge's part of dk and dv carries a factor that depends on its lag; dq never does.
 """
 
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posterity.errors import InputError
+from posterity.horizon import Full, Rule, by_lag
 from posterity.mask import Mask, Tile
 
 
@@ -33,7 +36,8 @@ class Backward:
     """One finished backward pass of the operator: all that is needed to account for every edge of it.
 
     Keys and values are shared by groups of `heads // key_value_heads` query heads. `grad_key` and `grad_value` are each
-    query head's own part; their sum over the group is the gradient that autograd sees.
+    query head's own part; their sum over the group is the gradient that autograd sees. `key_weight` and
+    `value_weight` are the horizon's factors that are in them; None if all are 1.
     """
 
     query: Float[Tensor, "batch head query dim"]
@@ -48,6 +52,8 @@ class Backward:
     scale: float
     softcap: float | None
     mask: Mask
+    key_weight: Float[Tensor, " lag"] | None = None
+    value_weight: Float[Tensor, " lag"] | None = None
 
     def repeat(self, grouped: Float[Tensor, "batch group *rest"]) -> Float[Tensor, "batch head *rest"]:
         """Give each query head its own copy of what its group shares."""
@@ -66,7 +72,12 @@ class _Options:
     scale: float
     softcap: float | None
     mask: Mask
+    horizon: Callable[[], tuple[Rule, Rule]]
     observe: Callable[[Backward], None] | None
+
+
+def _full() -> tuple[Rule, Rule]:
+    return Full(), Full()
 
 
 def attention(
@@ -78,6 +89,8 @@ def attention(
     mask: Mask | None = None,
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
+    horizon: Callable[[], tuple[Rule, Rule]] = _full,
+    detached: tuple[Tensor | None, Tensor | None] = (None, None),
     observe: Callable[[Backward], None] | None = None,
 ) -> Float[Tensor, "batch head query dim_v"]:
     """Causal attention, differentiable once in query, key, value and sinks, in memory linear in the length.
@@ -90,6 +103,9 @@ def attention(
         mask: Which pairs are edges; plain causal by default.
         softcap: Scores become softcap * tanh(scores / softcap).
         sinks: One extra logit per head that takes weight and gives no value.
+        horizon: Asked in each backward pass for the rules of keys and of values.
+        detached: Key and value once more (their numbers are not used): they get the gradient that the horizon takes
+            from `key` and `value`.
         observe: Called once per backward pass with the finished `Backward`.
 
     Raises:
@@ -104,17 +120,19 @@ def attention(
         )
     if queries > keys:
         raise InputError(f"attention expects at least as many keys as queries; got {queries} queries, {keys} keys")
-    options = _Options(dim**-0.5 if scale is None else float(scale), softcap or None, mask or Mask(), observe)
-    return _Attention.apply(query, key, value, sinks, options)
+    factor = dim**-0.5 if scale is None else float(scale)
+    options = _Options(factor, softcap or None, mask or Mask(), horizon, observe)
+    return _Attention.apply(query, key, value, sinks, *detached, options)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sinks, options):
+    def forward(ctx, query, key, value, sinks, key_detached, value_detached, options):
         run = _fused_forward if _fusable(query, key, value, sinks, options) else _block_forward
         output, lse = run(query, key, value, sinks, options)
         ctx.save_for_backward(query, key, value, sinks, output, lse)
         ctx.options = options
+        ctx.detached = key_detached is not None, value_detached is not None
         return output
 
     @staticmethod
@@ -122,20 +140,80 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_output):
         query, key, value, sinks, output, lse = ctx.saved_tensors
         options, groups = ctx.options, key.shape[1]
+        weights = [by_lag(rule, key.shape[2], lse) for rule in options.horizon()]
         key_, value_ = (x.repeat_interleave(query.shape[1] // groups, 1) for x in (key, value))
-        run = _fused_backward if _fusable(query, key, value, sinks, options) else _block_backward
-        grad_query, grad_key, grad_value = run(grad_output, query, key_, value_, output, lse, options)
+        given: tuple = grad_output, query, key_, value_, output, lse, options
+        fused = _fusable(query, key, value, sinks, options)
+        grad_query, *grads = _grads(given, weights, fused)
+        kept, beyond = grads, [None, None]  # what reaches the projections, and what of it passes the hidden state by
+        if any(ctx.detached) and any(weight is not None for weight in weights):
+            _, *wholes = _grads(given, [None, None], fused)
+            kept = [whole if apart else x for whole, x, apart in zip(wholes, grads, ctx.detached, strict=True)]
+            beyond = [whole - x if apart else None for whole, x, apart in zip(wholes, grads, ctx.detached, strict=True)]
+            weights = [None if apart else weight for weight, apart in zip(weights, ctx.detached, strict=True)]
         if options.observe is not None:
             back = Backward(
                 query.detach(), key.detach(), value.detach(), output.detach(), lse.detach(), grad_output.detach(),
-                grad_query, grad_key, grad_value, options.scale, options.softcap, options.mask,
+                grad_query, kept[0], kept[1], options.scale, options.softcap, options.mask, weights[0], weights[1],
             )  # fmt: skip
             options.observe(back)
         grad_sinks = None
         if sinks is not None:
             weight = torch.exp(sinks[:, None] - lse)
             grad_sinks = -(weight * (grad_output * output).sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return grad_query, group_sum(grad_key, groups), group_sum(grad_value, groups), grad_sinks, None
+        grads, beyond = ([None if x is None else group_sum(x, groups) for x in some] for some in (grads, beyond))
+        return grad_query, *grads, grad_sinks, *beyond, None
+
+
+def _grads(given: tuple, weights: list[Tensor | None], fused: bool) -> list[Tensor]:
+    """dq and each query head's own part of dk and dv, under the factors of a horizon."""
+    alone = [weight is None or not weight[1:].any() for weight in weights]
+    if not all(alone) or (any(weight is not None for weight in weights) and given[1].shape[2] != given[2].shape[2]):
+        return _block_backward(*given, weights=weights)
+    grads = list(_fused_backward(*given) if fused else _block_backward(*given))
+    if any(weight is not None for weight in weights):
+        grad_output, query = given[:2]
+        weight, grad_score = self_edges(*given)
+        for index, (factor, left) in enumerate(((grad_score, query), (weight, grad_output))):
+            if weights[index] is not None:
+                grads[index + 1] = (factor[..., None] * left).to(query.dtype)
+    return grads
+
+
+def self_edges(
+    grad_output: Float[Tensor, "batch head position dim_v"],
+    query: Float[Tensor, "batch head position dim"],
+    key: Float[Tensor, "batch head position dim"],
+    value: Float[Tensor, "batch head position dim_v"],
+    output: Float[Tensor, "batch head position dim_v"],
+    lse: Float[Tensor, "batch head position"],
+    options: "_Options | Backward",
+) -> tuple[Float[Tensor, "batch head position"], Float[Tensor, "batch head position"]]:
+    """a_ii and c ds_ii, elementwise: O(N d), no scores but the diagonal ones."""
+    weight, slope = one_edge(query, key, lse, options)
+    allowed = options.mask.diagonal(query.shape[2], key.shape[2], lse.device)
+    if allowed is not None:
+        weight = weight * allowed
+    return weight, options.scale * slope * weight * (dot(grad_output, value) - dot(grad_output, output))
+
+
+def one_edge(
+    query: Float[Tensor, "batch head query dim"],
+    key: Float[Tensor, "batch head #query dim"],
+    lse: Float[Tensor, "batch head query"],
+    options: "_Options | Backward",
+) -> tuple[Float[Tensor, "batch head query"], Float[Tensor, "batch head query"] | float]:
+    """Attention of each query on one key of its own, the mask left aside, and the slope of the soft-cap there."""
+    score, slope = options.scale * dot(query, key), 1.0
+    if options.softcap is not None:
+        tanh = torch.tanh(score / options.softcap)
+        score, slope = options.softcap * tanh, 1 - tanh * tanh
+    return torch.exp(score - lse), slope
+
+
+def dot(x: Float[Tensor, "*#rest dim"], y: Float[Tensor, "*#rest dim"]) -> Float[Tensor, "*#rest"]:
+    """Inner products, in the working precision."""
+    return (x.to(working(x.dtype)) * y).sum(-1)
 
 
 def group_sum(per_head: Float[Tensor, "batch head key dim"], groups: int) -> Float[Tensor, "batch group key dim"]:
@@ -183,8 +261,8 @@ def _block_forward(query, key, value, sinks, options):
     return output, lse
 
 
-def _block_backward(grad_output, query, key, value, output, lse, options):
-    """The four sums at the top of this file, one block of scores at a time."""
+def _block_backward(grad_output, query, key, value, output, lse, options, weights=(None, None)):
+    """The four sums at the top of this file, one block of scores at a time; `weights`: factors by lag for dk, dv."""
     grads = [torch.zeros_like(x, dtype=working(x.dtype)) for x in (query, key, value)]
     delta = (grad_output * output).sum(-1, keepdim=True, dtype=lse.dtype)
     for rows, tiles in options.mask.tiles(query.shape[2], key.shape[2], query.device):
@@ -192,13 +270,23 @@ def _block_backward(grad_output, query, key, value, output, lse, options):
         for tile in tiles:
             columns = tile.columns
             score, slope = _score(query, key, tile, options)
-            weight = torch.exp(score - lse[:, :, rows, None])
-            grad_score = weight * (grad_i @ value[:, :, columns].to(lse.dtype).mT - delta[:, :, rows])
-            grad_score = options.scale * (grad_score if slope is None else grad_score * slope)
+            weight = score.sub_(lse[:, :, rows, None]).exp_()
+            grad_score = (grad_i @ value[:, :, columns].to(lse.dtype).mT).sub_(delta[:, :, rows]).mul_(weight)
+            grad_score.mul_(options.scale if slope is None else options.scale * slope)
             grads[0][:, :, rows] += grad_score @ key[:, :, columns].to(lse.dtype)
-            grads[1][:, :, columns] += grad_score.mT @ query_i
-            grads[2][:, :, columns] += weight.mT @ grad_i
+            for grad, edge, left, factor in zip(
+                grads[1:], (grad_score, weight), (query_i, grad_i), weights, strict=True
+            ):
+                factors = None if factor is None else _on(factor, tile)
+                if factors is None or factors.any():
+                    grad[:, :, columns] += (edge if factors is None else edge * factors).mT @ left
     return [grad.to(query.dtype) for grad in grads]
+
+
+def _on(factor: Float[Tensor, " lag"], tile: Tile) -> Float[Tensor, "rows columns"]:
+    """Factors by lag, laid out on the pairs of a block; what they are where key > query does not matter."""
+    rows, columns = (torch.arange(x.start, x.stop, device=factor.device) for x in (tile.rows, tile.columns))
+    return factor[(tile.offset + rows[:, None] - columns).clamp_(min=0)]
 
 
 def _score(query: Tensor, key: Tensor, tile: Tile, options: _Options) -> tuple[Tensor, Tensor | None]:

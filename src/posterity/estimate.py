@@ -14,9 +14,16 @@ TRIAL_TOKENS = 128
 
 
 def estimate(
-    model: PreTrainedModel, ids: Tensor, windows: int, batch: int, weights: bool, run: Callable[..., Tensor]
+    model: PreTrainedModel,
+    ids: Tensor,
+    windows: int,
+    batch: int,
+    weights: bool,
+    run: Callable[..., Tensor],
+    passes: int,
 ) -> str:
-    """One line: memory and time of a run over windows as long as `ids`; `run` gives the losses of a batch.
+    """One line: memory and time of a run over windows as long as `ids`; `run` gives the losses of a batch;
+    `passes` more backward passes are counted as half of the trial each.
 
     Activations are counted on the trial and grow linearly with the tokens. Time is that of the trial for every token;
     attention's quadratic part is left out, so long contexts take longer.
@@ -34,6 +41,7 @@ def estimate(
         losses = run(model, trial)
     losses.sum().backward()
     seconds = (time.perf_counter() - started) / trial.numel() * windows * len(ids)
+    seconds *= 1 + passes / 2
     activations = sum(size for place, size in saved.items() if place not in parameters) / trial.numel()
     # Beside what is saved, the backward pass of the loss holds two gradients as large as the logits.
     logits = 2 * 4 * model.config.get_text_config().vocab_size

@@ -6,7 +6,7 @@ This file and models.py are the only ones that know transformers.
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from transformers.masking_utils import causal_mask_function
 
 from posterity.attention import Backward, attention
 from posterity.errors import InputError
+from posterity.horizon import Full, Rule
 from posterity.mask import Mask
 from posterity.weights import Projections, projection_parameters
 
@@ -98,8 +99,16 @@ def _attention_function(
     watch = watches.get(module)
     if isinstance(watch, Recorder) and watch.cut:
         return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]), None
-    observe = None if watch is None else watch.called(module)
-    output = attention(query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux, observe=observe)
+    if not isinstance(watch, Watch):
+        if watch is not None:
+            watch.called(module)
+        output = attention(query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux)
+        return output.transpose(1, 2).contiguous(), None
+    call = watch.called(module, query, key, value)
+    output = attention(
+        query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux,
+        horizon=call.rules, detached=call.detached, observe=call.report,
+    )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -197,15 +206,29 @@ class Recorder:
                 watches[module] = watch
 
 
+@dataclass(eq=False)
+class Cut:
+    """A horizon in force: for some layers and for keys, values or both."""
+
+    rule: Rule
+    where: str  # "kv" or "hidden"
+    streams: frozenset[str]
+    layers: frozenset[Layer]
+    met: int = 0  # calls with gradients that it was in force for
+    closed: bool = False
+
+
 class Watch:
     """Watches the attention modules of one model: their inputs, their calls, their backward passes."""
 
-    def __init__(self, modules: dict[str, nn.Module], observe: Observer):
+    def __init__(self, modules: dict[str, nn.Module], layers: tuple[Layer, ...], other_paths: tuple[str, ...]):
         self.names = {module: name for name, module in modules.items()}
-        self.observe = observe
+        self.layers, self.other_paths = layers, other_paths
+        self.observers: list[Observer] = []
+        self.cuts: list[Cut] = []
         self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}
         self.calls: Counter[nn.Module] = Counter()
-        self.closed = False
+        self.again: tuple[tuple[Rule, Rule], Observer] | None = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -216,11 +239,28 @@ class Watch:
         try:
             yield
         finally:
-            self.closed = True
             for hook in hooks:
                 hook.remove()
             for module in self.names:
                 watches.pop(module, None)
+
+    @contextlib.contextmanager
+    def reporting(self, observe: Observer) -> Iterator[None]:
+        """Inside, backward passes are reported to `observe` too."""
+        self.observers.append(observe)
+        try:
+            yield
+        finally:
+            self.observers.remove(observe)
+
+    @contextlib.contextmanager
+    def sending(self, rules: tuple[Rule, Rule], observe: Observer) -> Iterator[None]:
+        """Inside, backward passes of earlier forward passes obey these rules everywhere; only `observe` gets them."""
+        self.again = (rules, observe)
+        try:
+            yield
+        finally:
+            self.again = None
 
     def _entered(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Keep the input of a module, without its graph and without its cache; count its calls from 0."""
@@ -231,20 +271,60 @@ class Watch:
         self.calls[module] = 0
         self.inputs[module] = tree_map(keep, (args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
 
-    def called(self, module: nn.Module) -> Callable[[Backward], None]:
-        """Return what the backward pass of this attention call reports to."""
+    def called(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> "_Call":
+        """Note an attention call; what is returned is asked in its backward passes."""
         layer = Layer(self.names[module], self.calls[module])
         self.calls[module] += 1
         # A module whose forward is called past its hooks has left no input: nothing can be run again then.
         args, kwargs = self.inputs.get(module, ((), {}))
-        replay = _Replay(module, args, kwargs, layer.call)
+        call = _Call(self, layer, _Replay(module, args, kwargs, layer.call))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+            for cut in call.cuts.values():
+                cut.met += 1
+            apart = [stream in call.cuts and call.cuts[stream].where == "hidden" for stream in ("key", "value")]
+            if any(apart):
+                made = call.replay.detached((query, key, value))
+                call.detached = made[0] if apart[0] else None, made[1] if apart[1] else None
+        return call
 
-        def report(back: Backward) -> None:
-            if self.closed:
+
+class _Call:
+    """One attention call: what holds for its backward passes."""
+
+    def __init__(self, watch: Watch, layer: Layer, replay: "_Replay"):
+        self.watch, self.layer, self.replay = watch, layer, replay
+        self.observers = list(watch.observers)
+        self.cuts = {
+            stream: cut for cut in watch.cuts if layer in cut.layers for stream in cut.streams
+        }  # those of one stream are equal
+        self.detached: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def rules(self) -> tuple[Rule, Rule]:
+        """The horizon of keys and of values.
+
+        Raises:
+            InputError: The backward pass came after the `with` of the horizon.
+        """
+        if self.watch.again is not None:
+            return self.watch.again[0]
+        if any(cut.closed for cut in self.cuts.values()):
+            raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
+        key, value = (self.cuts[stream].rule if stream in self.cuts else Full() for stream in ("key", "value"))
+        return key, value
+
+    def report(self, back: Backward) -> None:
+        """Hand a finished backward pass to those who watch."""
+
+        def project(document: int) -> Projections:
+            return self.replay.project(back, document)
+
+        if self.watch.again is not None:
+            self.watch.again[1](self.layer, back, project)
+            return
+        for observe in self.observers:
+            if observe not in self.watch.observers:
                 raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
-            self.observe(layer, back, lambda document: replay.project(back, document))
-
-        return report
+            observe(self.layer, back, project)
 
 
 class _Replay:
@@ -268,30 +348,52 @@ class _Replay:
 
         args, kwargs = tree_map(one, (self.args, self.kwargs))
         leaves = {name: weight.detach().requires_grad_() for name, weight in projection_parameters(self.module).items()}
+        named = {f"module.{name}": leaf for name, leaf in leaves.items()}
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype, enabled):
+            streams = self._captured(
+                lambda: torch.func.functional_call(_Bare(self.module), named, args, kwargs),
+                [x[document, None] for x in (back.query, back.key, back.value)],
+                "its weights' gradient cannot be split: measure without the weights (weights=False, --no-weights)",
+            )
+        return Projections(streams, list(leaves.values()))
+
+    def detached(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Key and value as a function of the module's own weights, but not of its input.
+
+        Raises:
+            InputError: The module did not make the same queries, keys and values again.
+        """
+        _, key, value = self._captured(
+            lambda: _Bare(self.module)(*self.args, **self.kwargs), streams, 'use a horizon with cut="kv"'
+        )
+        return key, value
+
+    def _captured(
+        self, run: Callable[[], Any], streams: Sequence[Tensor], advice: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value that `run` hands to attention; they must be those of the forward pass."""
         capture = _Capture(self.module, self.call)
         _replay.capture = capture
-        device, dtype, enabled = self.autocast
         try:
-            with torch.autocast(device, dtype, enabled):
-                torch.func.functional_call(
-                    _Bare(self.module), {f"module.{n}": x for n, x in leaves.items()}, args, kwargs
-                )
+            run()
         except (_Captured, TypeError):  # TypeError: called without its input
             pass
         finally:
             _replay.capture = None
-        if capture.streams is None or not self._same(back, document, capture.streams):
+        if capture.streams is None or not _same(capture.streams, streams):
             raise InputError(
-                f"{type(self.module).__name__} does not make the same queries, keys and values when run again, so its "
-                "weights' gradient cannot be split: measure without the weights (weights=False, --no-weights)"
+                f"{type(self.module).__name__} does not make the same queries, keys and values when run again, so "
+                f"{advice}"
             )
-        return Projections(capture.streams, list(leaves.values()))
+        return capture.streams
 
-    @staticmethod
-    def _same(back: Backward, document: int, streams: tuple[Tensor, Tensor, Tensor]) -> bool:
-        given = [x[document, None] for x in (back.query, back.key, back.value)]
-        error = max(differ(x, y) / (y.abs().max().item() or 1) for x, y in zip(streams, given, strict=True))
-        return error < rounding(back.query.dtype)
+
+def _same(made: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
+    if any(x.shape != y.shape for x, y in zip(made, given, strict=True)):
+        return False
+    error = max(differ(x, y) / (y.abs().max().item() or 1) for x, y in zip(made, given, strict=True))
+    return error < rounding(given[0].dtype)
 
 
 class _Bare(nn.Module):

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from posterity.attention import Backward, working
+from posterity.attention import Backward, dot, one_edge, self_edges, working
 from posterity.errors import InputError
 from posterity.mask import Tile
 from posterity.sweep import Scratch, sweep
@@ -109,23 +109,8 @@ def self_part(back: Backward) -> SelfPart:
             f"a ledger needs whole sequences; got {length} queries for {back.key.shape[2]} keys: "
             "call the model without past_key_values"
         )
-    weight, slope = _edge(back, back.repeat(back.key))
-    allowed = back.mask.diagonal(length, length, back.lse.device)
-    if allowed is not None:
-        weight = weight * allowed
-    grad_weight = _dot(back.grad_output, back.repeat(back.value)) - _dot(back.grad_output, back.output)
-    return SelfPart(weight, back.scale * slope * weight * grad_weight, back)
-
-
-def _edge(
-    back: Backward, key: Float[Tensor, "batch head #query dim"]
-) -> tuple[Float[Tensor, "batch head query"], Float[Tensor, "batch head query"] | float]:
-    """Attention of each query on one key of its own, the mask left aside, and the slope of the soft-cap there."""
-    score, slope = back.scale * _dot(back.query, key), 1.0
-    if back.softcap is not None:
-        tanh = torch.tanh(score / back.softcap)
-        score, slope = back.softcap * tanh, 1 - tanh * tanh
-    return torch.exp(score - back.lse), slope
+    given = back.grad_output, back.query, back.repeat(back.key), back.repeat(back.value), back.output, back.lse, back
+    return SelfPart(*self_edges(*given), back)
 
 
 def tally(back: Backward, part: SelfPart, bins: Bins, scratch: Scratch | None = None) -> Account:
@@ -133,16 +118,20 @@ def tally(back: Backward, part: SelfPart, bins: Bins, scratch: Scratch | None = 
     batch, length = len(back.lse), back.lse.shape[2]
     query, key, value = back.wholes
     own = (
-        part.grad_score * _dot(back.repeat(back.key), query),
-        part.grad_score * _dot(back.query, key),
-        part.attention * _dot(back.grad_output, value),
+        part.grad_score * dot(back.repeat(back.key), query),
+        part.grad_score * dot(back.query, key),
+        part.attention * dot(back.grad_output, value),
     )
-    whole = (_dot(back.grad_query, query), _dot(back.grad_key, key), _dot(back.grad_value, value))
+    whole = (dot(back.grad_query, query), dot(back.grad_key, key), dot(back.grad_value, value))
     own_credit, whole_credit = (torch.stack(credits, 2).double() for credits in (own, whole))
     by_position = torch.stack((own_credit, whole_credit - own_credit), 3)
     edges = bins.sum(back.mask.edges(length, back.lse.device)).expand(batch, -1)
     if bins.swept:
-        swept = bins.sum(sweep(back, scratch))
+        swept = sweep(back, scratch)
+        for rows, weight in ((swept[1:5:3], back.key_weight), (swept[2:6:3], back.value_weight)):  # credit and mass
+            if weight is not None:
+                rows *= weight
+        swept = bins.sum(swept)
         credit, mass, attention = swept[:3].movedim(0, 2), swept[3:6].movedim(0, 2), swept[6]
     else:
         credit, mass, attention = _unswept(back, part, by_position)
@@ -169,7 +158,7 @@ def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
     length, starts = back.lse.shape[2], back.mask.starts(back.lse.shape[2])
     at = torch.zeros(len(back.lse), dtype=torch.long, device=back.lse.device) if starts is None else starts
     documents = torch.arange(len(at), device=at.device)
-    weight, _ = _edge(back, back.repeat(back.key[documents, :, at, None]))
+    weight, _ = one_edge(back.query, back.repeat(back.key[documents, :, at, None]), back.lse, back)
     for document, column in enumerate(at.tolist()):
         first = Tile(slice(0, length), slice(column, column + 1), 0, back.mask.plain)
         back.mask.fill_(weight[document, ..., None], first, 0.0, document)
@@ -191,10 +180,6 @@ def _read(weight: Float[Tensor, "batch head query"], back: Backward) -> Float[Te
     """Weights of the queries that count as readers."""
     readers = back.mask.readers(weight.shape[-1])
     return weight if readers is None else weight * readers[:, None]
-
-
-def _dot(x: Float[Tensor, "*#rest dim"], y: Float[Tensor, "*#rest dim"]) -> Float[Tensor, "*#rest"]:
-    return (x.to(working(x.dtype)) * y).sum(-1)
 
 
 def _norm(x: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*rest"]:

@@ -2,9 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from rich.console import Console
@@ -17,6 +19,7 @@ from posterity.account import account
 from posterity.attention import working
 from posterity.errors import InputError
 from posterity.estimate import estimate
+from posterity.losses import Payers, Sending
 from posterity.models import first_device, language_model
 
 
@@ -29,6 +32,9 @@ def measure(
     limit: int | None = None,
     lags: str = "octaves",
     weights: bool = True,
+    losses: bool = False,
+    horizons: Sequence[int] = (),
+    parameters: bool = False,
     batch: int = 1,
     progress: bool = True,
     seed: int = 0,
@@ -48,6 +54,11 @@ def measure(
         lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep:
             mass and attention of the others are NaN).
         weights: Whether to split the gradients of W_Q, W_K and W_V.
+        losses: Whether to find out who pays for keys and values: the own loss or later ones (one more backward pass).
+        horizons: Whole numbers h that grow, from 1 on: the credit that remains when losses at distance d count
+            (1 - 1/h)^d (one more backward pass for each h).
+        parameters: Whether to split the gradient of every module's parameters by own and later losses too; implies
+            `losses`, takes a batch of 1 and three times the memory of the parameters.
         batch: Windows in one pass.
         progress: Whether to show an estimate and a progress bar on stderr.
         seed: For models that draw random numbers even in evaluation mode.
@@ -61,14 +72,29 @@ def measure(
     """
     if batch < 1:
         raise InputError(f"expected a batch of at least 1; got {batch}")
+    if parameters and batch > 1:
+        raise InputError(f"parameters=True takes one window at a time; got a batch of {batch}: set batch=1 (--batch 1)")
+    horizons = _growing(horizons)
     inner = language_model(model)
     _check_context(inner, context)
     windows = corpus.windows(documents, tokenizer, context, limit)
     _check_tokens(inner, windows)
-    with _frozen(inner), _seeded(seed), account(model, lags, weights) as ledger:
+    asked = losses or parameters or bool(horizons)
+    with (
+        _frozen(inner, parameters),
+        _seeded(seed),
+        account(model, lags, weights) as ledger,
+        contextlib.ExitStack() as stack,
+    ):
+        payers = Payers(model, ledger.watch, losses, horizons, parameters) if asked else None
         if progress:
-            Console(stderr=True).print(estimate(inner, windows[0].ids, len(windows), batch, weights, _run))
+            passes = 0 if payers is None else len(payers.passes)
+            line = estimate(inner, windows[0].ids, len(windows), batch, weights, _run, passes)
+            Console(stderr=True).print(line)
             ledger.clear()
+            inner.zero_grad()
+        if payers is not None:
+            stack.enter_context(payers.watching())
         started = time.perf_counter()
         with _progress(len(windows), progress) as advance:
             for start in range(0, len(windows), batch):
@@ -76,12 +102,16 @@ def measure(
                 names = [f"{window.text} #{window.index}" for window in some]
                 ledger.place = f" in window {', '.join(names)}"
                 ids = torch.stack([window.ids for window in some])
-                losses = _run(model, ids)
-                for loss, name in zip(losses, names, strict=True):
+                sending = None if payers is None else Sending(model, _run, ids)
+                summed = _run(model, ids) if sending is None else sending.losses
+                for loss, name in zip(summed, names, strict=True):
                     if not loss.isfinite():
                         raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
-                ledger.losses += [(loss.item() / (context - 1), context - 1) for loss in losses]
-                losses.sum().backward()
+                ledger.losses += [(loss.item() / (context - 1), context - 1) for loss in summed]
+                if payers is None or sending is None:
+                    summed.sum().backward()
+                else:
+                    payers.send(sending)
                 advance(len(some), ids.numel())
         seconds = time.perf_counter() - started
         tokens = len(windows) * context
@@ -94,7 +124,7 @@ def measure(
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1),
         }
-        return ledger.result([window.text for window in windows], **known | dict(attrs or {}))
+        return ledger.result([window.text for window in windows], payers, **known | dict(attrs or {}))
 
 
 def _run(model: nn.Module, ids: Tensor) -> Tensor:
@@ -104,6 +134,15 @@ def _run(model: nn.Module, ids: Tensor) -> Tensor:
     targets = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1).to(logits.device)
     logits = logits.to(working(logits.dtype)).flatten(0, 1)
     return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).sum(1)
+
+
+def _growing(horizons: Sequence[int]) -> tuple[int, ...]:
+    """The horizons, if they are whole numbers from 1 on that grow."""
+    found = tuple(horizons)
+    whole = all(isinstance(h, (int, np.integer)) and not isinstance(h, bool) and h >= 1 for h in found)
+    if not whole or any(one >= two for one, two in pairwise(found)):
+        raise InputError(f"horizons expects whole numbers from 1 on that grow, such as 1, 2, 4, 8; got {horizons!r}")
+    return tuple(int(h) for h in found)
 
 
 def _check_context(model: PreTrainedModel, context: int) -> None:
@@ -124,25 +163,28 @@ def _check_tokens(model: PreTrainedModel, windows: list[corpus.Window]) -> None:
 
 
 @contextlib.contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients, while gradients flow through the activations; then as before."""
+def _frozen(model: PreTrainedModel, parameters: bool = False) -> Iterator[None]:
+    """Evaluation mode; gradients flow through the activations, and to `parameters` only if asked; then as before."""
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
 
     def start_here(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output.requires_grad_() if torch.is_grad_enabled() else output
 
     hook = model.get_input_embeddings().register_forward_hook(start_here)
     try:
-        model.eval().requires_grad_(False)
+        model.eval().requires_grad_(parameters)
+        for parameter, _, _ in wanted:
+            parameter.grad = None
         with torch.enable_grad():
             yield
     finally:
         hook.remove()
         for module, mode in modes:
             module.training = mode
-        for parameter, want in wanted:
+        for parameter, want, grad in wanted:
             parameter.requires_grad_(want)
+            parameter.grad = grad
 
 
 @contextlib.contextmanager

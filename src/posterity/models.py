@@ -6,7 +6,7 @@ probe of a few random tokens compares the logits, finds the layers, and looks fo
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posterity.errors import InputError
-from posterity.hook import NAME, Layer, Observer, Recorder, Watch, differ, register, rounding, watches
+from posterity.hook import NAME, Cut, Layer, Observer, Recorder, Watch, differ, register, rounding, watches
+from posterity.horizon import Rule, by_lag
+from posterity.leaks import find_leaks
 
 _PROBE_TOKENS = 16
 
@@ -26,7 +28,12 @@ class Check:
     ok: bool
     reason: str
     layers: tuple[Layer, ...] = ()
-    other_paths: bool = False
+    leaks: tuple[str, ...] = ()  # modules that carry information between positions outside attention
+
+    @property
+    def other_paths(self) -> bool:
+        """Whether positions also communicate outside attention."""
+        return bool(self.leaks)
 
     def __str__(self) -> str:
         """The answer in one line."""
@@ -34,7 +41,7 @@ class Check:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, observe: Observer) -> Iterator[Check]:
+def watched(model: nn.Module, observe: Observer) -> Iterator[Watch]:
     """Inside, every attention layer of the model runs on the operator and reports its backward passes to `observe`.
 
     The forward pass is the model's own to rounding (verified on entry); the model is restored on exit, errors included.
@@ -42,15 +49,100 @@ def watched(model: nn.Module, observe: Observer) -> Iterator[Check]:
     Raises:
         InputError: The model cannot be measured, with the reason.
     """
+    with watching(model) as watch, watch.reporting(observe):
+        yield watch
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module) -> Iterator[Watch]:
+    """The watch over a model, new or that of an outer `with`."""
     inner = language_model(model)
-    check_ = check(inner)
-    if not check_.ok:
-        raise InputError(f"this model {check_}")
-    if any(module in watches for module in inner.modules()):
-        raise InputError("this model is being accounted for already: leave the first `with` before the second")
-    watch = Watch({layer.name: inner.get_submodule(layer.name) for layer in check_.layers}, observe)
+    outer = next((watches[module] for module in inner.modules() if module in watches), None)
+    if isinstance(outer, Watch):
+        yield outer
+        return
+    found = check(inner)
+    if not found.ok:
+        raise InputError(f"this model {found}")
+    modules = {layer.name: inner.get_submodule(layer.name) for layer in found.layers}
+    watch = Watch(modules, found.layers, found.leaks)
     with watch.installed(), _switched(inner):
-        yield check_
+        yield watch
+
+
+@contextlib.contextmanager
+def horizon(
+    model: nn.Module,
+    rule: Rule,
+    cut: str = "kv",
+    streams: Sequence[str] = ("key", "value"),
+    layers: Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Limit which later losses may shape keys and values, in any forward and backward passes of your own.
+
+    The forward pass is untouched. Both passes must be inside the `with`. Horizons nest with each other where they do
+    not contradict, and with `posterity.account`, which then counts what the horizon lets through.
+
+    Args:
+        model: A causal language model of transformers (or a wrapper around one); restored on exit.
+        rule: `Full()`, `Myopic()`, `Discount(rate)`, `EdgeWindow(lags)`, or your own with a method `weight(lag)`.
+        cut: "kv": the gradient at the key and value itself is cut, so that W_K and W_V learn only from what remains.
+            "hidden": W_K and W_V keep all terms, but what is cut does not flow on into the hidden state that the
+            attention module reads (Wu, Morris and Levine 2024, arXiv 2404.00859).
+        streams: "key", "value" or both.
+        layers: Numbers of attention layers, from 0; negative ones count from the end. All by default.
+
+    Raises:
+        InputError: A wrong argument; a model that cannot be measured or whose positions also communicate outside
+            attention; a horizon that contradicts an outer one; no forward pass with gradients inside the `with`.
+    """
+    by_lag(rule, 2, torch.empty(0))
+    if cut not in ("kv", "hidden"):
+        raise InputError(f'cut expects "kv" or "hidden"; got {cut!r}')
+    wanted = [streams] if isinstance(streams, str) else list(streams)
+    if not wanted or not set(wanted) <= {"key", "value"}:
+        raise InputError(f'streams expects "key", "value" or both; got {streams!r}')
+    with watching(model) as watch:
+        refuse_other_paths(watch, "a horizon")
+        new = Cut(rule, cut, frozenset(wanted), _chosen(watch.layers, layers))
+        for old in watch.cuts:
+            if old.streams & new.streams and old.layers & new.layers and (old.rule, old.where) != (rule, cut):
+                raise InputError(
+                    f"this horizon ({rule}, cut={cut!r}) contradicts the one around it ({old.rule}, cut={old.where!r}) "
+                    "for the same streams and layers: leave that `with` first, or choose others"
+                )
+        watch.cuts.append(new)
+        try:
+            yield
+        finally:
+            watch.cuts.remove(new)
+            new.closed = True
+        if not new.met:
+            raise InputError(
+                "a horizon changes gradients, but no forward pass with gradients came inside its `with`: call the "
+                "model inside it, without torch.no_grad(), and let its parameters or inputs require gradients"
+            )
+
+
+def refuse_other_paths(watch: Watch, what: str) -> None:
+    """Raise InputError if losses reach keys and values by paths that attention does not see."""
+    if watch.other_paths:
+        raise InputError(
+            f"{what} needs every path between positions to go through attention, but {', '.join(watch.other_paths)} "
+            "carries information between them too; only the ledger by lag is exact for this model"
+        )
+
+
+def _chosen(layers: tuple[Layer, ...], numbers: Sequence[int] | None) -> frozenset[Layer]:
+    if numbers is None:
+        return frozenset(layers)
+    wanted = [numbers] if isinstance(numbers, int) else list(numbers)
+    for number in wanted:
+        if not isinstance(number, int) or not -len(layers) <= number < len(layers):
+            raise InputError(f"layers expects numbers from 0 to {len(layers) - 1}; got {number!r}")
+    if not wanted:
+        raise InputError("layers expects at least one number; got none: leave it out for all layers")
+    return frozenset(layers[number] for number in wanted)
 
 
 def check(model: nn.Module) -> Check:
@@ -115,13 +207,15 @@ def _probe(model: PreTrainedModel) -> Check:
             "its attention does something the operator does not know"
         )
     with Recorder(model, cut=True), _switched(model):
-        cut = logits(ids, first)
-    leak = differ(cut[0, 1:], cut[1, 1:]) > tolerance
+        leaks = find_leaks(model, ids, first, tolerance)
     count = len(recorder.layers)
     reason = f"{count} attention layer{'s' if count > 1 else ''}"
-    if leak:
-        reason += "; positions also communicate outside of them, so that only the ledger by lag is exact, not who pays"
-    return Check(True, reason, tuple(recorder.layers), leak)
+    if leaks:
+        reason += (
+            f"; positions also communicate through {', '.join(leaks)}, so that only the ledger by lag is exact, "
+            "not who pays"
+        )
+    return Check(True, reason, tuple(recorder.layers), leaks)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,105 @@
+"""Horizons: which part of the gradient may reach the writer of a key or a value, as a factor on every edge.
+
+A rule multiplies the gradient that edge (i, j) sends to k_j and v_j by `weight(i - j)`. Lags add along every path from
+a key to a loss, so `Discount(rate)` in all layers gives exactly sum_t rate^(t-j) dl_t/dk_j, and `Myopic` the own loss
+alone (docs/method.md). A hard window on edges is *not* a hard window on losses.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from posterity.errors import InputError
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A factor between 0 and 1 for every lag; 1 at lag 0."""
+
+    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Factors in float64, for lags >= 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Full:
+    """Everything, as in plain training."""
+
+    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """1 at every lag."""
+        return torch.ones_like(lag, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Myopic:
+    """The self edge only; in all layers of a model: the own loss only."""
+
+    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """1 at lag 0, else 0."""
+        return (lag == 0).double()
+
+
+@dataclass(frozen=True)
+class Discount:
+    """`rate ** lag`: losses at distance d count rate^d. Rate 0 is `Myopic`, rate 1 is `Full`.
+
+    Raises:
+        InputError: The rate is not in [0, 1].
+    """
+
+    rate: float
+
+    def __post_init__(self):
+        """Check the rate."""
+        if not _is_number(self.rate) or not 0 <= self.rate <= 1:
+            raise InputError(f"Discount expects a rate from 0 to 1; got {self.rate!r}")
+
+    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Powers of the rate."""
+        return torch.pow(torch.tensor(float(self.rate), dtype=torch.float64, device=lag.device), lag)
+
+
+@dataclass(frozen=True)
+class EdgeWindow:
+    """Edges of at most `lags`; `EdgeWindow(0)` is `Myopic`.
+
+    Raises:
+        InputError: `lags` is negative or no whole number.
+    """
+
+    lags: int
+
+    def __post_init__(self):
+        """Check the number of lags."""
+        if not _is_number(self.lags) or self.lags != int(self.lags) or self.lags < 0:
+            raise InputError(f"EdgeWindow expects a whole number of lags, at least 0; got {self.lags!r}")
+
+    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """1 up to the last lag of the window, then 0."""
+        return (lag <= self.lags).double()
+
+
+def by_lag(rule: Rule, length: int, like: Tensor) -> Float[Tensor, " lag"] | None:
+    """The rule's factors for lags below `length`, with the dtype and device of `like`; None if all are 1.
+
+    What the dtype cannot hold in full precision is 0.
+
+    Raises:
+        InputError: The rule is none.
+    """
+    lag = torch.arange(length, device=like.device)
+    weight = getattr(rule, "weight", lambda _: None)(lag)
+    if not isinstance(weight, Tensor) or weight.shape != lag.shape:
+        raise InputError(f"expected a horizon such as Myopic(), Discount(0.9) or EdgeWindow(16); got {rule!r}")
+    if not ((weight >= 0) & (weight <= 1)).all() or weight[0] != 1:
+        raise InputError(f"a horizon's weights lie in [0, 1] and are 1 at lag 0; those of {rule!r} do not")
+    if (weight == 1).all():
+        return None
+    return weight.masked_fill(weight < torch.finfo(like.dtype).tiny, 0).to(like.dtype)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and x == x and abs(x) != float("inf")

@@ -1,0 +1,312 @@
+"""Who pays: which losses send the gradient of every key and value, from a few backward passes of one forward pass.
+
+Under `Myopic` in all layers one backward pass gives dl_j/dk_j and dl_j/dv_j for all j: the own losses. With the whole
+from an ordinary pass and the ledger's self edges that makes three parts of each key's and value's gradient,
+
+    own loss | self edge paid by later losses | future edge (always paid by later losses).
+
+Under `Discount(1 - 1/h)` losses at distance d count (1 - 1/h)^d: what remains for a few h is the horizon curve.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from posterity.attention import Backward, working
+from posterity.errors import InputError
+from posterity.hook import Layer, Observer, Watch
+from posterity.horizon import Discount, Full
+from posterity.ledger import self_part
+from posterity.models import language_model, refuse_other_paths
+from posterity.weights import Projections
+
+OWN = 1  # the horizon whose discount is 0: nothing but the own loss
+
+
+class Sending:
+    """The losses of one forward pass, sent back several times; the language-model head is passed only once."""
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], ids: Tensor):
+        """Run the model; `losses` are those of each window."""
+        self._ends: list[tuple[Tensor, Tensor]] = []
+        head: Any = language_model(model).get_output_embeddings()
+
+        def end(_module: nn.Module, args: tuple) -> tuple:
+            self._ends.append((args[0], args[0].detach().requires_grad_()))
+            return self._ends[-1][1], *args[1:]
+
+        hook = head.register_forward_pre_hook(end)
+        try:
+            self.losses = run(model, ids)
+        finally:
+            hook.remove()
+
+    def start(self) -> None:
+        """From the losses to the input of the head."""
+        self.losses.sum().backward()
+
+    def backward(self, again: bool) -> None:
+        """From the input of the head to the embeddings; `again`: another one will follow."""
+        tensors, leaves = zip(*self._ends, strict=True)
+        torch.autograd.backward(tensors, [leaf.grad for leaf in leaves], retain_graph=again)
+
+
+class Payers:
+    """Sums over windows of who pays; `variables()` are those of the result."""
+
+    def __init__(self, model: nn.Module, watch: Watch | None, losses: bool, horizons: Sequence[int], parameters: bool):
+        """Nothing yet.
+
+        Raises:
+            InputError: The model has other paths between positions.
+        """
+        assert watch is not None
+        refuse_other_paths(watch, "to say who pays")
+        self.model, self.watch, self.parameters = language_model(model), watch, parameters
+        self.horizons, self.losses = tuple(horizons), losses or parameters
+        self._whole: dict[Layer, Backward] = {}
+        self._parts: dict[Layer, list[Tensor]] = {layer: [] for layer in watch.layers}
+        self._sums: dict[Layer, Tensor] = {}
+        self._curve: dict[Layer, list[list[Tensor]]] = {layer: [] for layer in watch.layers}
+        self._hidden = _Hidden(self.model, watch.layers)
+        self._modules: list[list[Tensor]] = []
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The horizon of each backward pass after the first."""
+        return tuple(sorted({*self.horizons} | ({OWN} if self.losses else set())))
+
+    def watching(self) -> contextlib.AbstractContextManager:
+        """Inside, forward passes are ready for `send`."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.watch.reporting(self._keep))
+        if self.losses:
+            stack.enter_context(self._hidden.watching())
+        return stack
+
+    def send(self, sending: Sending) -> None:
+        """All backward passes of one forward pass; the first is the ordinary one, which every observer gets."""
+        self._reset({})
+        with self.watch.sending((Full(), Full()), self._early):
+            sending.start()
+        head = self._gradients()
+        with self._hidden.taking("whole"):
+            sending.backward(again=True)
+        whole = self._gradients()
+        for layer in self.watch.layers:
+            self._curve[layer].append([])
+        for horizon in self.passes:
+            rule = Discount(1 - 1 / horizon)
+            self._reset(head)
+            name = "own" if horizon == OWN else "none"
+            with self.watch.sending((rule, rule), self._observer(horizon)), self._hidden.taking(name):
+                sending.backward(again=horizon != self.passes[-1])
+            if horizon == OWN and self.parameters:
+                self._modules.append(_by_module(self.model, whole, self._gradients()))
+        if self.losses:
+            self._hidden.add()
+        self._whole.clear()
+
+    def variables(self) -> dict[str, np.ndarray]:
+        """The variables of the result, heads that a layer does not have NaN."""
+        layers = self.watch.layers
+        heads = max(sums.shape[0] for sums in (self._sums if self._sums else self._first()).values())
+
+        def fit(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, heads - len(x)), value=torch.nan)
+
+        found: dict[str, Tensor] = {}
+        if self.losses:
+            sums = torch.stack([fit(self._sums[layer]) for layer in layers])  # layer, head, written, 9, position
+            found["loss_credit"], found["loss_gram"] = sums[..., :3, :], sums[..., 3:, :]
+            per_window = [torch.stack([fit(x) for x in self._parts[layer]]) for layer in layers]
+            found["loss_credit_by_document"] = torch.stack(per_window, 1)
+            found["hidden"], found["hidden_by_document"] = self._hidden.sums()
+        if self.parameters:
+            found["parameter_by_document"] = torch.stack([torch.stack(rows) for rows in self._modules])
+        if self.horizons:
+            curves = [  # of each pass (document, head, stream) for every horizon
+                torch.stack([fit(window) for rows in self._curve[layer] for window in torch.stack(rows, -1)])
+                for layer in layers
+            ]
+            found["horizon_by_document"] = torch.stack(curves, 1)
+        return {name: x.cpu().numpy() for name, x in found.items()}
+
+    def coordinates(self) -> dict[str, list]:
+        """The coordinates that only this result has."""
+        found: dict[str, list] = {}
+        if self.horizons:
+            found["horizon"] = list(self.horizons)
+        if self.parameters:
+            found["parameter"] = [name for name, _ in _owners(self.model)]
+        return found
+
+    def _first(self) -> dict[Layer, Tensor]:
+        return {layer: rows[0][0][0] for layer, rows in self._curve.items()}
+
+    def _early(self, layer: Layer, back: Backward, project: object) -> None:
+        raise InputError(f"the loss reaches layer {layer} past the language-model head: who pays cannot be said")
+
+    def _keep(self, layer: Layer, back: Backward, project: object) -> None:
+        if layer in self._whole:
+            raise InputError(f"layer {layer} was sent back twice in one pass: who pays cannot be said")
+        self._whole[layer] = back
+
+    def _observer(self, horizon: int) -> Observer:
+        def observe(layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
+            whole = self._whole[layer]
+            if horizon == OWN and self.losses:
+                self._split(layer, whole, back)
+            if horizon in self.horizons:
+                grads = (back.grad_query, back.grad_key, back.grad_value)
+                left = [_inner(x, y) for x, y in zip(grads, whole.wholes, strict=True)]
+                self._curve[layer][-1].append(torch.stack(left, -1))
+
+        return observe
+
+    def _split(self, layer: Layer, whole: Backward, own: Backward) -> None:
+        """Add credits and inner products of the three parts."""
+        part = self_part(whole)
+        streams = (
+            (own.grad_key, part.key, whole.grad_key, whole.wholes[1]),
+            (own.grad_value, part.value, whole.grad_value, whole.wholes[2]),
+        )
+        sums = torch.stack([_products(*(x.to(working(x.dtype)) for x in stream)) for stream in streams], 2)
+        total = sums.sum(0)
+        self._sums[layer] = total if layer not in self._sums else self._sums[layer] + total
+        self._parts[layer] += sums[..., :3, :].sum(-1)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        if not self.parameters:
+            return {}
+        return {name: x.grad.clone() for name, x in self.model.named_parameters() if x.grad is not None}
+
+    def _reset(self, grads: dict[str, Tensor]) -> None:
+        for name, x in self.model.named_parameters() if self.parameters else ():
+            x.grad = grads[name].clone() if name in grads else None
+
+
+def _products(
+    own: Float[Tensor, "batch head position dim"],
+    own_edge: Float[Tensor, "batch head position dim"],
+    head: Float[Tensor, "batch head position dim"],
+    whole: Float[Tensor, "batch head position dim"],
+) -> Float[Tensor, "batch head nine position"]:
+    """Credits of the three parts, then the six inner products between them, in the order of the result's labels."""
+    parts = torch.stack((own, own_edge - own, head - own_edge, whole), 3)
+    gram = parts[..., :3, :] @ parts.mT
+    pairs = ((0, 3), (1, 3), (2, 3), (0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
+    return torch.stack([gram[..., one, two] for one, two in pairs], 2).double()
+
+
+def _inner(x: Tensor, y: Tensor) -> Float[Tensor, "batch head"]:
+    return (x.to(working(x.dtype)) * y).sum(-1).sum(-1, dtype=torch.float64)
+
+
+class _Hidden:
+    """Gradients of the hidden states at the input of each layer: the module that holds the attention module."""
+
+    def __init__(self, model: nn.Module, layers: tuple[Layer, ...]):
+        self.layers = layers
+        self.grads: dict[str, dict[Layer, Tensor]] = {"whole": {}, "own": {}, "none": {}}
+        self.name = "none"
+        self.total: Tensor | None = None
+        self.windows: list[Tensor] = []
+        self.modules = {layer: _holder(model, layer.name) for layer in layers}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, forward passes leave their marks."""
+        hooks = [
+            module.register_forward_pre_hook(self._mark(layer), with_kwargs=True)
+            for layer, module in self.modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def taking(self, name: str) -> Iterator[None]:
+        """Inside, gradients of marked hidden states are kept under a name."""
+        self.name = name
+        try:
+            yield
+        finally:
+            self.name = "none"
+
+    def add(self) -> None:
+        """Squared norms and inner product of the own and the later part, by position."""
+        rows = []
+        known = next(iter(self.grads["whole"].values()), None)
+        for layer in self.layers:
+            whole, own = (self.grads[name].get(layer) for name in ("whole", "own"))
+            if known is None:
+                raise InputError("the input of no layer was seen: its gradient cannot be split")
+            if whole is None or own is None:
+                rows.append(known.new_full((len(known), 3, known.shape[1]), torch.nan, dtype=torch.float64))
+                continue
+            whole, own = (x.to(working(x.dtype)) for x in (whole, own))
+            later = whole - own
+            terms = [(x * y).sum(-1) for x, y in ((own, own), (later, later), (own, later))]
+            rows.append(torch.stack(terms, 1).double())
+        found = torch.stack([row.cpu() for row in rows], 1)  # window, layer, term, position
+        self.total = found.sum(0) if self.total is None else self.total + found.sum(0)
+        self.windows += found.sum(-1)
+        for grads in self.grads.values():
+            grads.clear()
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """`hidden` and `hidden_by_document`."""
+        assert self.total is not None
+        return self.total, torch.stack(self.windows)
+
+    def _mark(self, layer: Layer) -> Callable:
+        def mark(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
+            if x is None or x.dim() != 3 or not x.requires_grad:
+                return
+
+            def take(grad: Tensor) -> None:
+                if self.name != "none":
+                    self.grads[self.name][layer] = grad.clone()  # a leaf adds later passes to it
+
+            x.register_hook(take)
+
+        return mark
+
+
+def _holder(model: nn.Module, name: str) -> nn.Module:
+    """The layer around an attention module; the module itself if it stands in a list."""
+    around = model.get_submodule(name.rpartition(".")[0])
+    return model.get_submodule(name) if isinstance(around, nn.ModuleList) else around
+
+
+def _owners(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """Modules that own parameters, and the names of these; shared ones count where they come first."""
+    found: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(found.items())
+
+
+def _by_module(model: nn.Module, whole: dict[str, Tensor], own: dict[str, Tensor]) -> list[Tensor]:
+    """|own|^2, |later|^2 and their inner product for each module."""
+    rows = []
+    for _, names in _owners(model):
+        total = torch.zeros(3, dtype=torch.float64)
+        for name in names:
+            if name not in whole:
+                continue
+            one = own.get(name, torch.zeros_like(whole[name])).to(working(whole[name].dtype))
+            two = whole[name].to(one.dtype) - one
+            pairs = ((one, one), (two, two), (one, two))
+            total += torch.stack([torch.dot(x.flatten(), y.flatten()).double().cpu() for x, y in pairs])
+        rows.append(total)
+    return rows
