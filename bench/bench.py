@@ -24,7 +24,7 @@ from transformers.masking_utils import eager_mask
 from posterity import corpus, loading
 from posterity.account import account
 from posterity.ledger import Bins, self_part, tally
-from posterity.measure import _frozen, _run
+from posterity.measure import frozen, run
 
 ROUNDS = 5
 LABELS = {
@@ -47,14 +47,14 @@ def mode(name, model):
     """Inside, one call of what is yielded is one step of this kind."""
     if name == "plain":
         model.requires_grad_(True)
-        yield lambda ids: (model.zero_grad(), _run(model, ids).sum().backward())
+        yield lambda ids: (model.zero_grad(), run(model, ids).sum().backward())
         model.zero_grad()
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_frozen(model))
+        stack.enter_context(frozen(model))
         if name != "frozen":
             stack.enter_context(account(model, "self" if name == "self" else "octaves", name == "weights"))
-        yield lambda ids: _run(model, ids).sum().backward()
+        yield lambda ids: run(model, ids).sum().backward()
 
 
 def timed(step, ids):
@@ -147,9 +147,9 @@ def profile(name, context):
     model, ids = window(int(context))
     for _ in range(2):
         if name == "ours":
-            with _frozen(model), account(model, "all", weights=False) as ledger:
+            with frozen(model), account(model, "all", weights=False) as ledger:
                 started = time.perf_counter()
-                _run(model, ids).sum().backward()
+                run(model, ids).sum().backward()
                 seconds = time.perf_counter() - started
             credit = torch.from_numpy(ledger.result().credit.sum("head").values)
         else:
@@ -176,8 +176,8 @@ def eager_profile(model, ids):
     AttentionInterface.register("kept", attend)
     AttentionMaskInterface.register("kept", eager_mask)
     model.set_attn_implementation("kept")
-    with _frozen(model):
-        _run(model, ids).sum().backward()
+    with frozen(model):
+        run(model, ids).sum().backward()
     model.set_attn_implementation("sdpa")
     profiles = []
     for query, key, value, pattern, output, scaling, share in kept:

@@ -13,7 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import posterity
-from posterity import Discount, EdgeWindow, Full, InputError, Myopic, derived
+from posterity import Discount, EdgeWindow, Full, InputError, Myopic, corpus, derived, loading
+from posterity.hook import watches
+from posterity.models import watched
 
 
 def exact(name, **changes):
@@ -185,7 +187,7 @@ def test_a_discount_is_the_discounted_sum_over_losses(name, inputs, rate):
     given = INPUTS[inputs](ids)
     layers = by_position(model, ids, **dict(given))
     seen, hidden = {}, []
-    with posterity.models.watched(model, lambda layer, back, project: seen.update({layer: back})) as watch:
+    with watched(model, lambda layer, back, project: seen.update({layer: back})) as watch:
         holders = [model.get_submodule(layer.name.rpartition(".")[0]) for layer in watch.layers]
         hooks = [
             holder.register_forward_pre_hook(
@@ -389,7 +391,7 @@ def test_a_horizon_leaves_the_forward_pass_and_the_model_alone():
             loss.backward()
         assert torch.equal(loss, right)
     assert model.config._attn_implementation == "eager"
-    assert not posterity.hook.watches
+    assert not watches
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -463,3 +465,63 @@ def test_a_loss_that_goes_past_the_head_is_found_out():
     model.forward = forward
     with pytest.raises(InputError, match="past the language-model head"):
         posterity.measure(model, None, tokens(1), context=12, losses=True, progress=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_the_matrix_of_one_text_is_one_backward_pass_per_loss(name, batch):
+    model, ids = exact(name), tokens(1)
+    found = posterity.inspect(model, None, ids[0], batch=batch, horizons=(1, 4), progress=False)
+    assert list(found.token.values) == [str(int(one)) for one in ids[0]]
+    share = 1 if name == "gpt2" else 2
+    for layer, (_, *written, _) in enumerate(by_position(model, ids)):
+        for stream, grads in zip(("key", "value"), written, strict=True):
+            shared = grads.unflatten(2, (-1, share)).sum(3)  # loss, batch, group, position, dim
+            mine = found.isel(layer=layer).sel(written=stream)
+            close(mine.inspect_credit, (shared * shared.sum(0)).sum((1, 2, 4)))
+            close(mine.inspect_norm, shared.square().sum((1, 2, 4)).sqrt())
+    # the sum over losses is the whole, its diagonal the own part, and nothing is paid before it is written
+    whole = (
+        found.credit_by_position.sel(stream=["key", "value"]).sum(("head", "side")).transpose("layer", "stream", ...)
+    )
+    close(found.inspect_credit.sum("loss_position"), whole)
+    own = found.loss_credit.sel(part="own").sum("head")
+    close(np.diagonal(found.inspect_credit, axis1=2, axis2=3), own)
+    early = np.triu(np.ones((12, 12)), 1).astype(bool)
+    assert (found.inspect_credit.values[..., early] == 0).all()
+    assert (found.inspect_norm.values[..., early] == 0).all()
+
+
+def test_an_inspected_text_is_saved_and_read(tmp_path):
+    found = posterity.inspect(tiny("llama"), None, tokens(1)[0], progress=False)
+    assert posterity.load(posterity.save(found, tmp_path / "one.nc")).identical(found)
+
+
+def test_texts_that_cannot_be_inspected_are_refused_in_one_line():
+    model = tiny("llama", max_position_embeddings=512)
+    for ids in ([5], [5] * 257, []):
+        with pytest.raises(InputError, match=f"a text of 2 to 256 tokens; got {len(ids)}"):
+            posterity.inspect(model, None, ids, progress=False)
+    with pytest.raises(InputError, match="expected a tokenizer"):
+        posterity.inspect(model, None, "words", progress=False)
+    with pytest.raises(InputError, match="batch of at least 1"):
+        posterity.inspect(model, None, [5, 6], batch=0, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_own_losses_of_the_default_model_are_those_of_one_backward_pass_per_position():
+    loaded = loading.load_model(None)
+    window = corpus.windows([corpus.default_text()], loaded.tokenizer, 48, 1)[0]
+    found = posterity.inspect(loaded.model, None, window.ids, progress=False)
+    own = found.loss_credit.sel(part="own").sum("head").values
+    diagonal = np.diagonal(found.inspect_credit, axis1=2, axis2=3)
+    largest = np.abs(own).max((1, 2), keepdims=True)
+    assert (np.abs(own - diagonal) / largest).max() < 1e-4
+    whole = (
+        found.credit_by_position.sel(stream=["key", "value"]).sum(("head", "side")).transpose("layer", "stream", ...)
+    )
+    summed = found.inspect_credit.sum("loss_position").values
+    assert (np.abs(summed - whole.values) / np.abs(whole.values).max((1, 2), keepdims=True)).max() < 1e-4
+    norms = found.loss_gram.sel(pair="self later").isel(layer=-1).sum().item()
+    assert norms <= 1e-12 * found.loss_gram.isel(layer=-1).sel(pair="future").sum().item()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from posterity.attention import attention
     from posterity.errors import InputError
     from posterity.horizon import Discount, EdgeWindow, Full, Myopic
+    from posterity.inspect import inspect
     from posterity.mask import Mask
     from posterity.measure import measure
     from posterity.models import check, horizon
@@ -32,6 +33,7 @@ __all__ = [
     "attention",
     "check",
     "horizon",
+    "inspect",
     "load",
     "measure",
     "report",

@@ -53,6 +53,13 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or f
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA where there is one unless given.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]
+Page = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")]
+Horizons = Annotated[
+    str | None,
+    typer.Option(metavar="H,H,...", help="Horizon curve at these horizons, such as 1,2,4,8,16,32,64,128,256."),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Result file that measure --output wrote.")]
 
 
@@ -74,10 +81,17 @@ def measure(
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")] = None,
+    losses: Annotated[
+        bool | None, typer.Option("--losses", help="Who pays: own or later losses; one more backward pass.")
+    ] = None,
+    horizons: Horizons = None,
+    parameters: Annotated[
+        bool | None, typer.Option("--parameters", help="Who pays for every module's parameters too.")
+    ] = None,
+    seed: Seed = None,
     trust_remote_code: Trust = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")] = None,
-    report: Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")] = None,
+    output: Output = None,
+    report: Page = None,
 ) -> None:
     """Measure a model on texts.
 
@@ -94,7 +108,10 @@ def measure(
     texts = corpus.sources(text or [], field)
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     # Only what was given is passed on: the defaults are those of posterity.measure.
-    given = {"context": context, "lags": lags, "weights": weights, "batch": batch, "seed": seed}
+    given = {
+        "context": context, "lags": lags, "weights": weights, "losses": losses, "parameters": parameters,
+        "batch": batch, "seed": seed, "horizons": None if horizons is None else _numbers(horizons),
+    }  # fmt: skip
     result = posterity.measure(
         loaded.model,
         loaded.tokenizer,
@@ -103,6 +120,58 @@ def measure(
         attrs={"model": loaded.name, "revision": loaded.revision, "command": shlex.join(["posterity", *sys.argv[1:]])},
         **{name: value for name, value in given.items() if value is not None},
     )
+    _hand_over(result, output, report)
+
+
+@app.command()
+def inspect(
+    text: Annotated[str, typer.Option("--text", "-t", help="The text, at most 256 tokens.")],
+    model: Model = None,
+    horizons: Horizons = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Losses in one backward pass.  [default: 8]")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    seed: Seed = None,
+    trust_remote_code: Trust = False,
+    output: Output = None,
+    report: Page = None,
+) -> None:
+    """Put one text under the glass.
+
+    Finds, by one backward pass for each loss, which loss pays for the key and value of every position. With --report
+    the text can be explored token by token.
+    """
+    import posterity
+    from posterity import loading
+    from posterity.result import writable
+
+    for path in (output, report):
+        if path is not None:
+            writable(path)
+    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
+    given = {"batch": batch, "seed": seed, "horizons": None if horizons is None else _numbers(horizons)}
+    result = posterity.inspect(
+        loaded.model,
+        loaded.tokenizer,
+        text,
+        attrs={"model": loaded.name, "revision": loaded.revision, "command": shlex.join(["posterity", *sys.argv[1:]])},
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    _hand_over(result, output, report)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise InputError(f"--horizons expects whole numbers with commas, such as 1,2,4,8; got {text!r}") from None
+
+
+def _hand_over(result: Any, output: Path | None, report: Path | None) -> None:
+    """Write what was asked for and print the table."""
+    import posterity
+
     if output is not None:
         posterity.save(result, output)
     if report is not None:

@@ -85,6 +85,14 @@ def windows(documents: Any, tokenizer: Any, context: int, limit: int | None = No
     return found
 
 
+def whole(document: Any, tokenizer: Any) -> Int64[Tensor, "tokens"]:
+    """One text (or its token ids) in full, behind the tokens with which the tokenizer begins every text."""
+    if not isinstance(document, str):
+        return _given_ids("the text", document, None)
+    prefix = torch.tensor(_prefix(tokenizer, sys.maxsize), dtype=torch.int64)
+    return torch.cat((prefix, _text_ids("the text", document, tokenizer, None)))
+
+
 def digest(windows: Iterable[Window]) -> str:
     """Return the SHA-256 (hex) of all token ids (int64, little-endian), each window led by its length."""
     state = hashlib.sha256()

@@ -81,29 +81,29 @@ def measure(
     _check_tokens(inner, windows)
     asked = losses or parameters or bool(horizons)
     with (
-        _frozen(inner, parameters),
-        _seeded(seed),
+        frozen(inner, parameters),
+        seeded(seed),
         account(model, lags, weights) as ledger,
         contextlib.ExitStack() as stack,
     ):
         payers = Payers(model, ledger.watch, losses, horizons, parameters) if asked else None
         if progress:
             passes = 0 if payers is None else len(payers.passes)
-            line = estimate(inner, windows[0].ids, len(windows), batch, weights, _run, passes)
+            line = estimate(inner, windows[0].ids, len(windows), batch, weights, run, passes)
             Console(stderr=True).print(line)
             ledger.clear()
             inner.zero_grad()
         if payers is not None:
             stack.enter_context(payers.watching())
         started = time.perf_counter()
-        with _progress(len(windows), progress) as advance:
+        with progress_bar(len(windows), progress) as advance:
             for start in range(0, len(windows), batch):
                 some = windows[start : start + batch]
                 names = [f"{window.text} #{window.index}" for window in some]
                 ledger.place = f" in window {', '.join(names)}"
                 ids = torch.stack([window.ids for window in some])
-                sending = None if payers is None else Sending(model, _run, ids)
-                summed = _run(model, ids) if sending is None else sending.losses
+                sending = None if payers is None else Sending(model, run, ids)
+                summed = run(model, ids) if sending is None else sending.losses
                 for loss, name in zip(summed, names, strict=True):
                     if not loss.isfinite():
                         raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
@@ -127,7 +127,7 @@ def measure(
         return ledger.result([window.text for window in windows], payers, **known | dict(attrs or {}))
 
 
-def _run(model: nn.Module, ids: Tensor) -> Tensor:
+def run(model: nn.Module, ids: Tensor) -> Tensor:
     """Sum of the losses of each window, in nats, with its graph."""
     ids = ids.to(first_device(language_model(model)))
     logits = model(input_ids=ids, use_cache=False).logits
@@ -163,7 +163,7 @@ def _check_tokens(model: PreTrainedModel, windows: list[corpus.Window]) -> None:
 
 
 @contextlib.contextmanager
-def _frozen(model: PreTrainedModel, parameters: bool = False) -> Iterator[None]:
+def frozen(model: PreTrainedModel, parameters: bool = False) -> Iterator[None]:
     """Evaluation mode; gradients flow through the activations, and to `parameters` only if asked; then as before."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
@@ -188,20 +188,21 @@ def _frozen(model: PreTrainedModel, parameters: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, random numbers begin with a seed; outside, none has been drawn."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
 @contextlib.contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Any]:
-    """A bar of windows with tokens per second and the time left."""
+def progress_bar(total: int, shown: bool, doing: str = "measuring", what: str = "windows") -> Iterator[Any]:
+    """A bar with tokens per second and the time left; `advance(done, tokens)` moves it."""
     columns = (
-        TextColumn("measuring"),
+        TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("windows · {task.fields[speed]} · left"),
+        TextColumn(what + " · {task.fields[speed]} · left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:

@@ -166,6 +166,20 @@ def build(
     return result
 
 
+def extended(
+    result: xr.Dataset, variables: Mapping[str, np.ndarray], **coordinates: Sequence[object] | np.ndarray
+) -> xr.Dataset:
+    """The result with more variables of the schema, and their coordinates."""
+    values = {"written": WRITTEN, "loss_position": result.position.values, **coordinates}
+    used = {dim for name in variables for dim in SCHEMA[name].dims} | set(coordinates)
+    more = result.assign({name: _variable(SCHEMA[name], array) for name, array in variables.items()})
+    return check(
+        more.assign_coords(
+            {name: _variable(COORDINATES[name], np.asarray(array)) for name, array in values.items() if name in used}
+        )
+    )
+
+
 def check(result: object) -> xr.Dataset:
     """Return `result` if it is a result of this schema; InputError says what is wrong with it."""
     flaw = _flaw(result) if isinstance(result, xr.Dataset) else f"{type(result).__name__} came"
