@@ -1,7 +1,8 @@
 """`make bench`: the table of the README. Time as ratios of medians taken in turns; memory in a process of its own each.
 
-python bench/bench.py            all of it (about 15 minutes on two cores)
+python bench/bench.py            all of it (about 30 minutes on two cores)
 python bench/bench.py steps      ratio to a plain training step on SmolLM2-135M
+python bench/bench.py payers     own and later losses, the horizon curve, and one backward pass per position
 python bench/bench.py naive      the same lag profile with eager attention and everything kept
 python bench/bench.py long       a two-layer model at long contexts
 """
@@ -24,6 +25,7 @@ from transformers.masking_utils import eager_mask
 from posterity import corpus, loading
 from posterity.account import account
 from posterity.ledger import Bins, self_part, tally
+from posterity.losses import Payers, Sending
 from posterity.measure import frozen, run
 
 ROUNDS = 5
@@ -33,6 +35,13 @@ LABELS = {
     "self": "self/other split",
     "lags": "everything by lag, without the weights",
     "weights": "everything, with the weights",
+}
+HORIZONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PAYERS = {
+    "plain": LABELS["plain"],
+    "frozen": LABELS["frozen"],
+    "losses": "everything, with own and later losses",
+    **{f"curve {k}": f"everything but the weights, with a horizon curve of {k} points" for k in (1, 3, 9)},
 }
 console = Console(width=110)
 
@@ -52,6 +61,13 @@ def mode(name, model):
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
+        if name in ("losses", *(name for name in PAYERS if name.startswith("curve"))):
+            ledger = stack.enter_context(account(model, "octaves", name == "losses"))
+            horizons = () if name == "losses" else HORIZONS[-int(name.split()[1]) :]
+            payers = Payers(model, ledger.watch, name == "losses", horizons, parameters=False)
+            stack.enter_context(payers.watching())
+            yield lambda ids: payers.send(Sending(model, run, ids))
+            return
         if name != "frozen":
             stack.enter_context(account(model, "self" if name == "self" else "octaves", name == "weights"))
         yield lambda ids: run(model, ids).sum().backward()
@@ -89,6 +105,37 @@ def steps():
         table.add_row(label, *cells[name])
     console.print(table)
     console.print("time: to the plain step; memory: peak of the process, to the plain step with frozen parameters")
+
+
+def payers():
+    table = Table("SmolLM2-135M, one window of 512", "time ratio", "memory ratio", title="Who pays")
+    model, ids = window(512)
+    seconds = {name: [] for name in PAYERS}
+    for _ in range(ROUNDS + 1):
+        for name in PAYERS:
+            with mode(name, model) as step:
+                seconds[name].append(timed(step, ids))
+    peaks = {name: alone("peak", name, 512)["peak"] for name in PAYERS}
+    for name, label in PAYERS.items():
+        ratio, memory = paired(seconds[name], seconds["plain"]), peaks[name] / peaks["frozen"]
+        table.add_row(label, f"{ratio:.2f}", f"{memory:.2f}")
+    each = one_by_one(model, ids) / statistics.median(seconds["plain"][1:])
+    table.add_row("own losses by one backward pass per position (timed for 8 of 511)", f"{each:.0f}", "")
+    console.print(table)
+    console.print("time: to the plain step; memory: peak of the process, to the plain step with frozen parameters")
+
+
+def one_by_one(model, ids):
+    """Seconds for one forward pass and one backward pass per position, from 8 positions over the whole window."""
+    with frozen(model):
+        started = time.perf_counter()
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        losses = nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        forward = time.perf_counter() - started
+        started = time.perf_counter()
+        for position in range(0, len(losses), len(losses) // 8 + 1):
+            losses[position].backward(retain_graph=True)
+        return forward + (time.perf_counter() - started) / 8 * len(losses)
 
 
 def paired(ours, plain):
@@ -260,8 +307,9 @@ def main():
         print(json.dumps(globals()[wanted[0]](*wanted[1:])))
         return
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} rounds in turns")
-    for name in wanted or ("steps", "naive", "long"):
-        {"steps": steps, "naive": naive, "long": long}[name]()
+    tables = {"steps": steps, "payers": payers, "naive": naive, "long": long}
+    for name in wanted or tables:
+        tables[name]()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from spy import spied
 
 import posterity
 from posterity import corpus, derived, loading
-from posterity.measure import _frozen, _run
+from posterity.measure import frozen, run
 
 pytestmark = pytest.mark.slow
 POSTERITY = [sys.executable, "-m", "posterity"]
@@ -40,8 +40,8 @@ def test_float32_accounts_equal_the_dense_ones_of_the_float64_reference():
     ids = corpus.windows([corpus.default_text()], loaded.tokenizer, 96, 1)[0].ids
     found = posterity.measure(loaded.model, None, ids, context=96, lags="all", weights=False, progress=False)
     model = loaded.model.double()
-    with spied(model) as spy, _frozen(model):
-        _run(model, ids[None]).sum().backward()
+    with spied(model) as spy, frozen(model):
+        run(model, ids[None]).sum().backward()
     for layer, dense in enumerate(spy.accounts()):
         right = by_lag(dense[0]).sum(1).movedim(0, 1).numpy()
         mine = found.credit.sel(layer=layer).values

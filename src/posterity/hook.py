@@ -28,6 +28,11 @@ NAME = "posterity"
 # What reordered sums move, relative to the largest number; models compute norms and softmax in float32 at most.
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 ROUNDING_FLOAT32 = 2e-4
+# Tensors that models pass on to every attention function; what they say is in the mask or in queries and keys already.
+HARMLESS = {
+    "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch",
+    "token_type_ids", "mm_token_type_ids",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,15 @@ def _attention_function(
         )
     if position_bias is not None:
         raise InputError("its attention adds a position bias to the scores, which the operator does not know")
+    unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in HARMLESS]
+    if unknown:
+        raise InputError(f"it hands {', '.join(unknown)} to its attention, which the operator does not know")
     mask = _as_mask(module, attention_mask, is_causal)
     if (capture := getattr(_replay, "capture", None)) is not None and capture.module is module:
         return capture(query, key, value), None
     watch = watches.get(module)
     if isinstance(watch, Recorder) and watch.cut:
+        watch.later += [x[:, :, 1:].detach() for x in (query, key, value)]
         return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]), None
     if not isinstance(watch, Watch):
         if watch is not None:
@@ -187,6 +196,7 @@ class Recorder:
         self.names = {module: name for name, module in model.named_modules()}
         self.cut = cut
         self.layers: list[Layer] = []
+        self.later: list[Tensor] = []  # with `cut`: queries, keys and values of all calls, the first position left out
 
     def called(self, module: nn.Module) -> None:
         """Note one attention call."""

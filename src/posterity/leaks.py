@@ -11,23 +11,31 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from posterity.hook import differ
+from posterity.hook import Recorder, differ, rounding
 
 
-def find_leaks(model: PreTrainedModel, ids: Tensor, first: Tensor, tolerance: float) -> tuple[str, ...]:
+def find_leaks(
+    model: PreTrainedModel, recorder: Recorder, ids: Tensor, first: Tensor, tolerance: float
+) -> tuple[str, ...]:
     """Name what carries information between positions although attention passes nothing on; empty if nothing does.
 
-    Two ways to see it: logits after the first token move when it changes, or they have a gradient at its embedding.
+    Three ways to see it: when the first token changes, logits after it move, or queries, keys or values do (a
+    convolution before attention); or these logits have a gradient at its embedding.
 
     Args:
         model: With its attention cut.
+        recorder: What cuts it.
         ids: Tokens, (1, position).
         first: The same with another first token.
         tolerance: How far logits may differ by rounding.
     """
-    with torch.no_grad():
-        logits = [model(input_ids=row, use_cache=False).logits for row in (ids, first)]
-    if differ(logits[0][:, 1:], logits[1][:, 1:]) > tolerance or _reached(model, ids):
+    logits, streams = [], []
+    for row in (ids, first):
+        recorder.later = []
+        with torch.no_grad():
+            logits.append(model(input_ids=row, use_cache=False).logits[:, 1:])
+        streams.append(recorder.later)
+    if _moved(*streams) or differ(*logits) > tolerance or _reached(model, ids):
         return _leaking(model, ids, first) or ("a module that could not be named",)
     return ()
 
@@ -38,14 +46,14 @@ def _reached(model: PreTrainedModel, ids: Tensor) -> bool:
 
     def note(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # some models scale it in place
 
     hook = model.get_input_embeddings().register_forward_hook(note)
     try:
         with torch.enable_grad():
             later = model(input_ids=ids, use_cache=False).logits[:, 1:].float()
             weights = torch.linspace(-1, 1, later.shape[-1], device=later.device)
-            grads = torch.autograd.grad((later * weights).sum(), embedded, allow_unused=True)
+            grads = torch.autograd.grad((later * weights).sum(), embedded, allow_unused=True) if embedded else ()
     finally:
         hook.remove()
     return any(grad is not None and bool((grad[:, 0] != 0).any()) for grad in grads)
@@ -89,4 +97,6 @@ def _flow(model: PreTrainedModel, row: Tensor) -> dict[str, tuple[list[Tensor], 
 
 
 def _moved(one: list[Tensor], two: list[Tensor]) -> bool:
-    return any(x.shape == y.shape and not torch.equal(x, y) for x, y in zip(one, two, strict=False))
+    """Whether any differs by more than rounding: experts see products of another size when a token goes elsewhere."""
+    pairs = [(x, y) for x, y in zip(one, two, strict=False) if x.shape == y.shape and x.numel()]
+    return any(differ(x, y) > rounding(x.dtype) * x.abs().max().item() for x, y in pairs)

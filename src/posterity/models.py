@@ -206,8 +206,8 @@ def _probe(model: PreTrainedModel) -> Check:
             f"under the operator its logits move by {differ(own, ours):.1e} (at most {tolerance:.1e} is rounding): "
             "its attention does something the operator does not know"
         )
-    with Recorder(model, cut=True), _switched(model):
-        leaks = find_leaks(model, ids, first, tolerance)
+    with Recorder(model, cut=True) as cut, _switched(model):
+        leaks = find_leaks(model, cut, ids, first, tolerance)
     count = len(recorder.layers)
     reason = f"{count} attention layer{'s' if count > 1 else ''}"
     if leaks:
