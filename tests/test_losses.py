@@ -16,6 +16,7 @@ import posterity
 from posterity import Discount, EdgeWindow, Full, InputError, Myopic, corpus, derived, loading
 from posterity.hook import watches
 from posterity.models import watched
+from posterity.summary import rows
 
 
 def exact(name, **changes):
@@ -525,3 +526,19 @@ def test_own_losses_of_the_default_model_are_those_of_one_backward_pass_per_posi
     assert (np.abs(summed - whole.values) / np.abs(whole.values).max((1, 2), keepdims=True)).max() < 1e-4
     norms = found.loss_gram.sel(pair="self later").isel(layer=-1).sum().item()
     assert norms <= 1e-12 * found.loss_gram.isel(layer=-1).sel(pair="future").sum().item()
+
+
+def test_the_summary_says_who_pays():
+    found = posterity.measure(
+        tiny("llama"), None, tokens(3), context=12, losses=True, horizons=(1, 2, 64), progress=False
+    )
+    table = {row.label: row.cells for row in rows(found)}
+    share = derived.who_pays(found).share
+    for label, part in (("own loss", "own"), ("self edge, later losses", "self later"), ("future edges", "future")):
+        query, key, value = table[label]
+        assert query == ""
+        assert key.startswith(f"{100 * share.sel(written='key', part=part):.1f}")
+        assert value.startswith(f"{100 * share.sel(written='value', part=part):.1f}")
+    assert all("token" in cell for cell in table["effective horizon"])
+    plain = posterity.measure(tiny("llama"), None, tokens(3), context=12, progress=False)
+    assert not {row.label for row in rows(plain)} & {"own loss", "effective horizon"}

@@ -14,6 +14,7 @@ from posterity import derived
 from posterity import result as results
 
 UNKNOWN = "–"
+PAYERS = {"own": "own loss", "self later": "self edge, later losses", "future": "future edges"}  # parts, in words
 TRUSTED = 1e-3  # accounts that disagree by more than this are reported as broken (float32 gives about 1e-6)
 
 
@@ -105,6 +106,17 @@ def percent(share: float, error: float = math.nan) -> str:
     return f"{100 * share:.{digits}f} ± {100 * error:.{digits}f} %"
 
 
+def horizon(reach: float, smallest: int, largest: int) -> str:
+    """An effective horizon in words, given the ends of the curve it was read from."""
+    if math.isnan(reach):
+        return UNKNOWN
+    if math.isinf(reach):
+        return f"> {_tokens(largest)}"
+    if reach <= smallest:
+        return f"≤ {_tokens(smallest)}"
+    return f"{reach:.1f} tokens" if reach < 10 else _tokens(reach)
+
+
 def rows(result: xr.Dataset) -> list[Row]:
     """The table, one cell per stream in the order of `results.STREAMS`."""
     sides, counted = derived.shares(result), derived.counts(result)
@@ -144,6 +156,22 @@ def rows(result: xr.Dataset) -> list[Row]:
             Row(heads, "self share, mean", each(lambda s: percent(float(found.share_mean.sel(stream=s))))),
             Row(heads, "agreement of windows", each(lambda stream: _number(float(whole.sel(stream=stream))))),
         ]
+    return table + _payers(result)
+
+
+def _payers(result: xr.Dataset) -> list[Row]:
+    """The block on own and later losses, as far as they were measured."""
+    block, table = "Who pays for keys and values", []
+    if "loss_credit" in result:
+        found = derived.who_pays(result)
+        for part, label in PAYERS.items():
+            cells = (_share(found.sel(written=written, part=part)) for written in results.WRITTEN)
+            table.append(Row(block, label, ("", *cells)))
+    if "horizon_by_document" in result:
+        reach = derived.effective_horizon(result)
+        ends = int(result.horizon[0]), int(result.horizon[-1])
+        cells = (horizon(float(reach.sel(stream=stream)), *ends) for stream in results.STREAMS)
+        table.append(Row(block, "effective horizon", tuple(cells)))
     return table
 
 
