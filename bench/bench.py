@@ -61,7 +61,7 @@ def mode(name, model):
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
-        if name in ("losses", *(name for name in PAYERS if name.startswith("curve"))):
+        if name == "losses" or name.startswith("curve"):
             ledger = stack.enter_context(account(model, "octaves", name == "losses"))
             horizons = () if name == "losses" else HORIZONS[-int(name.split()[1]) :]
             payers = Payers(model, ledger.watch, name == "losses", horizons, parameters=False)
@@ -88,11 +88,7 @@ def steps():
     cells = {name: [] for name in LABELS}
     for context in contexts:
         model, ids = window(context)
-        seconds = {name: [] for name in LABELS}
-        for _ in range(ROUNDS + 1):
-            for name in LABELS:
-                with mode(name, model) as step:
-                    seconds[name].append(timed(step, ids))
+        seconds = in_turns(LABELS, model, ids)
         ratio = {name: paired(seconds[name], seconds["plain"]) for name in LABELS}
         peak = {name: alone("peak", name, context)["peak"] for name in LABELS}
         for name in LABELS:
@@ -110,11 +106,7 @@ def steps():
 def payers():
     table = Table("SmolLM2-135M, one window of 512", "time ratio", "memory ratio", title="Who pays")
     model, ids = window(512)
-    seconds = {name: [] for name in PAYERS}
-    for _ in range(ROUNDS + 1):
-        for name in PAYERS:
-            with mode(name, model) as step:
-                seconds[name].append(timed(step, ids))
+    seconds = in_turns(PAYERS, model, ids)
     peaks = {name: alone("peak", name, 512)["peak"] for name in PAYERS}
     for name, label in PAYERS.items():
         ratio, memory = paired(seconds[name], seconds["plain"]), peaks[name] / peaks["frozen"]
@@ -136,6 +128,16 @@ def one_by_one(model, ids):
         for position in range(0, len(losses), len(losses) // 8 + 1):
             losses[position].backward(retain_graph=True)
         return forward + (time.perf_counter() - started) / 8 * len(losses)
+
+
+def in_turns(names, model, ids):
+    """Seconds of each kind of step in every round; the first round warms up."""
+    seconds = {name: [] for name in names}
+    for _ in range(ROUNDS + 1):
+        for name in names:
+            with mode(name, model) as step:
+                seconds[name].append(timed(step, ids))
+    return seconds
 
 
 def paired(ours, plain):

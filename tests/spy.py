@@ -38,13 +38,20 @@ class Spy:
 
 
 @contextlib.contextmanager
-def spied(model):
-    spy = Spy()
-    AttentionInterface.register("spy", spy.attend)
-    AttentionMaskInterface.register("spy", eager_mask)
+def attending(model, name, attend):
+    """Inside, the model computes attention by `attend`, with transformers' own N x N masks."""
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, eager_mask)
     before = model.config._attn_implementation
-    model.set_attn_implementation("spy")
+    model.set_attn_implementation(name)
     try:
-        yield spy
+        yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def spied(model):
+    spy = Spy()
+    with attending(model, "spy", spy.attend):
+        yield spy

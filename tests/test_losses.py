@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from reference import dense_attention
+from spy import attending
 from test_models import INPUTS
 from tiny import CONFIGS, summed_loss, tiny, tokens
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers import AttentionInterface
 
 import posterity
 from posterity import Discount, EdgeWindow, Full, InputError, Myopic, corpus, derived, loading
@@ -75,10 +75,6 @@ class Dense:
 @contextlib.contextmanager
 def dense(model):
     one = Dense()
-    AttentionInterface.register("dense", one.attend)
-    AttentionMaskInterface.register("dense", eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("dense")
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
     hooks = [
         layer.register_forward_pre_hook(
@@ -87,9 +83,9 @@ def dense(model):
         for layer in layers
     ]
     try:
-        yield one
+        with attending(model, "dense", one.attend):
+            yield one
     finally:
-        model.set_attn_implementation(before)
         for hook in hooks:
             hook.remove()
 

@@ -14,7 +14,7 @@ from posterity.errors import InputError
 from posterity.hook import Layer, Watch
 from posterity.ledger import SIDES, STREAMS, Account, Bins, self_part, tally
 from posterity.losses import Payers
-from posterity.models import watched
+from posterity.models import watching
 from posterity.provenance import provenance
 from posterity.sweep import Scratch
 from posterity.weights import Projections, WeightSplit
@@ -40,29 +40,22 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
         InputError: The model cannot be measured, with the reason.
     """
     Bins.of(lags, 2)
-    ledger = Ledger(model, lags, weights)
-    with watched(model, ledger.observe) as watch:
-        ledger.open(watch)
-        yield ledger
+    with watching(model) as watch:
+        ledger = Ledger(model, watch, lags, weights)
+        with watch.reporting(ledger.observe):
+            yield ledger
 
 
 class Ledger:
     """Sums over documents of the accounts of every layer; `result()` labels them."""
 
-    def __init__(self, model: nn.Module, lags: str, weights: bool):
-        """Start empty."""
-        self.model, self.lags, self.weights = model, lags, weights
+    def __init__(self, model: nn.Module, watch: Watch, lags: str, weights: bool):
+        """Start empty, with the layers in the order of the forward pass."""
+        self.model, self.watch, self.lags, self.weights = model, watch, lags, weights
         self.place = ""  # what is being measured now, for messages
         self.losses: list[tuple[float, int]] = []  # mean loss and number of losses of each document, where known
-        self._layers: dict[Layer, _LayerSums] = {}
-        self.watch: Watch | None = None
+        self._layers = {layer: _LayerSums() for layer in watch.layers}
         self._scratch = Scratch()
-
-    def open(self, watch: Watch) -> None:
-        """Name the layers, in the order of the forward pass."""
-        self.watch = watch
-        self._layers = dict.fromkeys(watch.layers, _LayerSums())
-        self.clear()
 
     def clear(self) -> None:
         """Forget every document."""
@@ -126,7 +119,7 @@ class Ledger:
             "context": context,
             "documents": self.documents,
             "lags": self.lags,
-            "other_paths": "; ".join(self.watch.other_paths) if self.watch else "",
+            "other_paths": "; ".join(self.watch.other_paths),
         }
         return result.build(
             variables,

@@ -144,13 +144,13 @@ class _Attention(torch.autograd.Function):
         key_, value_ = (x.repeat_interleave(query.shape[1] // groups, 1) for x in (key, value))
         given: tuple = grad_output, query, key_, value_, output, lse, options
         fused = _fusable(query, key, value, sinks, options)
-        grad_query, *grads = _grads(given, weights, fused)
-        kept, beyond = grads, [None, None]  # what reaches the projections, and what of it passes the hidden state by
-        if any(ctx.detached) and any(weight is not None for weight in weights):
-            _, *wholes = _grads(given, [None, None], fused)
-            kept = [whole if apart else x for whole, x, apart in zip(wholes, grads, ctx.detached, strict=True)]
-            beyond = [whole - x if apart else None for whole, x, apart in zip(wholes, grads, ctx.detached, strict=True)]
-            weights = [None if apart else weight for weight, apart in zip(weights, ctx.detached, strict=True)]
+        limited = any(weight is not None for weight in weights)
+        apart = ctx.detached if limited else (False, False)
+        (grad_query, *grads), (_, *wholes) = _grads(given, weights, fused, any(apart))
+        # What reaches the projections, the factors in it, and what of it passes the hidden state by.
+        kept = [whole if one else x for whole, x, one in zip(wholes, grads, apart, strict=True)]
+        weights = [None if one else weight for weight, one in zip(weights, apart, strict=True)]
+        beyond = [whole - x if one else None for whole, x, one in zip(wholes, grads, apart, strict=True)]
         if options.observe is not None:
             back = Backward(
                 query.detach(), key.detach(), value.detach(), output.detach(), lse.detach(), grad_output.detach(),
@@ -165,19 +165,26 @@ class _Attention(torch.autograd.Function):
         return grad_query, *grads, grad_sinks, *beyond, None
 
 
-def _grads(given: tuple, weights: list[Tensor | None], fused: bool) -> list[Tensor]:
-    """dq and each query head's own part of dk and dv, under the factors of a horizon."""
-    alone = [weight is None or not weight[1:].any() for weight in weights]
-    if not all(alone) or (any(weight is not None for weight in weights) and given[1].shape[2] != given[2].shape[2]):
-        return _block_backward(*given, weights=weights)
-    grads = list(_fused_backward(*given) if fused else _block_backward(*given))
-    if any(weight is not None for weight in weights):
-        grad_output, query = given[:2]
-        weight, grad_score = self_edges(*given)
-        for index, (factor, left) in enumerate(((grad_score, query), (weight, grad_output))):
-            if weights[index] is not None:
-                grads[index + 1] = (factor[..., None] * left).to(query.dtype)
-    return grads
+def _grads(given: tuple, weights: list[Tensor | None], fused: bool, both: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """dq and each query head's own part of dk and dv, under the factors of a horizon; and, if `both`, without them."""
+    grad_output, query, key = given[:3]
+    limited = any(weight is not None for weight in weights)
+    alone = all(weight is None or not weight[1:].any() for weight in weights)  # self edges or everything
+    blockwise = not alone or (limited and query.shape[2] != key.shape[2])
+    wholes: list[Tensor] = []
+    if both or not blockwise:
+        wholes = list(_fused_backward(*given) if fused else _block_backward(*given))
+    if blockwise:
+        grads = _block_backward(*given, weights=weights)
+        return grads, wholes if both else grads
+    if not limited:
+        return wholes, wholes
+    weight, grad_score = self_edges(*given)
+    edges = zip(wholes[1:], weights, (grad_score, weight), (query, grad_output), strict=True)
+    own = [
+        whole if factors is None else (edge[..., None] * left).to(query.dtype) for whole, factors, edge, left in edges
+    ]
+    return [wholes[0], *own], wholes
 
 
 def self_edges(

@@ -100,25 +100,21 @@ def measure(
     """
     import posterity
     from posterity import corpus, loading
-    from posterity.result import writable
 
-    for path in (output, report):
-        if path is not None:
-            writable(path)
+    _check_writable(output, report)
     texts = corpus.sources(text or [], field)
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
-    # Only what was given is passed on: the defaults are those of posterity.measure.
-    given = {
-        "context": context, "lags": lags, "weights": weights, "losses": losses, "parameters": parameters,
-        "batch": batch, "seed": seed, "horizons": None if horizons is None else _numbers(horizons),
-    }  # fmt: skip
+    given = _given(
+        context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
+        horizons=_numbers(horizons),
+    )  # fmt: skip
     result = posterity.measure(
         loaded.model,
         loaded.tokenizer,
         texts,
         limit=documents,
-        attrs={"model": loaded.name, "revision": loaded.revision, "command": shlex.join(["posterity", *sys.argv[1:]])},
-        **{name: value for name, value in given.items() if value is not None},
+        attrs=_provenance(loaded),
+        **given,
     )
     _hand_over(result, output, report)
 
@@ -144,24 +140,36 @@ def inspect(
     """
     import posterity
     from posterity import loading
-    from posterity.result import writable
 
-    for path in (output, report):
-        if path is not None:
-            writable(path)
+    _check_writable(output, report)
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
-    given = {"batch": batch, "seed": seed, "horizons": None if horizons is None else _numbers(horizons)}
-    result = posterity.inspect(
-        loaded.model,
-        loaded.tokenizer,
-        text,
-        attrs={"model": loaded.name, "revision": loaded.revision, "command": shlex.join(["posterity", *sys.argv[1:]])},
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    given = _given(batch=batch, seed=seed, horizons=_numbers(horizons))
+    result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=_provenance(loaded), **given)
     _hand_over(result, output, report)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _given(**options: Any) -> dict[str, Any]:
+    """Only what was given is passed on: the defaults are those of the library's functions."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Say before the work whether the files can be written."""
+    from posterity.result import writable
+
+    for path in paths:
+        if path is not None:
+            writable(path)
+
+
+def _provenance(loaded: Any) -> dict[str, Any]:
+    """What only the command line knows of a result."""
+    return {"model": loaded.name, "revision": loaded.revision, "command": shlex.join(["posterity", *sys.argv[1:]])}
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
     try:
         return tuple(int(one) for one in text.split(","))
     except ValueError:

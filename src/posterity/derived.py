@@ -160,20 +160,12 @@ def hidden(result: xr.Dataset) -> xr.Dataset:
     `share`, `error`: share of the own loss in the squared norm (its inner product with the whole), and `cosine`
     between the parts of the own and of the later losses. NaN where a layer's input was not seen.
     """
-    terms = result.hidden_by_document
-    found = ratio(_own_part(terms), _whole(terms))
-    total = terms.sum("document", skipna=False)
-    own, later, inner = (total.sel(loss_term=term, drop=True) for term in LOSS_TERMS)
-    return found.assign(cosine=_named(inner / (own * later) ** 0.5, "cosine between own and later"))
+    return _own_and_later(result.hidden_by_document)
 
 
 def parameters(result: xr.Dataset) -> xr.Dataset:
     """The gradient of each module's parameters, dims (parameter): `share`, `error`, `cosine` as in `hidden`."""
-    terms = result.parameter_by_document
-    found = ratio(_own_part(terms), _whole(terms))
-    total = terms.sum("document", skipna=False)
-    own, later, inner = (total.sel(loss_term=term, drop=True) for term in LOSS_TERMS)
-    return found.assign(cosine=_named(inner / (own * later) ** 0.5, "cosine between own and later"))
+    return _own_and_later(result.parameter_by_document)
 
 
 def horizon_curve(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
@@ -258,11 +250,10 @@ def _parts(norms: xr.DataArray) -> xr.DataArray:
     return xr.concat([one, two, one + two + 2 * inner], xr.Variable("part", ["self", "other", "whole"]))
 
 
-def _own_part(norms: xr.DataArray) -> xr.DataArray:
-    """Inner product of the part of the own loss with the whole."""
-    return norms.sel(loss_term=["own", "inner"]).sum("loss_term", skipna=False)
-
-
-def _whole(norms: xr.DataArray) -> xr.DataArray:
-    """Squared norm of own and later together."""
-    return norms.sel(loss_term=["own", "later", "inner", "inner"]).sum("loss_term", skipna=False)
+def _own_and_later(terms: xr.DataArray) -> xr.Dataset:
+    """Share of the own loss in a squared norm, its error, and the cosine between the own and the later part."""
+    part = terms.sel(loss_term=["own", "inner"]).sum("loss_term", skipna=False)
+    whole = terms.sel(loss_term=["own", "later", "inner", "inner"]).sum("loss_term", skipna=False)
+    total = terms.sum("document", skipna=False)
+    own, later, inner = (total.sel(loss_term=term, drop=True) for term in LOSS_TERMS)
+    return ratio(part, whole).assign(cosine=_named(inner / (own * later) ** 0.5, "cosine between own and later"))

@@ -90,6 +90,8 @@ def by_lag(rule: Rule, length: int, like: Tensor) -> Float[Tensor, " lag"] | Non
     Raises:
         InputError: The rule is none.
     """
+    if isinstance(rule, Full):  # every backward pass asks; a GPU need not be waited for
+        return None
     lag = torch.arange(length, device=like.device)
     weight = getattr(rule, "weight", lambda _: None)(lag)
     if not isinstance(weight, Tensor) or weight.shape != lag.shape:

@@ -67,7 +67,7 @@ def _leaking(model: PreTrainedModel, ids: Tensor, first: Tensor) -> tuple[str, .
         for name, (inputs, outputs) in one.items()
         if name in two and inputs and _moved(outputs, two[name][1]) and not _moved(inputs, two[name][0])
     ]
-    innermost = [name for name in names if not any(other.startswith(f"{name}.") for other in names if other != name)]
+    innermost = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
     kinds = {type(model.get_submodule(name)).__name__: name for name in reversed(innermost)}
     return tuple(f"{kind} ({name})" for kind, name in reversed(kinds.items()))
 

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from posterity.attention import Backward, working
+from posterity.attention import Backward, dot, working
 from posterity.errors import InputError
 from posterity.hook import Layer, Observer, Watch
 from posterity.horizon import Discount, Full
 from posterity.ledger import self_part
 from posterity.models import language_model, refuse_other_paths
-from posterity.weights import Projections
+from posterity.weights import Projections, norms
 
 OWN = 1  # the horizon whose discount is 0: nothing but the own loss
 
@@ -59,16 +59,16 @@ class Sending:
 class Payers:
     """Sums over windows of who pays; `variables()` are those of the result."""
 
-    def __init__(self, model: nn.Module, watch: Watch | None, losses: bool, horizons: Sequence[int], parameters: bool):
+    def __init__(self, model: nn.Module, watch: Watch, losses: bool, horizons: Sequence[int], parameters: bool):
         """Nothing yet.
 
         Raises:
             InputError: The model has other paths between positions.
         """
-        assert watch is not None
         refuse_other_paths(watch, "to say who pays")
         self.model, self.watch, self.parameters = language_model(model), watch, parameters
         self.horizons, self.losses = tuple(horizons), losses or parameters
+        self._heads = 0
         self._whole: dict[Layer, Backward] = {}
         self._parts: dict[Layer, list[Tensor]] = {layer: [] for layer in watch.layers}
         self._sums: dict[Layer, Tensor] = {}
@@ -103,7 +103,7 @@ class Payers:
         for horizon in self.passes:
             rule = Discount(1 - 1 / horizon)
             self._reset(head)
-            name = "own" if horizon == OWN else "none"
+            name = "own" if horizon == OWN else None
             with self.watch.sending((rule, rule), self._observer(horizon)), self._hidden.taking(name):
                 sending.backward(again=horizon != self.passes[-1])
             if horizon == OWN and self.parameters:
@@ -115,10 +115,9 @@ class Payers:
     def variables(self) -> dict[str, np.ndarray]:
         """The variables of the result, heads that a layer does not have NaN."""
         layers = self.watch.layers
-        heads = max(sums.shape[0] for sums in (self._sums if self._sums else self._first()).values())
 
         def fit(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, heads - len(x)), value=torch.nan)
+            return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, self._heads - len(x)), value=torch.nan)
 
         found: dict[str, Tensor] = {}
         if self.losses:
@@ -146,9 +145,6 @@ class Payers:
             found["parameter"] = [name for name, _ in _owners(self.model)]
         return found
 
-    def _first(self) -> dict[Layer, Tensor]:
-        return {layer: rows[0][0][0] for layer, rows in self._curve.items()}
-
     def _early(self, layer: Layer, back: Backward, project: object) -> None:
         raise InputError(f"the loss reaches layer {layer} past the language-model head: who pays cannot be said")
 
@@ -156,6 +152,7 @@ class Payers:
         if layer in self._whole:
             raise InputError(f"layer {layer} was sent back twice in one pass: who pays cannot be said")
         self._whole[layer] = back
+        self._heads = max(self._heads, back.query.shape[1])
 
     def _observer(self, horizon: int) -> Observer:
         def observe(layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
@@ -164,7 +161,7 @@ class Payers:
                 self._split(layer, whole, back)
             if horizon in self.horizons:
                 grads = (back.grad_query, back.grad_key, back.grad_value)
-                left = [_inner(x, y) for x, y in zip(grads, whole.wholes, strict=True)]
+                left = [dot(x, y).sum(-1, dtype=torch.float64) for x, y in zip(grads, whole.wholes, strict=True)]
                 self._curve[layer][-1].append(torch.stack(left, -1))
 
         return observe
@@ -204,17 +201,13 @@ def _products(
     return torch.stack([gram[..., one, two] for one, two in pairs], 2).double()
 
 
-def _inner(x: Tensor, y: Tensor) -> Float[Tensor, "batch head"]:
-    return (x.to(working(x.dtype)) * y).sum(-1).sum(-1, dtype=torch.float64)
-
-
 class _Hidden:
     """Gradients of the hidden states at the input of each layer: the module that holds the attention module."""
 
     def __init__(self, model: nn.Module, layers: tuple[Layer, ...]):
         self.layers = layers
-        self.grads: dict[str, dict[Layer, Tensor]] = {"whole": {}, "own": {}, "none": {}}
-        self.name = "none"
+        self.grads: dict[str, dict[Layer, Tensor]] = {"whole": {}, "own": {}}
+        self.name: str | None = None
         self.total: Tensor | None = None
         self.windows: list[Tensor] = []
         self.modules = {layer: _holder(model, layer.name) for layer in layers}
@@ -233,22 +226,22 @@ class _Hidden:
                 hook.remove()
 
     @contextlib.contextmanager
-    def taking(self, name: str) -> Iterator[None]:
-        """Inside, gradients of marked hidden states are kept under a name."""
+    def taking(self, name: str | None) -> Iterator[None]:
+        """Inside, gradients of marked hidden states are kept under a name, if there is one."""
         self.name = name
         try:
             yield
         finally:
-            self.name = "none"
+            self.name = None
 
     def add(self) -> None:
         """Squared norms and inner product of the own and the later part, by position."""
         rows = []
         known = next(iter(self.grads["whole"].values()), None)
+        if known is None:
+            raise InputError("the input of no layer was seen: its gradient cannot be split")
         for layer in self.layers:
             whole, own = (self.grads[name].get(layer) for name in ("whole", "own"))
-            if known is None:
-                raise InputError("the input of no layer was seen: its gradient cannot be split")
             if whole is None or own is None:
                 rows.append(known.new_full((len(known), 3, known.shape[1]), torch.nan, dtype=torch.float64))
                 continue
@@ -274,7 +267,7 @@ class _Hidden:
                 return
 
             def take(grad: Tensor) -> None:
-                if self.name != "none":
+                if self.name is not None:
                     self.grads[self.name][layer] = grad.clone()  # a leaf adds later passes to it
 
             x.register_hook(take)
@@ -300,13 +293,10 @@ def _by_module(model: nn.Module, whole: dict[str, Tensor], own: dict[str, Tensor
     """|own|^2, |later|^2 and their inner product for each module."""
     rows = []
     for _, names in _owners(model):
-        total = torch.zeros(3, dtype=torch.float64)
+        pairs = []
         for name in names:
-            if name not in whole:
-                continue
-            one = own.get(name, torch.zeros_like(whole[name])).to(working(whole[name].dtype))
-            two = whole[name].to(one.dtype) - one
-            pairs = ((one, one), (two, two), (one, two))
-            total += torch.stack([torch.dot(x.flatten(), y.flatten()).double().cpu() for x, y in pairs])
-        rows.append(total)
+            if name in whole:
+                one = own.get(name, torch.zeros_like(whole[name])).to(working(whole[name].dtype))
+                pairs.append((one, whole[name].to(one.dtype) - one))
+        rows.append(norms(list(zip(*pairs, strict=True))).cpu() if pairs else torch.zeros(3, dtype=torch.float64))
     return rows

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -92,7 +92,6 @@ def measure(
             line = estimate(inner, windows[0].ids, len(windows), batch, weights, run, passes)
             Console(stderr=True).print(line)
             ledger.clear()
-            inner.zero_grad()
         if payers is not None:
             stack.enter_context(payers.watching())
         started = time.perf_counter()
@@ -102,16 +101,12 @@ def measure(
                 names = [f"{window.text} #{window.index}" for window in some]
                 ledger.place = f" in window {', '.join(names)}"
                 ids = torch.stack([window.ids for window in some])
-                sending = None if payers is None else Sending(model, run, ids)
-                summed = run(model, ids) if sending is None else sending.losses
+                summed, send = _passes(model, ids, payers)
                 for loss, name in zip(summed, names, strict=True):
                     if not loss.isfinite():
                         raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
                 ledger.losses += [(loss.item() / (context - 1), context - 1) for loss in summed]
-                if payers is None or sending is None:
-                    summed.sum().backward()
-                else:
-                    payers.send(sending)
+                send()
                 advance(len(some), ids.numel())
         seconds = time.perf_counter() - started
         tokens = len(windows) * context
@@ -134,6 +129,15 @@ def run(model: nn.Module, ids: Tensor) -> Tensor:
     targets = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1).to(logits.device)
     logits = logits.to(working(logits.dtype)).flatten(0, 1)
     return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).sum(1)
+
+
+def _passes(model: nn.Module, ids: Tensor, payers: Payers | None) -> tuple[Tensor, Callable[[], None]]:
+    """The losses of each window, and what sends them back."""
+    if payers is None:
+        losses = run(model, ids)
+        return losses, lambda: losses.sum().backward()
+    sending = Sending(model, run, ids)
+    return sending.losses, lambda: payers.send(sending)
 
 
 def _growing(horizons: Sequence[int]) -> tuple[int, ...]:

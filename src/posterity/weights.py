@@ -49,7 +49,7 @@ class WeightSplit:
 
     def mean(self) -> Float[Tensor, "stream term"]:
         """The same three numbers for the mean gradient over the documents."""
-        rows = [self._terms(list(zip(*sums.values(), strict=True))) for sums in self._sums]
+        rows = [norms(list(zip(*sums.values(), strict=True))) for sums in self._sums]
         return torch.stack(rows).cpu() / max(len(self.documents), 1) ** 2
 
     def _stream(self, stream: int, projections: Projections, own: Tensor, whole: Tensor) -> Float[Tensor, " term"]:
@@ -76,20 +76,20 @@ class WeightSplit:
                     total.add_(x)
             else:
                 sums[index] = [x.clone() for x in pair]
-        return self._terms(list(zip(*terms, strict=True)))
+        return norms(list(zip(*terms, strict=True)))
 
-    @staticmethod
-    def _terms(parts: list[tuple[Tensor, ...]]) -> Float[Tensor, " term"]:
-        """|self|^2, |other|^2 and their inner product, over all parameters; NaN without any."""
-        if not parts:
-            return torch.full((3,), torch.nan, dtype=torch.float64)
-        own, other = parts
 
-        def inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
-            products = (torch.dot(x.flatten(), y.flatten()).double() for x, y in zip(left, right, strict=True))
-            return torch.stack(list(products)).sum()
+def norms(parts: list[tuple[Tensor, ...]]) -> Float[Tensor, " term"]:
+    """|one|^2, |two|^2 and their inner product, for two parts of a gradient over all parameters; NaN without any."""
+    if not parts:
+        return torch.full((3,), torch.nan, dtype=torch.float64)
+    one, two = parts
 
-        return torch.stack((inner(own, own), inner(other, other), inner(own, other)))
+    def inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
+        products = (torch.dot(x.flatten(), y.flatten()).double() for x, y in zip(left, right, strict=True))
+        return torch.stack(list(products)).sum()
+
+    return torch.stack((inner(one, one), inner(two, two), inner(one, two)))
 
 
 def projection_parameters(module: nn.Module) -> dict[str, Tensor]:
