@@ -1,12 +1,11 @@
 """What transformers calls: the attention function, the mask function, and the watch over a model's attention modules.
 
-This file and models.py are the only ones that know transformers.
+This file, models.py and leaks.py are the only ones that know how transformers runs a model.
 """
 
 import contextlib
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -22,12 +21,10 @@ from posterity.attention import Backward, attention
 from posterity.errors import InputError
 from posterity.horizon import Full, Rule
 from posterity.mask import Mask
-from posterity.weights import Projections, projection_parameters
+from posterity.replay import Replay, capturing
+from posterity.weights import Projections
 
 NAME = "posterity"
-# What reordered sums move, relative to the largest number; models compute norms and softmax in float32 at most.
-ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
-ROUNDING_FLOAT32 = 2e-4
 # Tensors that models pass on to every attention function; what they say is in the mask or in queries and keys already.
 HARMLESS = {
     "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch",
@@ -61,18 +58,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _mask_function)
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """How far two ways to compute the same may differ, relative to the largest number."""
-    return ROUNDING.get(dtype, ROUNDING_FLOAT32)
-
-
-def differ(one: Tensor, other: Tensor) -> float:
-    """Return the largest absolute difference."""
-    return (one.float() - other.float()).abs().max().item()
-
-
 watches: "WeakKeyDictionary[nn.Module, Watch | Recorder]" = WeakKeyDictionary()
-_replay = threading.local()
 
 
 @torch.compiler.disable
@@ -102,7 +88,7 @@ def _attention_function(
     if unknown:
         raise InputError(f"it hands {', '.join(unknown)} to its attention, which the operator does not know")
     mask = _as_mask(module, attention_mask, is_causal)
-    if (capture := getattr(_replay, "capture", None)) is not None and capture.module is module:
+    if (capture := capturing(module)) is not None:
         return capture(query, key, value), None
     watch = watches.get(module)
     if isinstance(watch, Recorder) and watch.cut:
@@ -287,7 +273,7 @@ class Watch:
         self.calls[module] += 1
         # A module whose forward is called past its hooks has left no input: nothing can be run again then.
         args, kwargs = self.inputs.get(module, ((), {}))
-        call = _Call(self, layer, _Replay(module, args, kwargs, layer.call))
+        call = _Call(self, layer, Replay(module, args, kwargs, layer.call))
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
             for cut in call.cuts.values():
                 cut.met += 1
@@ -301,7 +287,7 @@ class Watch:
 class _Call:
     """One attention call: what holds for its backward passes."""
 
-    def __init__(self, watch: Watch, layer: Layer, replay: "_Replay"):
+    def __init__(self, watch: Watch, layer: Layer, replay: "Replay"):
         self.watch, self.layer, self.replay = watch, layer, replay
         self.observers = list(watch.observers)
         self.cuts = {
@@ -335,102 +321,3 @@ class _Call:
             if observe not in self.watch.observers:
                 raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
             observe(self.layer, back, project)
-
-
-class _Replay:
-    """Runs an attention module once more up to its attention call: what it projects, as a function of its weights."""
-
-    def __init__(self, module: nn.Module, args: tuple, kwargs: dict, call: int):
-        self.module, self.args, self.kwargs, self.call = module, args, kwargs, call
-        device = next((x.device.type for x in module.parameters()), "cpu")
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def project(self, back: Backward, document: int) -> Projections:
-        """Query, key and value of one document of the batch, as a function of fresh leaves for the module's weights.
-
-        Raises:
-            InputError: The module did not make the same queries, keys and values again.
-        """
-        batch = len(back.query)
-
-        def one(x: Any) -> Any:
-            return x[document, None] if isinstance(x, Tensor) and x.dim() and len(x) == batch > 1 else x
-
-        args, kwargs = tree_map(one, (self.args, self.kwargs))
-        leaves = {name: weight.detach().requires_grad_() for name, weight in projection_parameters(self.module).items()}
-        named = {f"module.{name}": leaf for name, leaf in leaves.items()}
-        device, dtype, enabled = self.autocast
-        with torch.autocast(device, dtype, enabled):
-            streams = self._captured(
-                lambda: torch.func.functional_call(_Bare(self.module), named, args, kwargs),
-                [x[document, None] for x in (back.query, back.key, back.value)],
-                "its weights' gradient cannot be split: measure without the weights (weights=False, --no-weights)",
-            )
-        return Projections(streams, list(leaves.values()))
-
-    def detached(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Key and value as a function of the module's own weights, but not of its input.
-
-        Raises:
-            InputError: The module did not make the same queries, keys and values again.
-        """
-        _, key, value = self._captured(
-            lambda: _Bare(self.module)(*self.args, **self.kwargs), streams, 'use a horizon with cut="kv"'
-        )
-        return key, value
-
-    def _captured(
-        self, run: Callable[[], Any], streams: Sequence[Tensor], advice: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value that `run` hands to attention; they must be those of the forward pass."""
-        capture = _Capture(self.module, self.call)
-        _replay.capture = capture
-        try:
-            run()
-        except (_Captured, TypeError):  # TypeError: called without its input
-            pass
-        finally:
-            _replay.capture = None
-        if capture.streams is None or not _same(capture.streams, streams):
-            raise InputError(
-                f"{type(self.module).__name__} does not make the same queries, keys and values when run again, so "
-                f"{advice}"
-            )
-        return capture.streams
-
-
-def _same(made: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
-    if any(x.shape != y.shape for x, y in zip(made, given, strict=True)):
-        return False
-    error = max(differ(x, y) / (y.abs().max().item() or 1) for x, y in zip(made, given, strict=True))
-    return error < rounding(given[0].dtype)
-
-
-class _Bare(nn.Module):
-    """A module without its hooks."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args, **kwargs):
-        return self.module.forward(*args, **kwargs)
-
-
-class _Capture:
-    """Stops a replay at the wanted attention call and keeps what it got."""
-
-    def __init__(self, module: nn.Module, call: int):
-        self.module, self.left = module, call
-        self.streams: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.left == 0:
-            self.streams = (query, key, value)
-            raise _Captured
-        self.left -= 1
-        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3])
-
-
-class _Captured(Exception):
-    """Ends a replay."""

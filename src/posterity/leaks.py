@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from posterity.hook import Recorder, differ, rounding
+from posterity.hook import Recorder
+from posterity.replay import differ, rounding
 
 
 def find_leaks(

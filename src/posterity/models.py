@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posterity.errors import InputError
-from posterity.hook import NAME, Cut, Layer, Observer, Recorder, Watch, differ, register, rounding, watches
+from posterity.hook import NAME, Cut, Layer, Observer, Recorder, Watch, register, watches
 from posterity.horizon import Rule, by_lag
 from posterity.leaks import find_leaks
+from posterity.replay import differ, rounding
 
 _PROBE_TOKENS = 16
 
