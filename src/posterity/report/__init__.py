@@ -78,7 +78,8 @@ def render(loaded: list[xr.Dataset]) -> str:
     names = labels(loaded)
     shown = [{"name": name, **_words(one)} for name, one in zip(names, loaded, strict=True)]
     data = [{"name": name, **charts(one)} for name, one in zip(names, loaded, strict=True)]
-    script, plotly = _asset("script.js"), _plotly()
+    glass = any(one["glass"] for one in data)
+    scripts = [_plotly(), _asset("script.js"), *([_asset("glass.js")] if glass else [])]
     environment = Environment(
         loader=PackageLoader("posterity.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -88,10 +89,10 @@ def render(loaded: list[xr.Dataset]) -> str:
         results=shown,
         streams=results.STREAMS,
         weights=any(one["weights"] for one in data),
-        style=Markup(_asset("style.css")),
-        script=Markup(script),
-        plotly=Markup(plotly),
-        policy=" ".join(f"'sha256-{_digest(code)}'" for code in (plotly, script)),
+        glass=glass,
+        style=Markup(_asset("style.css") + (_asset("glass.css") if glass else "")),
+        scripts=[Markup(code) for code in scripts],
+        policy=" ".join(f"'sha256-{_digest(code)}'" for code in scripts),
         data=Markup(escaped_json(data)),
     )
 

@@ -1,6 +1,8 @@
 """The numbers behind the charts of the page: a result as plain lists, with None where a number is not known."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import xarray as xr
 
 from posterity import derived
 from posterity import result as results
+from posterity.report.glass import glass
 from posterity.summary import portions
 
 EXACT = 16  # positions that have a bin of their own; the rest is binned by quarter octaves, as lags are
@@ -34,6 +37,10 @@ def charts(result: xr.Dataset) -> dict:
         },
         "position": _positions(result),
         "weights": _weights(result) if "weight_mean" in result else None,
+        "payers": _payers(result) if "loss_credit" in result else None,
+        "modules_paid": _modules(result) if "parameter_by_document" in result else None,
+        "horizons": _horizons(result) if "horizon_by_document" in result else None,
+        "glass": glass(result),
     }
 
 
@@ -83,6 +90,82 @@ def _weights(result: xr.Dataset) -> dict:
         "error": _streams(found.error),
         "mean": _streams(found.share_mean),
         "agreement": {str(part): _streams(found.agreement.sel(part=part)) for part in found.part.values},
+    }
+
+
+def _payers(result: xr.Dataset) -> dict:
+    """Own and later losses: by layer, at the layers' inputs, and by bins of positions."""
+    found, cosine = derived.who_pays(result, ("layer",)), derived.parts(result, ("layer",)).cosine
+    hidden, start = derived.hidden(result), _bins(result.sizes["position"])
+    share = derived.who_pays_by_position(result).transpose("written", "part", "position")
+    binned = xr.DataArray(np.add.reduceat(share.values, start, axis=-1), dims=("written", "part", "bin"))
+    return {
+        "share": _written(found.share, "part"),
+        "error": _written(found.error, "part"),
+        "cosine": _written(cosine, "pair"),
+        "hidden": {name: _numbers(hidden[name]) for name in ("share", "error", "cosine")},
+        "position": _written(binned.assign_coords(written=share.written, part=share.part), "part"),
+    }
+
+
+def _modules(result: xr.Dataset) -> dict:
+    """Own share of the gradient of the parameters by kind of module and layer; `rest` is what is in no layer.
+
+    Modules of one kind in one layer (experts) are added up before the division.
+    """
+    names = [split(str(name)) for name in result.parameter.values]
+    groups = {one: [index for index, other in enumerate(names) if other == one] for one in dict.fromkeys(names)}
+    terms = result.parameter_by_document
+    sums = [terms.isel(parameter=group).sum("parameter", skipna=False) for group in groups.values()]
+    found = derived.parameters(xr.Dataset({"parameter_by_document": xr.concat(sums, "parameter")}))
+    labels = _labels({kind for kind, layer in groups if layer is not None})
+
+    def table(of: Sequence[int], at: Sequence[object]) -> dict:
+        return {"layer": list(at), **{name: _numbers(found[name][list(of)]) for name in ("share", "error", "cosine")}}
+
+    kinds = {}
+    for kind in dict.fromkeys(kind for kind, layer in groups if layer is not None):
+        of = {index: layer for index, (other, layer) in enumerate(groups) if other == kind}
+        kinds[labels[kind]] = table([*of], [*of.values()])
+    rest = {index: kind for index, (kind, layer) in enumerate(groups) if layer is None}
+    return {"kinds": kinds, "rest": table([*rest], [*rest.values()])}
+
+
+def split(name: str) -> tuple[str, int | None]:
+    """The kind of a module and its layer: the first number in its name; None if it has none."""
+    words = name.split(".")
+    layer = next((int(word) for word in words if word.isdecimal()), None)
+    return ".".join("*" if word.isdecimal() else word for word in words), layer
+
+
+def _labels(kinds: Iterable[str]) -> dict[str, str]:
+    """What follows the number of the layer in each kind's name, or the whole name where that is not the only one."""
+    short = {kind: kind.partition("*.")[2] or kind for kind in kinds}
+    count = Counter(short.values())
+    return {kind: label if count[label] == 1 else kind for kind, label in short.items()}
+
+
+def _horizons(result: xr.Dataset) -> dict:
+    """Credit that remains under each horizon, for the model and by layer, and the effective horizon of every head."""
+    model, layers = derived.horizon_curve(result), derived.horizon_curve(result, ("layer",))
+    reach = derived.effective_horizon(result, ("layer", "head"))
+    hidden = derived.weak(result) | reach.isnull()
+    return {
+        "horizon": result.horizon.values.tolist(),
+        "share": _streams(model.share),
+        "error": _streams(model.error),
+        "layers": _streams(layers.share),
+        "reach": _streams(reach.where(np.isfinite(reach))),
+        "beyond": _streams(np.isinf(reach).where(derived.present(result))),
+        "weak": _streams(hidden.where(derived.present(result))),
+    }
+
+
+def _written(values: xr.DataArray, by: str) -> dict:
+    """Numbers by what is written, then by the labels of the dimension `by`."""
+    return {
+        written: {str(label): _numbers(values.sel({"written": written, by: label})) for label in values[by].values}
+        for written in results.WRITTEN
     }
 
 
