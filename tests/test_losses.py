@@ -10,6 +10,7 @@ from reference import dense_attention
 from spy import attending
 from test_models import INPUTS
 from tiny import CONFIGS, summed_loss, tiny, tokens
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 
 import posterity
@@ -37,15 +38,31 @@ def exact(name, **changes):
 class Dense:
     """An attention function that keeps each head's own key and value, and can put a factor on every edge's gradient.
 
-    The factor is autograd's own: an edge (i, j) reads w x + (1 - w) x.detach().
+    The factor is autograd's own: an edge (i, j) reads w x + (1 - w) x', where x' is x.detach(), or with `hidden` what
+    the module makes of its detached input.
     """
 
     def __init__(self):
         self.calls, self.inputs = [], []
         self.factor = None  # (key, value): functions of the lag, or None
+        self.hidden = False
+        self.given, self.captured = {}, None
+
+    def apart(self, module, key, value):
+        """Key and value once more, without the gradient that the factor takes."""
+        if not self.hidden:
+            return key.detach(), value.detach()
+        self.captured = []
+        args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, self.given[module])
+        module.forward(*args, **kwargs)
+        found, self.captured = self.captured, None
+        return found
 
     def attend(self, module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
-        share = query.shape[1] // key.shape[1]
+        if self.captured is not None:
+            self.captured += [key, value]
+            return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]), None
+        share, given = query.shape[1] // key.shape[1], (key, value)
         key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
         allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -57,18 +74,19 @@ class Dense:
             return output.transpose(1, 2).contiguous(), None
         lag = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
         weights = [(factor(lag.clamp(min=0)) if factor else torch.ones_like(lag)).to(query) for factor in self.factor]
+        apart = [x.repeat_interleave(share, 1) for x in self.apart(module, *given)]
 
-        def edges(x, weight):  # (batch, head, query, key, dim)
+        def edges(x, other, weight):  # (batch, head, query, key, dim)
             weight = weight[..., None]
-            return weight * x[:, :, None] + (1 - weight) * x.detach()[:, :, None]
+            return weight * x[:, :, None] + (1 - weight) * other[:, :, None]
 
-        score = scaling * (query[:, :, :, None] * edges(key, weights[0])).sum(-1)
+        score = scaling * (query[:, :, :, None] * edges(key, apart[0], weights[0])).sum(-1)
         score = score if softcap is None else softcap * torch.tanh(score / softcap)
         score = score.masked_fill(~allowed, -torch.inf)
         if s_aux is not None:
             score = torch.cat([score, s_aux[None, :, None, None].expand(*score.shape[:3], 1)], -1)
         weight = torch.softmax(score, -1).nan_to_num()[..., : key.shape[2]]
-        output = (weight[..., None] * edges(value, weights[1])).sum(-2)
+        output = (weight[..., None] * edges(value, apart[1], weights[1])).sum(-2)
         return output.transpose(1, 2).contiguous(), None
 
 
@@ -81,6 +99,13 @@ def dense(model):
             lambda _, args, kwargs: one.inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
         for layer in layers
+    ]
+    hooks += [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: one.given.update({module: (args, kwargs)}), with_kwargs=True
+        )
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention")
     ]
     try:
         with attending(model, "dense", one.attend):
@@ -176,7 +201,7 @@ def remaining(grads, rate):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("inputs", [kind for kind in INPUTS if kind != "left padding"])
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.usefixtures("small_blocks")
 def test_a_discount_is_the_discounted_sum_over_losses(name, inputs, rate):
@@ -222,20 +247,24 @@ def cut_gradients(model, ids, rule, **settings):
 @pytest.mark.parametrize("rule", [Myopic(), Discount(0.6), EdgeWindow(3)])
 @pytest.mark.parametrize("streams", [("key", "value"), ("key",), ("value",)])
 @pytest.mark.parametrize("layers", [None, [1], [0, -1]])
+@pytest.mark.parametrize("cut", ["kv", "hidden"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "gpt2"])
 @pytest.mark.usefixtures("small_blocks")
-def test_a_horizon_is_dense_autograd_with_a_factor_on_every_edge(name, rule, streams, layers):
+def test_a_horizon_is_dense_autograd_with_a_factor_on_every_edge(name, cut, rule, streams, layers):
     model, ids = tiny(name), tokens(2)
     if layers and name == "deepseek_v3":
         layers = [layer for layer in layers if layer < 1] or [0]
-    loss, mine = cut_gradients(model, ids, rule, streams=streams, layers=layers)
+    loss, mine = cut_gradients(model, ids, rule, cut=cut, streams=streams, layers=layers)
     count = model.config.num_hidden_layers
     chosen = range(count) if layers is None else [layer % count for layer in layers]
     with dense(model) as spy:
         own_attend, calls = spy.attend, 0
+        spy.hidden = cut == "hidden"
 
         def attend(*args, **kwargs):
             nonlocal calls
+            if spy.captured is not None:
+                return own_attend(*args, **kwargs)
             factors = tuple(rule.weight if stream in streams else None for stream in ("key", "value"))
             spy.factor = factors if calls in chosen else (None, None)
             calls += 1
