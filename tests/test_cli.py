@@ -53,6 +53,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(posterity, "__version__", "9.9", raising=False)
     for name, answer in {
         "measure": "the result",
+        "inspect": "the result",
         "save": None,
         "report": None,
         "summary": None,
@@ -99,6 +100,51 @@ def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, t
     assert [name for name, _ in calls[3][1][2]] == [str(text)]
     assert calls[4][1] == ("the result", Path("run.nc"))
     assert calls[5][1] == ("the result", Path("page.html"))
+
+
+def test_who_pays_is_passed_on(calls):
+    assert run("measure", "--losses", "--parameters", "--horizons", "1,2, 4").exit_code == 0
+    given = dict(calls[1][2])
+    del given["attrs"]
+    assert given == {"limit": 16, "losses": True, "parameters": True, "horizons": (1, 2, 4)}
+
+
+def test_inspect_passes_on_the_text_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["posterity", "inspect"])
+    assert run("inspect", "-t", "one text").exit_code == 0
+    attributes = {"model": "its name", "revision": "its revision", "command": "posterity inspect"}
+    assert calls == [
+        ("load_model", (None, None, None, None, False), {}),
+        ("inspect", ("the model", "the tokenizer", "one text"), {"attrs": attributes}),
+        ("summary", ("the result",), {}),
+    ]
+    calls.clear()
+    options = ["--batch", 2, "--horizons", "3,9", "--seed", 7, "-o", "one.nc", "-r", "one.html"]
+    assert run("inspect", "org/model", "--text", "one text", *options).exit_code == 0
+    assert [name for name, _, _ in calls] == [
+        "writable",
+        "writable",
+        "load_model",
+        "inspect",
+        "save",
+        "report",
+        "summary",
+    ]
+    given = dict(calls[3][2])
+    del given["attrs"]
+    assert given == {"batch": 2, "horizons": (3, 9), "seed": 7}
+
+
+@pytest.mark.parametrize("horizons", ["few", "1;2", "1,,2", "1.5", ""])
+def test_horizons_that_are_no_numbers_are_refused_in_one_line_before_the_model_is_loaded(calls, horizons):
+    for command in (["measure"], ["inspect", "--text", "one"]):
+        answer = run(*command, "--horizons", horizons)
+        assert answer.exit_code == 2
+        assert answer.stderr.startswith(
+            "posterity: --horizons expects whole numbers with commas, such as 1,2,4,8; got "
+        )
+        assert answer.stderr.count("\n") == 1
+    assert calls == []
 
 
 def test_a_missing_text_stops_before_the_model_is_loaded(calls):
@@ -184,6 +230,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
         ["measure", "--documents", "0"],
         ["measure", "--lags", "few"],
         ["measure", "--zorg"],
+        ["inspect"],
+        ["inspect", "--text", "one", "--batch", "0"],
         ["report", "a.nc"],
         ["report"],
         ["summary"],
@@ -204,7 +252,7 @@ def test_help_answers_without_importing_torch():
     assert subprocess.run(asked, capture_output=True, text=True, env=environment, check=True).stdout == "[]\n"
     answer = process("--help")
     assert answer.returncode == 0
-    assert all(command in answer.stdout for command in ("measure", "report", "check", "summary"))
+    assert all(command in answer.stdout for command in ("measure", "inspect", "report", "check", "summary"))
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

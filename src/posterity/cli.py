@@ -103,11 +103,11 @@ def measure(
 
     _check_writable(output, report)
     texts = corpus.sources(text or [], field)
-    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     given = _given(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
         horizons=_numbers(horizons),
     )  # fmt: skip
+    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     result = posterity.measure(
         loaded.model,
         loaded.tokenizer,
@@ -142,8 +142,8 @@ def inspect(
     from posterity import loading
 
     _check_writable(output, report)
-    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     given = _given(batch=batch, seed=seed, horizons=_numbers(horizons))
+    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=_provenance(loaded), **given)
     _hand_over(result, output, report)
 
