@@ -15,6 +15,7 @@ The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are sw
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -57,8 +58,15 @@ class Bins:
         """Add up the lags of each bin."""
         if len(self.first) == by_lag.shape[-1]:
             return by_lag
-        bins = zip(self.first, self.last, strict=True)
-        return torch.stack([by_lag[..., first : last + 1].sum(-1) for first, last in bins], -1)
+        sums = by_lag.new_zeros(*by_lag.shape[:-1], len(self.first))
+        return sums.index_add_(-1, _of_lags(self, by_lag.device), by_lag)
+
+
+@lru_cache(maxsize=16)
+def _of_lags(bins: Bins, device: torch.device) -> Int[Tensor, " lag"]:
+    """The number of each lag's bin."""
+    widths = [last - first + 1 for first, last in zip(bins.first, bins.last, strict=True)]
+    return torch.arange(len(widths), device=device).repeat_interleave(torch.tensor(widths, device=device))
 
 
 @dataclass(frozen=True)
