@@ -472,6 +472,11 @@ def test_bad_horizons_are_refused_in_one_line():
     for horizons in ((0, 1), (2, 1), (1.5,), (1, 1), (True,)):
         with pytest.raises(InputError, match="horizons expects whole numbers"):
             posterity.measure(model, None, ids, context=12, horizons=horizons, progress=False)
+    with posterity.horizon(model, Myopic()):
+        summed_loss(model, ids).backward()
+        for asked in ({"losses": True}, {"horizons": (1, 2)}):
+            with pytest.raises(InputError, match="a question to the whole gradient"):
+                posterity.measure(model, None, ids, context=12, progress=False, **asked)
     with pytest.raises(InputError, match="one window at a time"):
         posterity.measure(model, None, ids, context=12, parameters=True, batch=2, progress=False)
 

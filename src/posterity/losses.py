@@ -63,9 +63,11 @@ class Payers:
         """Nothing yet.
 
         Raises:
-            InputError: The model has other paths between positions.
+            InputError: The model has other paths between positions; a horizon is in force.
         """
         refuse_other_paths(watch, "to say who pays")
+        if watch.cuts:
+            raise InputError("who pays is a question to the whole gradient: leave the `with` of the horizon first")
         self.model, self.watch, self.parameters = language_model(model), watch, parameters
         self.horizons, self.losses = tuple(horizons), losses or parameters
         self._heads = 0
