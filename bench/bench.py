@@ -43,7 +43,8 @@ PAYERS = {
     "losses": "everything, with own and later losses",
     **{f"curve {k}": f"everything but the weights, with a horizon curve of {k} points" for k in (1, 3, 9)},
 }
-console = Console(width=110)
+WHO_PAYS = {"losses": (True, ()), "long": (True, (4, 64)), **{f"curve {k}": (False, HORIZONS[-k:]) for k in (1, 3, 9)}}
+console = Console(width=130)
 
 
 def window(context):
@@ -61,10 +62,10 @@ def mode(name, model):
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
-        if name == "losses" or name.startswith("curve"):
+        if name in WHO_PAYS:
+            losses, horizons = WHO_PAYS[name]
             ledger = stack.enter_context(account(model, "octaves", name == "losses"))
-            horizons = () if name == "losses" else HORIZONS[-int(name.split()[1]) :]
-            payers = Payers(model, ledger.watch, name == "losses", horizons, parameters=False)
+            payers = Payers(model, ledger.watch, losses, horizons, parameters=False)
             stack.enter_context(payers.watching())
             yield lambda ids: payers.send(Sending(model, run, ids))
             return
@@ -247,14 +248,13 @@ def long():
     table = Table(
         "context", "step: s", "of it accounts: s", "fused attention fwd+bwd: s", "accounts / fused", "peak GB"
     )
-    table.add_column("KB a token")
-    table.title = "Two layers of 9 heads of 64, everything by lag"
+    for column in ("KB a token", "who pays: s", "peak GB", "KB a token"):
+        table.add_column(column)
+    table.title = "Two layers of 9 heads of 64, everything by lag; then with own and later losses and two horizons"
     before = None
     for context in (2048, 4096, 8192, 16384):
-        found = alone("two_layers", context)
-        per_token = (
-            "" if before is None else f"{(found['peak'] - before['peak']) / (context - before['context']) / 1e3:.0f}"
-        )
+        paid = alone("two_layers_paid", context)
+        found = {"context": context, **alone("two_layers", context), **{f"paid {name}": paid[name] for name in paid}}
         table.add_row(
             str(context),
             f"{found['step']:.1f}",
@@ -262,21 +262,41 @@ def long():
             f"{found['fused']:.1f}",
             f"{found['accounts'] / found['fused']:.2f}",
             f"{found['peak'] / 1e9:.2f}",
-            per_token,
+            per_token(before, found, "peak"),
+            f"{found['paid step']:.1f}",
+            f"{found['paid peak'] / 1e9:.2f}",
+            per_token(before, found, "paid peak"),
         )
-        before = found | {"context": context}
+        before = found
     console.print(table)
     console.print("accounts: self part and sweep of one layer, beside the fused forward and backward pass of one layer")
 
 
-def two_layers(context):
-    context = int(context)
+def per_token(before, found, name):
+    """Growth of a peak since the context before, in KB a token."""
+    if before is None:
+        return ""
+    return f"{(found[name] - before[name]) / (found['context'] - before['context']) / 1e3:.0f}"
+
+
+def two_layers_paid(context):
+    model, ids = small(int(context))
+    with mode("long", model) as step:
+        seconds = timed(step, ids)
+    return {"step": seconds, "peak": resident()}
+
+
+def small(context):
     config = LlamaConfig(
         vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=context,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    ids = torch.randint(1024, (1, context))
+    return LlamaForCausalLM(config), torch.randint(1024, (1, context))
+
+
+def two_layers(context):
+    context = int(context)
+    model, ids = small(context)
     with mode("lags", model) as step:
         seconds = timed(step, ids)
     used = resident()
@@ -305,7 +325,7 @@ def observed(query, key, value, grad, context):
 def main():
     torch.manual_seed(0)
     wanted = sys.argv[1:]
-    if wanted and wanted[0] in ("peak", "profile", "two_layers"):
+    if wanted and wanted[0] in ("peak", "profile", "two_layers", "two_layers_paid"):
         print(json.dumps(globals()[wanted[0]](*wanted[1:])))
         return
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} rounds in turns")
