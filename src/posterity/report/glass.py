@@ -10,15 +10,18 @@ from posterity import result as results
 
 SIGNS = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 MEASURES = ("credit", "norm")
+TOP = 2**15 - 1  # the largest short
 
 
 def glass(result: xr.Dataset) -> dict | None:
     """Tokens and matrices of an inspected text; None if the result is of no single text.
 
-    A matrix is base64 of little-endian float32, row by row, of the loss positions but the last (which has no loss) and
-    of the positions up to the loss: number t (t + 1) / 2 + j is that of loss t and key j. One string for each layer.
+    A matrix is of the loss positions but the last (which has no loss) and of as many key positions, one string for each
+    layer. The string is base64 of little-endian numbers: a float32 for each key, then, row by row of the lower triangle,
+    an int16 for each loss and key, to be multiplied by the number of its key. So it has half the size of float32, and
+    rounds to 2^-16 of the key's largest part.
     """
-    if "inspect_credit" not in result:
+    if "inspect_credit" not in result or result.sizes["position"] < 2:
         return None
     return {
         "tokens": [visible(str(token)) for token in result.token.values],
@@ -45,13 +48,13 @@ def _sign(letter: str) -> str:
 
 
 def _matrices(values: xr.DataArray) -> dict[str, list[str]]:
-    values = values.transpose("written", "layer", "loss_position", "position")
-    row, column = np.tril_indices(values.sizes["position"] - 1)
-    return {
-        written: [_packed(layer[row, column]) for layer in values.sel(written=written).values]
-        for written in results.WRITTEN
-    }
+    """For each stream the matrices of all layers."""
+    losses = values.transpose("written", "layer", "loss_position", "position")[..., :-1, :-1]
+    return {written: [_packed(layer) for layer in losses.sel(written=written).values] for written in results.WRITTEN}
 
 
 def _packed(values: np.ndarray) -> str:
-    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+    scale = (np.abs(values).max(0) / TOP).astype("<f4")  # NaN where a number of the key is not known
+    shorts = np.nan_to_num(np.rint(values / np.where(scale > 0, scale, 1)), posinf=0, neginf=0)
+    lower = shorts[np.tril_indices(len(values))].clip(-TOP, TOP).astype("<i2")
+    return base64.b64encode(scale.tobytes() + lower.tobytes()).decode()
