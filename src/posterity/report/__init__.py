@@ -19,6 +19,7 @@ from posterity import derived
 from posterity import result as results
 from posterity.errors import InputError
 from posterity.report.charts import charts
+from posterity.report.tables import tables
 from posterity.summary import (
     Head,
     heading,
@@ -89,6 +90,7 @@ def render(loaded: list[xr.Dataset]) -> str:
         results=shown,
         streams=results.STREAMS,
         weights=any(one["weights"] for one in data),
+        has={name for one in shown for name in one["tables"]},
         glass=glass,
         style=Markup(_asset("style.css") + (_asset("glass.css") if glass else "")),
         scripts=[Markup(code) for code in scripts],
@@ -116,7 +118,6 @@ def escaped_json(data: object) -> str:
 def _words(result: xr.Dataset) -> dict:
     """What the template shows of one result as text and tables."""
     title, *details = heading(result)
-    layers = derived.shares(result, ("layer",)).sel(side="self")
     return {
         "model": title,
         "details": details,
@@ -124,14 +125,10 @@ def _words(result: xr.Dataset) -> dict:
         "rows": rows(result),
         "notes": notes(result),
         "heads": {stream: _ends(ranked_heads(result, stream)[::-1]) for stream in results.STREAMS},
-        "layers": [
-            (int(one.layer), str(one.module.item()),
-             [percent(*map(float, (one.share[index], one.error[index]))) for index in range(3)])
-            for one in (layers.isel(layer=index) for index in range(result.sizes["layer"]))
-        ],
+        "tables": tables(result),
         "provenance": _provenance(result),
         "texts": _texts(result),
-    }  # fmt: skip
+    }
 
 
 def _ends(heads: list[Head]) -> list[dict | None]:

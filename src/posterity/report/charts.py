@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def _lags(result: xr.Dataset) -> dict:
 def _positions(result: xr.Dataset) -> dict:
     """Share of the whole credit by side and by bins of positions, and what counting alone gives where that is known."""
     length = result.sizes["position"]
-    start = _bins(length)
+    start = bins(length)
     credit = result.credit_by_position.where(derived.present(result), 0.0).sum(("layer", "head"), skipna=False)
     share = credit / credit.sum(("side", "position"), skipna=False)
     binned = {side: _binned(share.sel(side=side), start) for side in results.SIDES}
@@ -95,47 +95,49 @@ def _weights(result: xr.Dataset) -> dict:
 
 def _payers(result: xr.Dataset) -> dict:
     """Own and later losses: by layer, at the layers' inputs, and by bins of positions."""
-    found, cosine = derived.who_pays(result, ("layer",)), derived.parts(result, ("layer",)).cosine
-    hidden, start = derived.hidden(result), _bins(result.sizes["position"])
+    found, hidden, start = derived.who_pays(result, ("layer",)), derived.hidden(result), bins(result.sizes["position"])
     share = derived.who_pays_by_position(result).transpose("written", "part", "position")
     binned = xr.DataArray(np.add.reduceat(share.values, start, axis=-1), dims=("written", "part", "bin"))
     return {
-        "share": _written(found.share, "part"),
-        "error": _written(found.error, "part"),
-        "cosine": _written(cosine, "pair"),
+        "share": _written(found.share),
+        "error": _written(found.error),
         "hidden": {name: _numbers(hidden[name]) for name in ("share", "error", "cosine")},
-        "position": _written(binned.assign_coords(written=share.written, part=share.part), "part"),
+        "position": _written(binned.assign_coords(written=share.written, part=share.part)),
     }
 
 
 def _modules(result: xr.Dataset) -> dict:
-    """Own share of the gradient of the parameters by kind of module and layer; `rest` is what is in no layer.
+    """Own share of the gradient of the parameters by kind of module and layer."""
+    names, found = modules(result)
+    kinds = dict.fromkeys(kind for kind, layer in names if layer is not None)
+    order = sorted(range(len(names)), key=lambda at: names[at][1] or 0)
+    places = {kind: [at for at in order if names[at][0] == kind and names[at][1] is not None] for kind in kinds}
+    return {
+        kind: {"layer": [names[at][1] for at in of], **{name: _numbers(found[name][of]) for name in found}}
+        for kind, of in places.items()
+    }
+
+
+def modules(result: xr.Dataset) -> tuple[list[tuple[str, int | None]], xr.Dataset]:
+    """Kind and layer of the modules that have parameters (None: in no layer), and their `derived.parameters`.
 
     Modules of one kind in one layer (experts) are added up before the division.
     """
     names = [split(str(name)) for name in result.parameter.values]
-    groups = {one: [index for index, other in enumerate(names) if other == one] for one in dict.fromkeys(names)}
+    groups = {one: [at for at, other in enumerate(names) if other == one] for one in dict.fromkeys(names)}
     terms = result.parameter_by_document
     sums = [terms.isel(parameter=group).sum("parameter", skipna=False) for group in groups.values()]
-    found = derived.parameters(xr.Dataset({"parameter_by_document": xr.concat(sums, "parameter")}))
     labels = _labels({kind for kind, layer in groups if layer is not None})
-
-    def table(of: Sequence[int], at: Sequence[object]) -> dict:
-        return {"layer": list(at), **{name: _numbers(found[name][list(of)]) for name in ("share", "error", "cosine")}}
-
-    kinds = {}
-    for kind in dict.fromkeys(kind for kind, layer in groups if layer is not None):
-        of = {index: layer for index, (other, layer) in enumerate(groups) if other == kind}
-        kinds[labels[kind]] = table([*of], [*of.values()])
-    rest = {index: kind for index, (kind, layer) in enumerate(groups) if layer is None}
-    return {"kinds": kinds, "rest": table([*rest], [*rest.values()])}
+    found = derived.parameters(xr.Dataset({"parameter_by_document": xr.concat(sums, "parameter")}))
+    return [(kind if layer is None else labels[kind], layer) for kind, layer in groups], found
 
 
 def split(name: str) -> tuple[str, int | None]:
     """The kind of a module and its layer: the first number in its name; None if it has none."""
     words = name.split(".")
-    layer = next((int(word) for word in words if word.isdecimal()), None)
-    return ".".join("*" if word.isdecimal() else word for word in words), layer
+    numbers = [word.isascii() and word.isdecimal() and len(word) < 6 for word in words]
+    layer = next((int(word) for word, number in zip(words, numbers, strict=True) if number), None)
+    return ".".join("*" if number else word for word, number in zip(words, numbers, strict=True)), layer
 
 
 def _labels(kinds: Iterable[str]) -> dict[str, str]:
@@ -155,21 +157,22 @@ def _horizons(result: xr.Dataset) -> dict:
         "share": _streams(model.share),
         "error": _streams(model.error),
         "layers": _streams(layers.share),
-        "reach": _streams(reach.where(np.isfinite(reach))),
+        "reach": _streams(reach),
         "beyond": _streams(np.isinf(reach).where(derived.present(result))),
         "weak": _streams(hidden.where(derived.present(result))),
     }
 
 
-def _written(values: xr.DataArray, by: str) -> dict:
-    """Numbers by what is written, then by the labels of the dimension `by`."""
+def _written(values: xr.DataArray) -> dict:
+    """Numbers by what is written, then by part."""
     return {
-        written: {str(label): _numbers(values.sel({"written": written, by: label})) for label in values[by].values}
+        written: {part: _numbers(values.sel(written=written, part=part)) for part in results.PARTS}
         for written in results.WRITTEN
     }
 
 
-def _bins(length: int) -> np.ndarray:
+def bins(length: int) -> np.ndarray:
+    """First position of each bin."""
     octaves = (round(EXACT * 2 ** (step / 4)) for step in range(4 * max(length.bit_length(), 1)))
     return np.array([*range(min(EXACT, length)), *(edge for edge in octaves if edge < length)])
 
@@ -184,11 +187,11 @@ def _streams(values: xr.DataArray) -> dict:
 
 
 def _numbers(values: xr.DataArray | np.ndarray) -> list:
-    """Nested lists of numbers to six digits; None for what is not known."""
+    """Nested lists of numbers to six digits; None for what is not known or not finite."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):
             return [plain(one) for one in value]
-        return None if math.isnan(value) else float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
 
     return plain(np.asarray(values, dtype=float).tolist())
