@@ -158,7 +158,7 @@ def _horizons(result: xr.Dataset) -> dict:
         "error": _streams(model.error),
         "layers": _streams(layers.share),
         "reach": _streams(reach),
-        "beyond": _streams(np.isinf(reach).where(derived.present(result))),
+        "beyond": _streams((reach == math.inf).where(derived.present(result))),
         "weak": _streams(hidden.where(derived.present(result))),
     }
 

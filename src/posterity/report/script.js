@@ -48,7 +48,12 @@
   const dashes = ["solid", "dash", "dot", "dashdot"];
   const having = (part) => results.filter((result) => result[part]);
   const steps = (layers) => layers > 10 ? {} : { dtick: 1 };
-  const panelTitle = (name, result) => one ? plain(name) : `${plain(name)} · ${plain(short(result.name, 26))}`;
+  // The name of a result, cut to a length; with its number where the cut names of two would be equal.
+  function nameOf(result, length) {
+    const cut = short(result.name, length), same = results.filter((other) => short(other.name, length) === cut);
+    return same.length > 1 ? `${results.indexOf(result) + 1}: ${short(result.name, length - 3)}` : cut;
+  }
+  const panelTitle = (name, result) => one ? plain(name) : `${plain(name)} · ${plain(nameOf(result, 26))}`;
 
   function line(name, x, y, colour, more = {}) {
     return { type: "scatter", mode: "lines", name: plain(name), legendgroup: name, x, y, connectgaps: false,
@@ -133,7 +138,7 @@
       const traces = [];
       results.forEach((result, number) => {
         const { start, end, share, error, counted, attention } = result.lags;
-        const colour = one ? t.other : t.series[number % t.series.length], label = one ? "credit" : short(result.name, 40);
+        const colour = one ? t.other : t.series[number % t.series.length], label = one ? "credit" : nameOf(result, 40);
         const x = view === "sum" ? end.map((to) => Math.sqrt((to + 1) * (to + 2))) : middle(start, end);
         const y = of(share[stream], start, end), names = bins(start, end);
         const lag = (more) => ({ ...more, customdata: names, hovertemplate: "lag %{customdata}: %{y:.3~p}" });
@@ -164,7 +169,7 @@
     return STREAMS.map((stream) => ({
       title: stream, x: axis, y: { title: "self share", tickformat: ".0%", rangemode: "tozero" },
       traces: results.flatMap((result, number) => {
-        const colour = one ? t.self : t.series[number % t.series.length], label = one ? "self share" : short(result.name, 40), x = of(result);
+        const colour = one ? t.self : t.series[number % t.series.length], label = one ? "self share" : nameOf(result, 40), x = of(result);
         const counted = number === 0 || !same ? [line("counting edges alone", x, result.layer.counted, same ? t.count : colour,
           { dash: "dash", trace: { showlegend: number === 0, line: { color: same ? t.count : colour, width: 1.4, dash: "dash" } } })] : [];
         const { share, error } = result.layer;
@@ -196,7 +201,7 @@
     return STREAMS.map((stream) => ({
       title: stream, x: axis, y: { title: "share of the first position", tickformat: ".0%", rangemode: "tozero" },
       traces: results.flatMap((result, number) => {
-        const colour = one ? t.other : t.series[number % t.series.length], label = one ? "credit" : short(result.name, 40), x = of(result);
+        const colour = one ? t.other : t.series[number % t.series.length], label = one ? "credit" : nameOf(result, 40), x = of(result);
         const { share, error, attention } = result.first;
         const weight = one ? "attention weight on the first key" : "attention, " + label;
         const forward = stream === "query" ? [] : [line(weight, x, attention, one ? t.attention : colour, { dash: "dot" })];
@@ -225,12 +230,13 @@
   { title: "agreement (1 = all equal)", rangemode: "tozero" });
 
   // ---- who pays
+  const zeroLine = (t) => ({ zeroline: true, zerolinecolor: t.axis });
   function payerPanels(t) {
     const parts = [["own", "own loss", t.self], ["self later", "self edge, later losses", t.late], ["future", "future edges", t.other]];
     return WRITTEN.flatMap((written) => having("payers").map((result) => {
       const { share, error } = result.payers;
       return { title: panelTitle(written, result), x: { title: "layer", ...steps(result.layers) },
-        y: { title: "share of the credit", tickformat: ".0%", zeroline: true, zerolinecolor: t.axis, rangemode: "tozero" },
+        y: { title: "share of the credit", tickformat: ".0%", rangemode: "tozero", ...zeroLine(t) },
         traces: parts.map(([part, label, color]) => ({ type: "bar", name: label, legendgroup: label, x: result.modules.map((_, i) => i), y: share[written][part],
           customdata: share[written][part].map((value, i) => percent(value, error[written][part][i])), hovertemplate: "%{customdata}", marker: { color, line: { width: 0 } } })) };
     }));
@@ -240,7 +246,7 @@
   function byResult(t, given, of, x, colour, label) {
     return given.flatMap((result) => {
       const { share, error } = of(result), at = x(result);
-      const name = one ? label : short(result.name, 40), paint = one ? colour : t.series[results.indexOf(result) % t.series.length];
+      const name = one ? label : nameOf(result, 40), paint = one ? colour : t.series[results.indexOf(result) % t.series.length];
       return [...(error ? band(name, at, share, error, paint) : []), line(name, at, share, paint, { ...dotted(at), format: error ? ".1%" : ".3f" })];
     });
   }
@@ -248,9 +254,9 @@
   function inputPanels(t) {
     const given = having("payers"), { of, axis } = layerAxis(given);
     return [
-      { title: "own share", x: axis, y: { title: "share of the own loss", tickformat: ".0%", rangemode: "tozero" },
+      { title: "own share", x: axis, y: { title: "share of the own loss", tickformat: ".0%", rangemode: "tozero", ...zeroLine(t) },
         traces: byResult(t, given, (result) => result.payers.hidden, of, t.self, "own share") },
-      { title: "cosine of own and later", x: axis, y: { title: "cosine", zeroline: true, zerolinecolor: t.axis, rangemode: "tozero" },
+      { title: "cosine of own and later", x: axis, y: { title: "cosine", rangemode: "tozero", ...zeroLine(t) },
         traces: byResult(t, given, (result) => ({ share: result.payers.hidden.cosine }), of, t.mean, "cosine of own and later") },
     ];
   }
@@ -268,7 +274,7 @@
     const given = having("modules_paid"), kinds = [...new Set(given.flatMap((result) => Object.keys(result.modules_paid)))];
     return kinds.map((kind) => {
       const found = given.filter((result) => Object.hasOwn(result.modules_paid, kind)), layers = found.flatMap((result) => result.modules_paid[kind].layer);
-      return { title: plain(short(kind, Math.max(12, Math.floor(room / 8)))), x: { title: "layer", ...steps(Math.max(...layers) + 1) }, y: { title: "own share", tickformat: ".0%", rangemode: "tozero" },
+      return { title: plain(short(kind, Math.max(12, Math.floor(room / 8)))), x: { title: "layer", ...steps(Math.max(...layers) + 1) }, y: { title: "own share", tickformat: ".0%", rangemode: "tozero", ...zeroLine(t) },
         traces: byResult(t, found, (result) => result.modules_paid[kind], (result) => result.modules_paid[kind].layer, t.self, "own share") };
     });
   }
@@ -278,10 +284,10 @@
     const ends = [all[0] / 1.2, all.at(-1) * 1.2], marks = spaced(all, room);
     return STREAMS.map((stream) => ({
       title: stream, x: { type: "log", title: "horizon h (tokens; log scale)", tickvals: marks, ticktext: marks.map(String), range: ends.map(Math.log10) },
-      y: { title: "share of the credit that remains", tickformat: ".0%", rangemode: "tozero" },
+      y: { title: "share of the credit that remains", tickformat: ".0%", rangemode: "tozero", ...zeroLine(t) },
       traces: [
-        ...given.flatMap((result) => one ? result.horizons.layers[stream].map((share, layer, layers) => layerLine(t, result.horizons.horizon, share, layer, layers.length)) : []),
-        line("one half", ends, [0.5, 0.5], t.count, { trace: { hoverinfo: "skip", line: { color: t.count, width: 1.4, dash: "dash" } } }),
+        ...given.flatMap((result) => one && result.layers > 1 ? result.horizons.layers[stream].map((share, layer, layers) => layerLine(t, result.horizons.horizon, share, layer, layers.length)) : []),
+        line("one half", ends, [0.5, 0.5], t.count, { trace: { hoverinfo: "skip", legendrank: 1003, line: { color: t.count, width: 1.4, dash: "dash" } } }),
         ...byResult(t, given, ({ horizons: { share, error } }) => ({ share: share[stream], error: error[stream] }), (result) => result.horizons.horizon, t.ink, "all layers"),
       ],
     }));
@@ -290,11 +296,10 @@
     const label = layer === 0 ? "first layer" : layer === layers - 1 ? "last layer" : null;
     const color = mix(t.depth, layer / Math.max(1, layers - 1));
     return { type: "scatter", mode: x.length < 2 ? "markers" : "lines", x, y: share, connectgaps: false, hoverinfo: "skip", showlegend: label !== null,
-      line: { color, width: label ? 1.6 : 1 }, marker: { color, size: 4 }, opacity: label ? 1 : 0.7, ...(label ? { name: label, legendgroup: label } : {}) };
+      line: { color, width: label ? 1.6 : 1 }, marker: { color, size: 4 }, opacity: label ? 1 : 0.7, ...(label ? { name: label, legendgroup: label, legendrank: 1002 } : {}) };
   }
 
   function reachPanels(t) {
-    const ends = horizonEnds();
     return STREAMS.flatMap((stream) => having("horizons").map((result) => {
       const { reach, beyond, weak } = ofStream(Object.fromEntries(["reach", "beyond", "weak"].map((name) => [name, result.horizons[name]])), stream);
       const [smallest, largest] = [result.horizons.horizon[0], result.horizons.horizon.at(-1)];

@@ -76,8 +76,8 @@ def _positions(result: xr.Dataset) -> Table:
     end = [*(start[1:] - 1), result.sizes["position"] - 1]
     names = [str(one) if one == last else f"{one}–{last}" for one, last in zip(start, end, strict=True)]
     head = ("position", *(f"{written}, {payer}" for written in results.WRITTEN for payer in ("own", "later")))
-    return Table("Share of the whole credit by position", head,
-                 [(name, "", [percent(one) for one in row]) for name, row in zip(names, paid, strict=True)])  # fmt: skip
+    rows = [(name, "", [percent(one) for one in row]) for name, row in zip(names, paid, strict=True)]
+    return Table("Share of the whole credit by position", head, rows)
 
 
 def _modules(result: xr.Dataset) -> dict[str, list[Table]]:
@@ -90,18 +90,18 @@ def _modules(result: xr.Dataset) -> dict[str, list[Table]]:
                    [(str(layer), "", [cell((kind, layer)) or UNKNOWN for kind in kinds]) for layer in layers])
              for caption, cell in tell.items()]  # fmt: skip
     rest = [(kind, "", [share[kind, layer], _number(cosine[kind, layer])]) for kind, layer in names if layer is None]
-    of_rest = [Table("Modules in no layer", ("module", "own loss", "cos(own, later)"), rest)]
+    of_rest = [Table("Parameters of modules in no layer", ("module", "own loss", "cos(own, later)"), rest)]
     return ({"modules": shown} if kinds else {}) | ({"rest": of_rest} if rest else {})
 
 
 def _curves(result: xr.Dataset, stream: str) -> Table:
-    """The horizon curve and where it reaches one half, for the model and by layer."""
+    """Where the horizon curve reaches one half, and the curve, for the model and by layer."""
     cells = []
     for by in ((), ("layer",)):
         curve = _percents(derived.horizon_curve(result, by).sel(stream=stream))
         reach = _lengths(result, derived.effective_horizon(result, by).sel(stream=stream))
-        cells += np.atleast_2d(np.concatenate([curve, reach[..., None]], -1)).tolist()
-    head = ("layer", *(f"h = {h}" for h in result.horizon.values), "effective horizon")
+        cells += np.atleast_2d(np.concatenate([reach[..., None], curve], -1)).tolist()
+    head = ("layer", "effective horizon", *(f"h = {h}" for h in result.horizon.values))
     return Table(f"Credit that remains, {stream}", head, [("all", "", cells[0]), *_by_layer(result, cells[1:])])
 
 
@@ -126,8 +126,9 @@ def _lengths(result: xr.Dataset, reach: xr.DataArray) -> np.ndarray:
 
 
 def _each(tell: Callable[..., str], *numbers: np.ndarray) -> np.ndarray:
-    return np.vectorize(lambda *one: tell(*map(float, one)), otypes=[object])(*numbers)
+    cells = [tell(*one) for one in zip(*(x.ravel().tolist() for x in numbers), strict=True)]
+    return np.array(cells, dtype=object).reshape(numbers[0].shape)
 
 
 def _number(value: float) -> str:
-    return UNKNOWN if np.isnan(value) else f"{value:.2f}"
+    return UNKNOWN if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus before a zero
