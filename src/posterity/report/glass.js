@@ -2,6 +2,7 @@
 // One text under the glass: which losses pay for the key and value of a token, and what the loss at a token pays for.
 (() => {
   const results = JSON.parse(document.getElementById("data").textContent).filter((result) => result.glass);
+  const template = document.getElementById("glass-text").content;
   const WRITTEN = { both: ["key", "value"], key: ["key"], value: ["value"] };
   const WHAT = { both: "key and value", key: "key", value: "value" };
   const FULL = 0.5; // the share with the full colour; the strength goes by the root, so that 2 % can be seen
@@ -13,12 +14,15 @@
     light: { paper: [255, 255, 255], own: [194, 90, 0], other: [28, 95, 158], against: [138, 63, 143] },
     dark: { paper: [26, 32, 39], own: [242, 165, 92], other: [125, 184, 240], against: [214, 154, 221] },
   };
+  const idle = globalThis.requestIdleCallback ?? setTimeout; // to be quick later
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let printing = false;
   const theme = () => THEMES[dark.matches && !printing ? "dark" : "light"];
+  for (const t of Object.values(THEMES)) for (const hue of ["own", "other", "against"]) // 256 shades from the paper to the hue
+    t[hue] = Array.from({ length: 256 }, (_, step) => t.paper.map((from, i) => Math.round(from + step / 255 * (t[hue][i] - from))));
   function colour(share, own, t = theme()) {
-    const strength = Math.sqrt(Math.min(1, Math.abs(share) / FULL)) || 0, hue = share < 0 ? t.against : own ? t.own : t.other;
-    return t.paper.map((from, i) => Math.round(from + strength * (hue[i] - from)));
+    const step = Math.round(255 * Math.sqrt(Math.min(1, Math.abs(share) / FULL))) || 0;
+    return (share < 0 ? t.against : own ? t.own : t.other)[step];
   }
   function luminance(rgb) {
     const [r, g, b] = rgb.map((value) => value <= 10 ? value / 3294 : ((value / 255 + 0.055) / 1.055) ** 2.4);
@@ -34,8 +38,12 @@
   // ---- words and small pieces
   const percent = (share, digits = 1) => share === null ? "not known" : (100 * share).toFixed(digits).replace(/^-(?=0\.?0*$)/, "").replace("-", "−") + " %";
   const brief = (share) => Math.abs(share) < 0.0005 ? "" : percent(share, Math.abs(share) < 0.0995 ? 1 : 0);
-  const short = (text) => { const letters = [...text]; return letters.length > 24 ? letters.slice(0, 23).join("") + "…" : text; };
+  function short(text) { // also where one letter has many marks
+    const letters = [...text.replace(/(\p{M}{3})\p{M}+/gu, "$1")];
+    return letters.length > 24 ? letters.slice(0, 23).join("") + "…" : letters.join("");
+  }
   const quoted = (text) => `“\u2068${short(text)}\u2069”`; // isolated, so that right-to-left letters turn nothing else around
+  const say = (element, text) => { if (element.textContent !== text) element.textContent = text; }; // not read out twice
   function element(tag, text = "", attributes = {}) {
     const made = document.createElement(tag);
     made.textContent = text;
@@ -43,7 +51,7 @@
     return made;
   }
   function drawn(tag, attributes, text) {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    const made = document.createElementNS(template.querySelector("svg").namespaceURI, tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
     if (text) made.textContent = text;
     return made;
@@ -56,12 +64,17 @@
     return { scale: new Float32Array(bytes.buffer, 0, size), shorts: new Int16Array(bytes.buffer, 4 * size) };
   }
 
+  function layerOf(glass, measure, stream, layer, size) {
+    const layers = glass[measure][stream];
+    if (typeof layers[layer] === "string") layers[layer] = unpacked(layers[layer], size);
+    return layers[layer];
+  }
+
   // Credit adds up over layers, keys and values; of norms the root of the summed squares is taken.
-  function matrix(view, { measure, written, layer }) {
-    const { glass, size } = view, sum = new Float64Array(size * size);
-    const chosen = WRITTEN[written].flatMap((stream) => layer === "all" ? glass[measure][stream] : [glass[measure][stream][layer]]);
-    for (const text of chosen) {
-      const { scale, shorts } = unpacked(text, size);
+  function matrix({ glass, size }, { measure, written, layer }) {
+    const sum = new Float64Array(size * size);
+    for (const stream of WRITTEN[written]) for (const one of layer === "all" ? glass[measure][stream].keys() : [layer]) {
+      const { scale, shorts } = layerOf(glass, measure, stream, one, size);
       for (let loss = 0, i = 0; loss < size; loss++) for (let key = 0; key <= loss; key++) {
         const value = shorts[i++] * scale[key];
         sum[loss * size + key] += measure === "norm" ? value * value : value;
@@ -99,6 +112,7 @@
   const total = (numbers) => numbers.reduce((sum, one) => sum + one, 0);
 
   // ---- sentences
+  const part = (share, digits) => share === null ? "an unknown share" : percent(share, digits);
   const named = (view, token) => `token ${token} ${quoted(view.glass.tokens[token])}`;
   const next = (view, loss) => quoted(view.glass.tokens[loss + 1]);
 
@@ -113,7 +127,7 @@
     }
     if (at === size) return `${name} is the last: it has no loss, the text does not say what comes next.`;
     const all = choice.measure === "credit" ? ` It brings ${percent(total(rows.map((row) => row.value)) / total(view.values))} of all credit in the text.` : "";
-    return `${name}: its loss, in predicting ${next(view, at)}, pays ${percent(own)} of its own ${what}`
+    return `${name}: its loss, in predicting ${next(view, at)}, pays ${part(own)} of its own ${what}`
       + (top ? `; of earlier ones most of ${named(view, top.token)} (${percent(top.share)}).` : ".") + all;
   }
 
@@ -122,16 +136,17 @@
     if (loss === view.size) return `${named(view, loss).replace("t", "T")} is the last and has no loss.`;
     if (key > loss) return `The loss at ${named(view, loss)} cannot depend on the later ${named(view, key)}.`;
     const value = view.values[loss * view.size + key], unit = view.choice.measure === "credit" ? "nats²" : "nats";
-    return `The loss at ${named(view, loss)}, in predicting ${next(view, loss)}, pays ${percent(share(view, loss, key), 2)} of the ${what} of `
+    return `The loss at ${named(view, loss)}, in predicting ${next(view, loss)}, pays ${part(share(view, loss, key), 2)} of the ${what} of `
       + `${loss === key ? "the same token" : named(view, key)}: ${view.choice.measure} ${number(value)} ${unit}.`;
   }
   const number = (value) => value.toPrecision(3).replaceAll("-", "−");
 
   function note({ measure, layer, written }) {
-    const over = [layer === "all" ? "layers" : "", written === "both" ? "keys and values" : ""].filter(Boolean).join(", and over ");
-    if (measure === "credit") return over ? `Credit is added up over ${over}; where the gradient is larger it weighs more.` : "";
-    return "The norm is the size of one loss's part of the gradient, whatever its direction; a share is over the sum of the norms of all losses."
-      + (over ? ` Norms do not add up: over ${over} it is the root of the sum of squares.` : "");
+    const of = `the ${written === "both" ? "keys and values" : written + "s"} of ${layer === "all" ? "all layers" : "layer " + layer}`;
+    const several = layer === "all" || written === "both";
+    if (measure === "credit") return `Credit for ${of}${several ? ", added up: where the gradient is larger it weighs more" : ""}.`;
+    return `Norm of each loss's part in the gradient of ${of}, whatever its direction${several ? "; norms do not add up, it is the root of their summed squares" : ""}. `
+      + "A share is over the sum of the norms of all losses.";
   }
 
   // ---- the strip of tokens
@@ -212,13 +227,14 @@
 
   // ---- shares by lag, as bars
   function drawCurve(view, rows) {
-    const width = Math.max(200, view.curve.clientWidth), height = 250, left = 46, bottom = height - 36, top = 8;
+    const svg = view.curve, width = Math.max(200, svg.parentElement.clientWidth), height = 250, left = 46, bottom = height - 36, top = 8;
     const known = rows.map((row) => row.share ?? 0), high = Math.max(0.01, ...known), low = Math.min(0, ...known);
     const step = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10].find((one) => (high - low) / one <= 5) || high - low;
     const ceiling = Math.ceil(high / step - 1e-9) * step, floor = Math.floor(low / step + 1e-9) * step;
     const count = Math.max(8, rows.length), slot = (width - left - 4) / count;
     const y = (value) => bottom - (value - floor) / (ceiling - floor) * (bottom - top), x = (lag) => left + lag * slot;
-    const svg = drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Shares by lag, the numbers of the table" });
+    svg.replaceChildren();
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     for (let i = Math.round(floor / step); i <= Math.round(ceiling / step); i++) {
       svg.append(drawn("line", { class: i ? "grid" : "zero", x1: left, x2: width, y1: y(i * step), y2: y(i * step) }),
         drawn("text", { x: left - 6, y: y(i * step) + 4, "text-anchor": "end" }, percent(i * step, step < 0.01 ? 1 : 0)));
@@ -231,12 +247,15 @@
     const every = [1, 2, 5, 10, 20, 50, 100].find((one) => one * slot >= 26) || 100;
     for (let lag = 0; lag < count; lag += every) svg.append(drawn("text", { x: x(lag + 0.5), y: bottom + 15, "text-anchor": "middle" }, String(lag)));
     svg.append(drawn("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "lag (tokens): from the key and value to the loss"));
-    svg.addEventListener("pointermove", (event) => {
-      const row = rows[Math.floor((event.clientX - svg.getBoundingClientRect().left - left) / slot)];
+    view.lagAt = (x) => Math.floor((x - left) / slot);
+  }
+  function makeCurve(view) {
+    view.curve.addEventListener("pointermove", (event) => {
+      const row = others(view)[view.lagAt(event.clientX - view.curve.getBoundingClientRect().left)];
       point(view, row ? ends(view, row.token) : null);
     });
-    svg.addEventListener("pointerleave", () => point(view, null));
-    view.curve.replaceChildren(svg);
+    view.curve.addEventListener("pointerleave", () => point(view, null));
+    new ResizeObserver(() => drawCurve(view, others(view))).observe(view.curve.parentElement);
   }
 
   // ---- the map of all losses and keys: one pixel for each, made larger by the page
@@ -261,8 +280,11 @@
   function paintMap(view) {
     const { map, size } = view, context = map.getContext("2d"), image = context.createImageData(size, size), t = theme();
     for (let loss = 0; loss < size; loss++) for (let key = 0; key <= loss; key++) {
-      const rgb = colour(share(view, loss, key), loss === key, t);
-      image.data.set([...rgb, 255], 4 * (loss * size + key));
+      const [red, green, blue] = colour(view.shares[loss * size + key], loss === key, t), at = 4 * (loss * size + key);
+      image.data[at] = red;
+      image.data[at + 1] = green;
+      image.data[at + 2] = blue;
+      image.data[at + 3] = 255;
     }
     context.putImageData(image, 0, 0);
   }
@@ -277,9 +299,8 @@
   function update(view) {
     const rows = others(view), payers = view.choice.toward === "payers";
     paintStrip(view);
-    view.sentence.textContent = sentence(view, rows);
-    view["most-title"].textContent = `${payers ? "Who pays most for" : "What the loss pays most for, at"} ${named(view, view.at)}`;
-    view["curve-title"].textContent = "Share by lag";
+    say(view.sentence, sentence(view, rows));
+    view["most-title"].textContent = payers ? `Who pays most for token ${view.at}` : `What the loss at token ${view.at} pays most for`;
     fill(view.most, view, largest(rows).slice(0, MOST));
     if (view.details.open) fill(view.all, view, rows);
     drawCurve(view, rows);
@@ -289,9 +310,9 @@
     const payers = view.choice.toward === "payers", peer = pair ? pair[payers ? 0 : 1] : null;
     for (const button of view.strip.querySelectorAll(".peer")) button.classList.remove("peer");
     if (pair && pair[payers ? 1 : 0] === view.at && peer !== view.at) view.buttons[peer].classList.add("peer");
-    view.pair.textContent = pair ? pairWords(view, ...pair)
+    say(view.pair, pair ? pairWords(view, ...pair)
       : view.held === null ? "Point at a token, or go with the arrow keys. Click or Enter holds a token; then point at another for the number between the two."
-        : `${named(view, view.held).replace("t", "T")} is held: point at another for the number between the two. Escape lets it go.`;
+        : `${named(view, view.held).replace("t", "T")} is held: point at another for the number between the two. Escape lets it go.`);
     band(view.row, "top", "height", pair ? pair[0] : payers ? null : view.at, view.size);
     band(view.column, "left", "width", pair ? pair[1] : payers ? view.at : null, view.size);
   }
@@ -335,21 +356,23 @@
   }
 
   function show(result) {
-    const root = document.getElementById("glass-text").content.firstElementChild.cloneNode(true);
+    const root = template.firstElementChild.cloneNode(true);
     const view = { glass: result.glass, size: result.glass.tokens.length - 1, held: null, root, form: root.querySelector("form"), details: root.querySelector("details") };
     for (const part of root.querySelectorAll("[data-part]")) view[part.dataset.part] = part;
-    if (results.length > 1) root.querySelector("h3").textContent = result.name;
+    root.querySelector("h3").textContent = results.length > 1 ? result.name : "The text, token by token";
     const layers = root.querySelector("select");
     result.glass.credit.key.forEach((_, layer) => layers.append(element("option", `layer ${layer}`, { value: layer })));
     document.getElementById("glass").append(root);
     makeStrip(view);
     makeMap(view);
+    makeCurve(view);
     reckon(view);
-    hold(view, first(view));
-    hold(view, null);
+    view.at = first(view);
+    rove(view, view.at);
+    update(view);
     view.form.addEventListener("change", () => { reckon(view); update(view); });
+    for (const stream of WRITTEN.both) for (const layer of result.glass.norm[stream].keys()) idle(() => layerOf(result.glass, "norm", stream, layer, view.size));
     view.details.addEventListener("toggle", () => update(view));
-    new ResizeObserver(() => drawCurve(view, others(view))).observe(view.curve);
     return view;
   }
 

@@ -17,9 +17,9 @@ def glass(result: xr.Dataset) -> dict | None:
     """Tokens and matrices of an inspected text; None if the result is of no single text.
 
     A matrix is of the loss positions but the last (which has no loss) and of as many key positions, one string for each
-    layer. The string is base64 of little-endian numbers: a float32 for each key, then, row by row of the lower triangle,
-    an int16 for each loss and key, to be multiplied by the number of its key. So it has half the size of float32, and
-    rounds to 2^-16 of the key's largest part.
+    layer. The string is base64 of little-endian numbers: a float32 for each key, then, row by row of the lower
+    triangle, an int16 for each loss and key, to be multiplied by the number of its key. So it has half the size of
+    float32, and rounds to 2^-16 of the key's largest part.
     """
     if "inspect_credit" not in result or result.sizes["position"] < 2:
         return None
