@@ -223,6 +223,10 @@ def test_pointing_at_a_token_shows_who_pays_and_a_click_holds_it(tmp_path):
         text.locator("canvas").click(position={"x": width * 3.5 / 11, "y": height * 8.5 / 11})
         assert sentence(text).startswith("Token 3 “·on”")
         assert pair(text).startswith("Token 3 “·on” is held")
+        pixel = text.locator("canvas").evaluate(
+            "c => [...c.getContext('2d').getImageData(3, 8, 1, 1).data].slice(0, 3)"
+        )
+        assert token(text, 8).evaluate("b => b.style.backgroundColor") == "rgb({}, {}, {})".format(*pixel)
         assert heard == []
 
 
