@@ -283,7 +283,8 @@ def test_several_texts_have_a_glass_each(tmp_path):
         texts.nth(1).locator("input[value=norm]").check()
         assert sentence(texts.nth(1)).startswith("Token 0 “x”: own loss")
         assert sentence(texts.nth(0)) == before
-        assert texts.nth(0).locator("input[value=credit]").is_checked()
+        notes = [texts.nth(number).locator("[data-part=note]").inner_text() for number in (0, 1)]
+        assert [one.split()[0] for one in notes] == ["Credit", "Norm"]
         assert texts.nth(1).locator("option").all_text_contents() == ["all layers", "layer 0", "layer 1"]
         assert heard == []
 
@@ -293,7 +294,7 @@ def test_parts_that_cancel_have_no_share(tmp_path):
     result = inspected()
     result["inspect_credit"].loc[{"position": 2}] = 0
     result["inspect_credit"].loc[{"position": 2, "loss_position": 4}] = 1
-    result["inspect_credit"].loc[{"position": 2, "loss_position": 5}] = -1
+    result["inspect_credit"].loc[{"position": 2, "loss_position": 5}] = -0.9999
     with browser() as (tab, heard):
         text = opened(tab, report(result, tmp_path / "report.html"))
         token(text, 2).click()

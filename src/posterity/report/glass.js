@@ -246,7 +246,7 @@
     }
     const every = [1, 2, 5, 10, 20, 50, 100].find((one) => one * slot >= 26) || 100;
     for (let lag = 0; lag < count; lag += every) svg.append(drawn("text", { x: x(lag + 0.5), y: bottom + 15, "text-anchor": "middle" }, String(lag)));
-    svg.append(drawn("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "lag (tokens): from the key and value to the loss"));
+    svg.append(drawn("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "lag (tokens) from key and value to loss"));
     view.lagAt = (x) => Math.floor((x - left) / slot);
   }
   function makeCurve(view) {
