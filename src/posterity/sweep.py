@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posterity.attention import Backward
+from posterity.attention import Backward, dot
 from posterity.mask import Tile
 
 # Scratch for the blocks of a few heads: a CPU's last cache should hold it.
@@ -100,26 +100,30 @@ class _Operands:
         def shared(x: Tensor) -> Tensor:
             return x[document, groups].to(dtype).repeat_interleave(share, 0)[within]
 
-        self.key, value = shared(back.key), shared(back.value)
-        self.query, self.grad = back.scale * own(back.query), own(back.grad_output)
+        def beside(x: Tensor, column: Tensor | float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+            """`factor` x with one more column, and with zeros up to a multiple of 8 (65 numbers take longer than 72);
+            and `factor` x alone, as a view."""
+            width = x.shape[-1]
+            made = x.new_zeros(*x.shape[:-1], width + 1 + -(width + 1) % 8)
+            torch.mul(x, factor, out=made[..., :width])
+            made[..., width] = column
+            return made, made[..., :width]
+
+        self.lse = own(back.lse)
+        grad = own(back.grad_output)
+        lse = self.lse.clamp(max=1e30) if back.softcap is None else 0.0
+        self.query1, self.query = beside(own(back.query), -lse, back.scale)
+        self.key1, self.key = beside(shared(back.key), 1.0)
+        self.grad1, self.grad = beside(grad, -dot(grad, own(back.output)))
+        self.value1, _ = beside(shared(back.value), 1.0)
         self.grad_query = back.scale * own(back.grad_query)
         self.grad_key, self.grad_value = (own(x) for x in back.wholes[1:])
-        self.lse = own(back.lse)[..., None]
-        one = torch.ones_like(self.lse)
-        delta = (self.grad * own(back.output)).sum(-1, keepdim=True)
-        lse = self.lse.clamp(max=1e30) if back.softcap is None else torch.zeros_like(one)
-        self.query1, self.key1 = _beside(self.query, -lse), _beside(self.key, one)
-        self.grad1, self.value1 = _beside(self.grad, -delta), _beside(value, one)
         self.key_norm = back.scale * self.key.norm(dim=-1)[:, None]
         self.query_norm = self.query.norm(dim=-1)[:, None]
-        readers = back.mask.readers(one.shape[1])
-        reader = one[..., 0] if readers is None else one[..., 0] * readers[document]
-        self.readers = torch.stack((self.grad.norm(dim=-1), reader), 1)
-
-
-def _beside(x: Tensor, column: Tensor) -> Tensor:
-    """One more column, and zeros up to a multiple of 8: a product over 65 numbers takes longer than one over 72."""
-    return torch.nn.functional.pad(torch.cat((x, column), -1), (0, -(x.shape[-1] + 1) % 8))
+        readers = back.mask.readers(self.lse.shape[1])
+        reader = torch.ones_like(self.lse) if readers is None else readers[document].to(dtype).expand_as(self.lse)
+        self.readers = torch.stack((grad.norm(dim=-1), reader), 1)
+        self.lse = self.lse[..., None]
 
 
 class Scratch:
