@@ -1,12 +1,16 @@
 """The operator against dense attention written down in the reference, and against torch's own."""
 
+from functools import partial
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 from reference import allowed_pairs, dense_attention
+from torch import nn
 
 from posterity.attention import attention
 from posterity.errors import InputError
+from posterity.horizon import Discount, Full
 from posterity.mask import Mask
 
 LENGTHS = (1, 3, 7, 8, 9, 16, 21)
@@ -130,3 +134,34 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
 def test_shape_checks_are_on():
     with pytest.raises(TypeCheckError):
         attention(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_under_autocast_it_takes_what_fused_attention_takes():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
+    grad = torch.randn(2, 4, 9, 8).bfloat16()
+    found = []
+    for function in (attention, partial(nn.functional.scaled_dot_product_attention, is_causal=True)):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(query, key, value.bfloat16())  # rotary embedding leaves queries and keys in float32
+        found.append((out, *torch.autograd.grad(out, (query, key, value), grad)))
+    assert found[0][0].dtype == torch.bfloat16
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=2e-2, atol=2e-2)
+    wide = query.double(), key.double(), value.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attention(*wide), attention(*wide), rtol=0, atol=0)
+        assert attention(*wide).dtype == torch.float64
+
+
+@pytest.mark.parametrize("rule", [Full(), Discount(0.5)])
+def test_a_backward_pass_under_autocast_keeps_its_precision(rule):
+    torch.manual_seed(0)
+    given = [torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3)]
+    grad, found, seen = torch.randn(1, 2, 9, 8), [], []
+    for enabled in (False, True):
+        out = attention(*given, horizon=lambda: (rule, rule), observe=seen.append)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out, given, grad))
+    assert all(map(torch.equal, *found))
+    assert torch.equal(seen[0].grad_key, seen[1].grad_key)

@@ -17,7 +17,8 @@ of scores at a time (Dao 2023, arXiv 2307.08691). Plain causal attention on a CP
 Under a horizon (horizon.py) every edge's part of dk and dv carries a factor that depends on its lag; dq never does.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,6 +96,8 @@ def attention(
 ) -> Float[Tensor, "batch head query dim_v"]:
     """Causal attention, differentiable once in query, key, value and sinks, in memory linear in the length.
 
+    Under autocast it takes what fused attention takes there: everything but float64 in autocast's type.
+
     Args:
         query: Queries. With fewer queries than keys they stand at the last positions.
         key: Keys; `head` must be a multiple of `group` (grouped-query attention).
@@ -122,7 +125,21 @@ def attention(
         raise InputError(f"attention expects at least as many keys as queries; got {queries} queries, {keys} keys")
     factor = dim**-0.5 if scale is None else float(scale)
     options = _Options(factor, softcap or None, mask or Mask(), horizon, observe)
-    return _Attention.apply(query, key, value, sinks, *detached, options)
+    device = query.device.type
+    with _without_autocast(device) as autocast:
+        if autocast:
+            kind = torch.get_autocast_dtype(device)
+            given = (query, key, value, *detached)
+            query, key, value, *detached = (x if x is None or x.dtype == torch.float64 else x.to(kind) for x in given)
+        return _Attention.apply(query, key, value, sinks, *detached, options)
+
+
+@contextlib.contextmanager
+def _without_autocast(device: str) -> Iterator[bool]:
+    """Inside, autocast is off; it was on if True."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if on else contextlib.nullcontext():
+        yield on
 
 
 class _Attention(torch.autograd.Function):
@@ -138,6 +155,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
+        with _without_autocast(grad_output.device.type):
+            return _Attention._backward(ctx, grad_output)
+
+    @staticmethod
+    def _backward(ctx, grad_output):
         query, key, value, sinks, output, lse = ctx.saved_tensors
         options, groups = ctx.options, key.shape[1]
         weights = [by_lag(rule, key.shape[2], lse) for rule in options.horizon()]
