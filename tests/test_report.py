@@ -15,7 +15,7 @@ from sample import sample
 from posterity import derived
 from posterity import result as results
 from posterity.errors import InputError
-from posterity.report import Page, _plotly, escaped_json, labels, report
+from posterity.report import Page, escaped_json, labels, plotly_script, report
 from posterity.report.charts import split
 from posterity.summary import horizon, percent, ranked_heads, rows, sentence, summary
 
@@ -249,7 +249,7 @@ def test_escaped_json_means_the_same():
 
 
 def test_the_page_names_no_other_computer(plain):
-    text = page(plain, sample(seed=1)).replace(_plotly(), "")
+    text = page(plain, sample(seed=1)).replace(plotly_script(), "")
     assert len(text) < 300_000
     assert not re.findall(r"(?:https?:)?//\w", re.sub(r"(?m)//\s.*$", "", text))
     assert not re.findall(r"@import|url\(|<link|<base|\bfetch\(|XMLHttp", text)
@@ -272,7 +272,7 @@ def test_the_page_runs_only_its_own_scripts(plain):
 
 
 def test_the_script_of_plotly_is_in_the_page_once(plain):
-    assert page(plain, plain, plain).count(_plotly()) == 1
+    assert page(plain, plain, plain).count(plotly_script()) == 1
 
 
 def test_numbers_that_are_not_known_do_not_stop_the_page(plain):
@@ -286,7 +286,7 @@ def test_numbers_that_are_not_known_do_not_stop_the_page(plain):
     assert data["layer"]["share"]["key"][0] is None
     one = sample(layers=1, heads=1, context=1, documents=1, lags="all", with_weights=False)
     for result in (broken, one, sample(lags="self", with_weights=False, missing_heads=2)):
-        text = page(result).replace(_plotly(), "")
+        text = page(result).replace(plotly_script(), "")
         assert not re.search(r"\bnan\b|NaN|Infinity", text.split("<script>")[0])
         assert "undefined" not in text.split("<script>")[0]
 
@@ -487,7 +487,7 @@ def test_who_pays_of_numbers_that_are_not_known_is_not_known(paid):
         broken[name][:] = np.nan
     text = page(broken)
     assert {cell for row in tables(text)["Who pays for the keys"][1:] for cell in row[1:]} == {"–"}
-    assert not re.search(r"\bnan\b|NaN|Infinity", text.replace(_plotly(), "").split("<script>")[0])
+    assert not re.search(r"\bnan\b|NaN|Infinity", text.replace(plotly_script(), "").split("<script>")[0])
 
 
 @pytest.mark.parametrize(

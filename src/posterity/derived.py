@@ -168,6 +168,20 @@ def parameters(result: xr.Dataset) -> xr.Dataset:
     return _own_and_later(result.parameter_by_document)
 
 
+def angles(result: xr.Dataset) -> xr.Dataset:
+    """Angle between the gradient that own losses send and that of the later losses, in degrees, over all windows.
+
+    `layer_hidden` (layer): at each layer's input; `hidden` (): at all of them; `parameters` (): of all parameters, if
+    measured.
+    """
+    found = {"layer_hidden": hidden(result).cosine}
+    found["hidden"] = _own_and_later(result.hidden_by_document.sum("layer", skipna=False)).cosine
+    if "parameter_by_document" in result:
+        found["parameters"] = _own_and_later(result.parameter_by_document.sum("parameter", skipna=False)).cosine
+    named = {name: _named(np.degrees(np.arccos(one.clip(-1, 1))), "angle", "degrees") for name, one in found.items()}
+    return xr.Dataset(named)
+
+
 def horizon_curve(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     """Share of the credit that remains under the discount rate 1 - 1/h, dims (*by, stream, horizon), and its error."""
     whole = _sum(result, result.credit_by_document, by).sum("side", skipna=False)

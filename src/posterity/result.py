@@ -6,7 +6,7 @@ A result is an `xarray.Dataset` that holds sums and counts only; what is divided
 import errno
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ COORDINATES = {
     "horizon": Entry(("horizon",), "tokens", "horizon h of the discount rate 1 - 1/h", "int", required=False),
     "loss_position": Entry(("loss_position",), "tokens", "position of the loss", "int", required=False),
     "token": Entry(("position",), "", "token at this position", "str", required=False),
+    "step": Entry(("step",), "steps", "training step of the model", "int", required=False),
 }
 _HEADS = ("layer", "head", "stream")
 SCHEMA = {
@@ -178,6 +179,41 @@ def extended(
             {name: _variable(COORDINATES[name], np.asarray(array)) for name, array in values.items() if name in used}
         )
     )
+
+
+def over_steps(measured: Mapping[int, xr.Dataset]) -> xr.Dataset:
+    """Results of one model at several steps of its training, along a new dimension `step` of every variable.
+
+    Raises:
+        InputError: There is none, or they were not measured in the same way.
+    """
+    if not measured:
+        raise InputError("expected a result of at least one step; got none")
+    steps = sorted(measured)
+    first = measured[steps[0]]
+    for step in steps[1:]:
+        if dict(measured[step].sizes) != dict(first.sizes) or set(measured[step].variables) != set(first.variables):
+            raise InputError(f"the results of step {steps[0]} and step {step} were not measured in the same way")
+    joined = xr.concat(
+        [measured[step] for step in steps], xr.DataArray(_variable(COORDINATES["step"], steps), name="step"),
+        data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override",
+    )  # fmt: skip
+    return check(joined)
+
+
+def by_step(result: xr.Dataset) -> dict[int, xr.Dataset]:
+    """The result of every step; one without steps is that of step 0."""
+    if "step" not in result.dims:
+        return {0: result}
+    return {
+        int(step): result.isel(step=index).drop_vars("step").assign_attrs(step=int(step))
+        for index, step in enumerate(result.step.values)
+    }
+
+
+def latest(result: xr.Dataset) -> xr.Dataset:
+    """The result of the last step."""
+    return by_step(result)[max(by_step(result))]
 
 
 def check(result: object) -> xr.Dataset:
@@ -294,7 +330,7 @@ def _read(path: str) -> tuple[xr.Dataset, str | None]:
         if flaw is not None:
             return xr.Dataset(), flaw
         named = {**SCHEMA, **COORDINATES}
-        variables = {name: _variable(named[str(name)], variable.values) for name, variable in file.variables.items()}
+        variables = {name: _variable(named[str(name)], one.values, one.dims) for name, one in file.variables.items()}
     coords = {name: variables.pop(name) for name in COORDINATES if name in variables}
     result = xr.Dataset(variables, coords, attrs)
     return result, _flaw_of_values(result)
@@ -315,13 +351,14 @@ def _flaw_of_form(result: xr.Dataset) -> str | None:
                 return f"it has no {name!r}"
             continue
         variable = result.variables[name]
-        if variable.dims != entry.dims:
-            return f"{name!r} has the dimensions {variable.dims} where {entry.dims} belong"
+        dims = ("step", *entry.dims) if "step" in result.dims and name in SCHEMA else entry.dims
+        if variable.dims != dims:
+            return f"{name!r} has the dimensions {variable.dims} where {dims} belong"
         if entry.kind == "str" and variable.dtype.kind not in "UO":
             return f"{name!r} holds {variable.dtype} where text belongs"
         if entry.kind != "str" and variable.dtype.newbyteorder("=") != _DTYPES[entry.kind]:
             return f"{name!r} holds {variable.dtype} where {_DTYPES[entry.kind]} belongs"
-        bare = next((dim for dim in entry.dims if dim not in result.variables), None)
+        bare = next((dim for dim in dims if dim not in result.variables), None)
         if bare is not None:
             return f"{name!r} has no coordinate {bare!r}"
     for group in TOGETHER:
@@ -345,6 +382,8 @@ def _flaw_of_values(result: xr.Dataset) -> str | None:
     horizon = result["horizon"].values if "horizon" in result else np.array([1])
     if (horizon < 1).any() or (np.diff(horizon) <= 0).any():
         return "its horizons do not begin at 1 or more and grow"
+    if "step" in result.dims and ((result.step < 0).any() or (np.diff(result.step) <= 0).any()):
+        return "its steps do not begin at 0 or more and grow"
     lag, lag_end = result["lag"].values, result["lag_end"].values
     if lag[0] != 0 or lag_end[0] != 0 or (lag_end < lag).any() or not np.array_equal(lag[1:], lag_end[:-1] + 1):
         return "its lags do not begin with lag 0 alone and go on without a gap"
@@ -356,16 +395,17 @@ def _flaw_of_values(result: xr.Dataset) -> str | None:
     return None
 
 
-def _variable(entry: Entry, values: object) -> xr.Variable:
+def _variable(entry: Entry, values: object, dims: Sequence[Hashable] | None = None) -> xr.Variable:
     array = np.asarray(values)
     if entry.kind == "str":
         array = _texts(array)
     else:
         assert array.dtype.kind in ("iu" if entry.kind == "int" else "iuf"), (entry.long_name, array.dtype)
         array = array.astype(_DTYPES[entry.kind])
-    assert array.ndim == len(entry.dims), (entry.long_name, array.shape)
+    dims = entry.dims if dims is None else dims
+    assert array.ndim == len(dims), (entry.long_name, array.shape)
     units = {"units": entry.units} if entry.units else {}
-    return xr.Variable(entry.dims, array, {**units, "long_name": entry.long_name})
+    return xr.Variable(dims, array, {**units, "long_name": entry.long_name})
 
 
 def _texts(values: Sequence[object] | np.ndarray) -> np.ndarray:

@@ -39,8 +39,12 @@ class Head:
 
 
 def summary(result: xr.Dataset, console: Console | None = None) -> None:
-    """Print table and sentence, in a terminal (from 80 columns) or a notebook. Raises InputError."""
-    results.check(result)
+    """Print table and sentence, in a terminal (from 80 columns) or a notebook; of several steps, those of the last.
+
+    Raises:
+        InputError: It is no result.
+    """
+    result = results.latest(results.check(result))
     console = console or Console(highlight=False)
     title, *details = heading(result)
     console.print(Text(title, style="bold"), *map(Text, details), sep="\n")
@@ -68,7 +72,8 @@ def heading(result: xr.Dataset) -> tuple[str, ...]:
     attrs = {name: str(results.plain(value)) for name, value in result.attrs.items()}
     parameters = f"{int(attrs['parameters']):,} parameters" if attrs.get("parameters", "").isdecimal() else ""
     windows, context = result.sizes["document"], result.sizes["position"]
-    made = (attrs.get("architecture"), parameters, attrs.get("dtype"))
+    step = f"after {int(attrs['step']):,} steps" if attrs.get("step", "").isdecimal() else ""
+    made = (attrs.get("architecture"), parameters, attrs.get("dtype"), step)
     amount = f"{windows} window{'s' * (windows != 1)} of {attrs.get('context') or context} tokens"
     read = (text_name(result), amount, f"loss {mean_loss(result)}")
     return model_name(result), *(" · ".join(part for part in line if part) for line in (made, read) if any(line))

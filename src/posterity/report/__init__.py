@@ -76,27 +76,45 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
 
 def render(loaded: list[xr.Dataset]) -> str:
     """The page as one string of HTML."""
-    names = labels(loaded)
-    shown = [{"name": name, **_words(one)} for name, one in zip(names, loaded, strict=True)]
+    last = [results.latest(one) for one in loaded]
+    names = labels(last)
+    shown = [
+        {"name": name, **_words(one), "tables": tables(over_steps)}
+        for name, one, over_steps in zip(names, last, loaded, strict=True)
+    ]
     data = [{"name": name, **charts(one)} for name, one in zip(names, loaded, strict=True)]
     glass = any(one["glass"] for one in data)
-    scripts = [_plotly(), _asset("script.js"), *([_asset("glass.js")] if glass else [])]
+    scripts = [plotly_script(), asset("script.js"), *([asset("glass.js")] if glass else [])]
+    return (
+        page_environment()
+        .get_template("template.html.j2")
+        .render(
+            results=shown,
+            streams=results.STREAMS,
+            weights=any(one["weights"] for one in data),
+            has={name for one in shown for name in one["tables"]},
+            glass=glass,
+            style=Markup(asset("style.css") + (asset("glass.css") if glass else "")),
+            scripts=[Markup(code) for code in scripts],
+            policy=policy(scripts),
+            data=Markup(escaped_json(data)),
+        )
+    )
+
+
+def page_environment() -> Environment:
+    """What fills the templates of this package: everything is escaped, and nothing may be missing."""
     environment = Environment(
         loader=PackageLoader("posterity.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["tied"] = lambda text: text.replace("± ", "±\u00a0").replace(" %", "\u00a0%")
-    return environment.get_template("template.html.j2").render(
-        results=shown,
-        streams=results.STREAMS,
-        weights=any(one["weights"] for one in data),
-        has={name for one in shown for name in one["tables"]},
-        glass=glass,
-        style=Markup(_asset("style.css") + (_asset("glass.css") if glass else "")),
-        scripts=[Markup(code) for code in scripts],
-        policy=" ".join(f"'sha256-{_digest(code)}'" for code in scripts),
-        data=Markup(escaped_json(data)),
-    )
+    return environment
+
+
+def policy(scripts: list[str]) -> str:
+    """The only scripts that a browser may run in the page, by their digests."""
+    return " ".join(f"'sha256-{_digest(code)}'" for code in scripts)
 
 
 def labels(loaded: list[xr.Dataset]) -> list[str]:
@@ -125,7 +143,6 @@ def _words(result: xr.Dataset) -> dict:
         "rows": rows(result),
         "notes": notes(result),
         "heads": {stream: _ends(ranked_heads(result, stream)[::-1]) for stream in results.STREAMS},
-        "tables": tables(result),
         "provenance": _provenance(result),
         "texts": _texts(result),
     }
@@ -163,12 +180,14 @@ def _digest(code: str) -> str:
     return base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of this package as text."""
     return (files("posterity.report") / name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
 @cache
-def _plotly() -> str:
+def plotly_script() -> str:
+    """Plotly's own script, from its Python package."""
     from plotly.offline import get_plotlyjs  # slow to import, and only a report needs it
 
     code = get_plotlyjs()

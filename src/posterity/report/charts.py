@@ -17,7 +17,8 @@ EXACT = 16  # positions that have a bin of their own; the rest is binned by quar
 
 
 def charts(result: xr.Dataset) -> dict:
-    """Everything the script draws for one result, as JSON holds it."""
+    """Everything the script draws for one result, as JSON holds it; of several steps, the last, and what they show."""
+    over_steps, result = result, results.latest(result)
     by_layer, first = derived.shares(result, ("layer",)).sel(side="self"), derived.first_position(result, ("layer",))
     return {
         "layers": result.sizes["layer"],
@@ -41,6 +42,9 @@ def charts(result: xr.Dataset) -> dict:
         "modules_paid": _modules(result) if "parameter_by_document" in result else None,
         "horizons": _horizons(result) if "horizon_by_document" in result else None,
         "glass": glass(result),
+        "training": _training(over_steps) if "step" in over_steps.dims else None,
+        "training_paid": _training_paid(over_steps) if {"step", "part"} <= set(over_steps.dims) else None,
+        "training_angle": _training_angle(over_steps) if {"step", "part"} <= set(over_steps.dims) else None,
     }
 
 
@@ -90,6 +94,42 @@ def _weights(result: xr.Dataset) -> dict:
         "error": _streams(found.error),
         "mean": _streams(found.share_mean),
         "agreement": {str(part): _streams(found.agreement.sel(part=part)) for part in found.part.values},
+    }
+
+
+def _training(result: xr.Dataset) -> dict:
+    """Self share by step, of the model and of every layer."""
+    model, layers = (derived.shares(result, by).sel(side="self") for by in ((), ("layer",)))
+    return {
+        "step": result.step.values.tolist(),
+        "share": _streams(model.share),
+        "error": _streams(model.error),
+        "layers": _streams(layers.share.transpose("layer", ...)),
+    }
+
+
+def _training_paid(result: xr.Dataset) -> dict:
+    """Own share by step, of the model and of every layer."""
+    model, layers = (derived.who_pays(result, by).sel(part="own") for by in ((), ("layer",)))
+
+    def written(values: xr.DataArray) -> dict:
+        return {one: _numbers(values.sel(written=one)) for one in results.WRITTEN}
+
+    return {
+        "step": result.step.values.tolist(),
+        "share": written(model.share),
+        "error": written(model.error),
+        "layers": written(layers.share.transpose("layer", ...)),
+    }
+
+
+def _training_angle(result: xr.Dataset) -> dict:
+    """Angle between own and later losses by step: at every layer's input, and of all parameters together."""
+    found = derived.angles(result)
+    return {
+        "step": result.step.values.tolist(),
+        "share": {str(name): _numbers(one) for name, one in found.items() if "layer" not in one.dims},
+        "layers": {"hidden": _numbers(found.layer_hidden.transpose("layer", "step")), "parameters": []},
     }
 
 

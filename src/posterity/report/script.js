@@ -299,6 +299,25 @@
       line: { color, width: label ? 1.6 : 1 }, marker: { color, size: 4 }, opacity: label ? 1 : 0.7, ...(label ? { name: label, legendgroup: label, legendrank: 1002 } : {}) };
   }
 
+  // ---- over training: the model with its band, layers as thin lines
+  function trainingPanels(t, part, kinds, y) {
+    const given = having(part), ends = given.flatMap((result) => [result[part].step[0], result[part].step.at(-1)]);
+    return kinds.map((kind) => ({
+      title: kind, x: { title: "training step", range: [Math.min(...ends), Math.max(...ends, 1)] },
+      y: { ...y, rangemode: "tozero", ...zeroLine(t) },
+      traces: [
+        ...given.flatMap((result) => one && result.layers > 1 ? result[part].layers[kind].map((share, layer, layers) => layerLine(t, result[part].step, share, layer, layers.length)) : []),
+        ...byResult(t, given, (result) => ({ share: result[part].share[kind], error: result[part].error?.[kind] }), (result) => result[part].step, t.ink, "all layers"),
+      ],
+    }));
+  }
+
+  function anglePanels(t) {
+    const kinds = Object.keys(Object.assign({}, ...having("training_angle").map((result) => result.training_angle.share)));
+    return trainingPanels(t, "training_angle", kinds, { title: "angle (degrees)" })
+      .map((panel, number) => ({ ...panel, title: { hidden: "hidden states, at the layers' inputs", parameters: "all parameters" }[kinds[number]] }));
+  }
+
   function reachPanels(t) {
     return STREAMS.flatMap((stream) => having("horizons").map((result) => {
       const { reach, beyond, weak } = ofStream(Object.fromEntries(["reach", "beyond", "weak"].map((name) => [name, result.horizons[name]])), stream);
@@ -322,6 +341,9 @@
   // ---- one figure: panels in a grid whose columns follow the width
   const mapTall = () => Math.min(560, Math.max(200, 15 * Math.max(...results.map((result) => result.layers)) + 20));
   const CHARTS = {
+    training: { panels: (t) => trainingPanels(t, "training", STREAMS, { title: "self share", tickformat: ".0%" }), tall: () => 260, part: "training" },
+    training_paid: { panels: (t) => trainingPanels(t, "training_paid", WRITTEN, { title: "share of the own loss", tickformat: ".0%" }), tall: () => 260, part: "training_paid", columns: 2 },
+    training_angle: { panels: anglePanels, tall: () => 260, part: "training_angle", columns: 2 },
     map: { panels: mapPanels, tall: mapTall, free: true, byResult: true, colours: mapColours },
     lags: { panels: lagPanels, tall: () => 300 },
     layers: { panels: layerPanels, tall: () => 260 },

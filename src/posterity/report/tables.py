@@ -25,7 +25,13 @@ class Table:
 
 def tables(result: xr.Dataset) -> dict[str, list[Table]]:
     """Tables by the name of the chart they belong to; none for what was not measured."""
+    over_steps, result = result, results.latest(result)
     found = {"layers": [_self_shares(result)]}
+    if "step" in over_steps.dims:
+        found["training"] = [_training(over_steps)]
+        if "loss_credit" in result:
+            found["training_paid"] = [_training_paid(over_steps)]
+            found["training_angle"] = [_training_angle(over_steps)]
     if "loss_credit" in result:
         found["payers"] = [_payers(result, written) for written in results.WRITTEN]
         found["inputs"] = [_inputs(result)]
@@ -41,6 +47,32 @@ def tables(result: xr.Dataset) -> dict[str, list[Table]]:
 def _self_shares(result: xr.Dataset) -> Table:
     found = derived.shares(result, ("layer",)).sel(side="self")
     return Table("Self share by layer", ("layer", *results.STREAMS), _by_layer(result, _percents(found)))
+
+
+def _training(result: xr.Dataset) -> Table:
+    found = derived.shares(result).sel(side="self")
+    return Table("Self share by training step", ("step", *results.STREAMS), _by_step(result, _percents(found)))
+
+
+def _training_paid(result: xr.Dataset) -> Table:
+    found = derived.who_pays(result).sel(part="own")
+    return Table(
+        "Share of the own loss by training step", ("step", *results.WRITTEN), _by_step(result, _percents(found))
+    )
+
+
+def _training_angle(result: xr.Dataset) -> Table:
+    found = derived.angles(result)
+    named = {"inputs of all layers": found.hidden}
+    if "parameters" in found:
+        named["all parameters"] = found.parameters
+    named |= {f"input of layer {layer}": found.layer_hidden.sel(layer=layer) for layer in result.layer.values}
+    cells = np.stack([_each(_degrees, one.values) for one in named.values()], -1)
+    return Table("Angle between own and later losses by training step", ("step", *named), _by_step(result, cells))
+
+
+def _by_step(result: xr.Dataset, cells: np.ndarray) -> list[tuple[str, str, list[str]]]:
+    return [(str(step), "", row) for step, row in zip(result.step.values, cells.tolist(), strict=True)]
 
 
 def _payers(result: xr.Dataset, written: str) -> Table:
@@ -128,6 +160,10 @@ def _lengths(result: xr.Dataset, reach: xr.DataArray) -> np.ndarray:
 def _each(tell: Callable[..., str], *numbers: np.ndarray) -> np.ndarray:
     cells = [tell(*one) for one in zip(*(x.ravel().tolist() for x in numbers), strict=True)]
     return np.array(cells, dtype=object).reshape(numbers[0].shape)
+
+
+def _degrees(value: float) -> str:
+    return UNKNOWN if np.isnan(value) else f"{value:.1f}°"
 
 
 def _number(value: float) -> str:

@@ -1,0 +1,58 @@
+"""Compared runs as a page: the table of arms, and the gap by position."""
+
+import math
+
+import numpy as np
+import xarray as xr
+from markupsafe import Markup
+
+from posterity.comparison import gaps
+from posterity.report import asset, escaped_json, page_environment, plotly_script, policy
+
+
+def render(compared: xr.Dataset) -> str:
+    """The page as one string of HTML; `compared` as `posterity.comparison.compare` gives it."""
+    found, units = gaps(compared), str(compared.loss.attrs["units"])
+    arms = [_arm(found.sel(arm=arm), str(arm)) for arm in found.arm.values]
+    others = found.isel(arm=slice(1, None))
+    rows = [
+        (int(position), [_number(*pair) for pair in zip(gap, error, strict=True)])
+        for position, gap, error in zip(
+            found.position.values, others.gap_by_position.values.T, others.gap_by_position_error.values.T, strict=True
+        )
+    ]
+    data = {
+        "units": units,
+        "arms": [
+            {"name": str(arm), "gap": _plain(gap), "error": _plain(error)}
+            for arm, gap, error in zip(
+                others.arm.values, others.gap_by_position.values, others.gap_by_position_error.values, strict=True
+            )
+        ],
+    }
+    scripts = [plotly_script(), asset("compared.js")]
+    return page_environment().get_template("compared.html.j2").render(
+        data=compared.attrs["data"], steps=compared.attrs["steps"], documents=compared.sizes["document"],
+        positions=compared.sizes["position"], units=units, arms=arms, rows=rows,
+        runs=list(zip(*(compared[name].values.tolist() for name in ("folder", "arm", "seed")), strict=True)),
+        style=Markup(asset("style.css")), scripts=[Markup(code) for code in scripts], policy=policy(scripts),
+        json=Markup(escaped_json(data)),
+    )  # fmt: skip
+
+
+def _arm(one: xr.Dataset, name: str) -> dict:
+    gap = "" if name == "vanilla" else _number(float(one.gap), float(one.gap_error))
+    return {
+        "name": name,
+        "seeds": int(one.seeds),
+        "loss": f"{float(one.loss):.4f} ± {float(one.loss_error):.4f}",
+        "gap": gap,
+    }
+
+
+def _number(value: float, error: float) -> str:
+    return f"{value:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [None if not math.isfinite(value) else float(value) for value in values]
