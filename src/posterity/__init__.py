@@ -13,22 +13,27 @@ if TYPE_CHECKING:
     from posterity.account import account
     from posterity.attention import attention
     from posterity.errors import InputError
-    from posterity.horizon import Discount, EdgeWindow, Full, Myopic
+    from posterity.horizon import Discount, EdgeWindow, Full, Leak, Myopic
     from posterity.inspect import inspect
     from posterity.mask import Mask
     from posterity.measure import measure
     from posterity.models import check, horizon
+    from posterity.monitor import Monitor
     from posterity.report import report
     from posterity.result import load, save
     from posterity.summary import summary
+    from posterity.train import Trainer
 
 __all__ = [
     "Discount",
     "EdgeWindow",
     "Full",
     "InputError",
+    "Leak",
     "Mask",
+    "Monitor",
     "Myopic",
+    "Trainer",
     "account",
     "attention",
     "check",
@@ -52,7 +57,9 @@ _HOME = {
     "check": "models",
     "load": "result",
     "save": "result",
-    **dict.fromkeys(("Discount", "EdgeWindow", "Full", "Myopic"), "horizon"),
+    **dict.fromkeys(("Discount", "EdgeWindow", "Full", "Leak", "Myopic"), "horizon"),
+    "Monitor": "monitor",
+    "Trainer": "train",
     "horizon": "models",
 }
 

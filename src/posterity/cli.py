@@ -96,26 +96,34 @@ def measure(
     """Measure a model on texts.
 
     Shows where the gradients of its queries, keys and values come from. With --output and --report the result is kept
-    as a file and as a page; the table is printed in any case.
+    as a file and as a page; the table is printed in any case. Several folders of checkpoints in place of MODEL, such as
+    run/checkpoint-*, give one result over training.
     """
     import posterity
     from posterity import corpus, loading
+    from posterity.result import over_steps
 
     _check_writable(output, report)
-    texts = corpus.sources(text or [], field)
+    steps, names = loading.checkpoints([model, *(text or [])] if model else [])
+    names = names if steps else text or []
+    if len(steps) > 1 and "-" in names:
+        raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
+    texts = corpus.sources(names, field)
     given = _given(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
         horizons=_numbers(horizons),
     )  # fmt: skip
-    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
-    result = posterity.measure(
-        loaded.model,
-        loaded.tokenizer,
-        texts,
-        limit=documents,
-        attrs=_provenance(loaded),
-        **given,
-    )
+
+    def measured(name: str | None, texts: Any) -> Any:
+        loaded = loading.load_model(name, dtype, device, revision, trust_remote_code)
+        return posterity.measure(
+            loaded.model, loaded.tokenizer, texts, limit=documents, attrs=_provenance(loaded), **given
+        )
+
+    if steps:
+        result = over_steps({step: measured(one, corpus.sources(names, field)) for step, one in steps.items()})
+    else:
+        result = measured(model, texts)
     _hand_over(result, output, report)
 
 
@@ -167,13 +175,25 @@ def _provenance(loaded: Any) -> dict[str, Any]:
     return {"model": loaded.name, "revision": loaded.revision, "command": shlex.join(["posterity", *sys.argv[1:]])}
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
+def _numbers(text: str | None, option: str = "horizons", such: str = "1,2,4,8") -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
         return tuple(int(one) for one in text.split(","))
     except ValueError:
-        raise InputError(f"--horizons expects whole numbers with commas, such as 1,2,4,8; got {text!r}") from None
+        raise InputError(f"--{option} expects whole numbers with commas, such as {such}; got {text!r}") from None
+
+
+def _assigned(given: list[str] | None) -> dict[str, float] | None:
+    """Numbers by name from NAME=NUMBER; whole ones stay whole."""
+    found: dict[str, float] = {}
+    for one in given or ():
+        name, _, number = one.partition("=")
+        try:
+            found[name.strip()] = int(number) if number.strip().lstrip("-").isdecimal() else float(number)
+        except ValueError:
+            raise InputError(f"--task expects NAME=NUMBER, such as chance=0.1; got {one!r}") from None
+    return found or None
 
 
 def _hand_over(result: Any, output: Path | None, report: Path | None) -> None:
@@ -185,6 +205,85 @@ def _hand_over(result: Any, output: Path | None, report: Path | None) -> None:
     if report is not None:
         posterity.report(result, report)
     posterity.summary(result)
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted one goes on.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Type of transformers, from scratch; or folder or hub id, to go on from.  [default: llama]"),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="sines, induction, text, or files and datasets as for measure; may be repeated."),
+    ] = None,
+    horizon: Annotated[
+        str | None, typer.Option(help="full, myopic, discount:RATE, window:LAGS or leak:FRACTION.  [default: full]")
+    ] = None,
+    cut: Annotated[Literal["kv", "hidden"] | None, typer.Option(help="Where it cuts.  [default: kv]")] = None,
+    streams: Annotated[str | None, typer.Option(help="key, value or key,value.  [default: key,value]")] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Layers that it cuts; all unless given.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.  [default: 1000]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of one step.  [default: 16]")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a row of text.  [default: 128]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate.  [default: 0.001]")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.  [default: 50]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of a model from scratch.  [default: 128]")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Of a model from scratch.  [default: 4]")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Of a model from scratch.  [default: 4]")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Number of a built-in task; may be repeated.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints; a fifth of the run unless given.")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep, the last ones.  [default: 2]")] = None,
+    monitor: Annotated[
+        int | None, typer.Option(min=1, help="Measure held-out rows every so many steps: monitor.nc, monitor.html.")
+    ] = None,
+    seed: Seed = None,
+) -> None:
+    """Train under a horizon.
+
+    Runs that differ only in --horizon start from the same weights and see the same batches; `compare` then shows what
+    the horizon costs.
+    """
+    from posterity import runs
+
+    settings = runs.Settings(
+        **_given(
+            model=model, data=None if data is None else tuple(data), horizon=horizon, cut=cut, steps=steps, batch=batch,
+            streams=None if streams is None else tuple(one.strip() for one in streams.split(",")),
+            layers=_numbers(layers, "layers", "0,1,-1"), context=context, rate=rate, warmup=warmup, width=width,
+            depth=depth, heads=heads, seed=seed, task=_assigned(task),
+        )
+    )  # fmt: skip
+    folder = runs.train(output, settings, monitor=monitor, **_given(save_every=save_every, keep=keep))
+    typer.echo(f"trained: {folder}")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs of `train`.")],
+    output: Output = None,
+    report: Page = None,
+) -> None:
+    """Show what horizons cost.
+
+    Prints the held-out loss of every run and its gap to the plain run (horizon full) of the same seed.
+    """
+    from posterity import comparison
+
+    _check_writable(output, report)
+    compared = comparison.compare(folders)
+    if output is not None:
+        comparison.save(compared, output)
+    if report is not None:
+        comparison.page(compared, report)
+    comparison.table(compared)
 
 
 @app.command()

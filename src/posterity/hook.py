@@ -258,6 +258,15 @@ class Watch:
         finally:
             self.again = None
 
+    @contextlib.contextmanager
+    def without_cuts(self) -> Iterator[None]:
+        """Inside, no horizon is in force."""
+        cuts, self.cuts = self.cuts, []
+        try:
+            yield
+        finally:
+            self.cuts = cuts
+
     def _entered(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Keep the input of a module, without its graph and without its cache; count its calls from 0."""
 

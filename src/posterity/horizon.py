@@ -82,6 +82,50 @@ class EdgeWindow:
         return (lag <= self.lags).double()
 
 
+@dataclass(frozen=True)
+class Leak:
+    """The self edge in full, a fraction of all others. Leak(0) is `Myopic`, Leak(1) is `Full`.
+
+    A path over n edges between positions keeps fraction^n, so this is no fixed share of the later losses.
+
+    Raises:
+        InputError: The fraction is not in [0, 1].
+    """
+
+    fraction: float
+
+    def __post_init__(self):
+        """Check the fraction."""
+        if not _is_number(self.fraction) or not 0 <= self.fraction <= 1:
+            raise InputError(f"Leak expects a fraction from 0 to 1; got {self.fraction!r}")
+
+    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """1 at lag 0, else the fraction."""
+        return torch.where(lag == 0, 1.0, float(self.fraction)).double()
+
+
+RULES = {"full": Full, "myopic": Myopic, "discount": Discount, "window": EdgeWindow, "leak": Leak}
+
+
+def parse(text: str) -> Rule:
+    """A rule from its name: full, myopic, discount:0.9, window:16 or leak:0.1.
+
+    Raises:
+        InputError: There is no such rule, or its number is wrong.
+    """
+    name, colon, number = text.strip().partition(":")
+    takes = name in ("discount", "window", "leak")
+    try:
+        if name not in RULES or takes != bool(colon):
+            raise ValueError
+        given = () if not takes else (int(number),) if name == "window" else (float(number),)
+    except ValueError:
+        raise InputError(
+            f"expected a horizon full, myopic, discount:RATE, window:LAGS or leak:FRACTION; got {text!r}"
+        ) from None
+    return RULES[name](*given)
+
+
 def by_lag(rule: Rule, length: int, like: Tensor) -> Float[Tensor, " lag"] | None:
     """The rule's factors for lags below `length`, with the dtype and device of `like`; None if all are 1.
 

@@ -1,0 +1,367 @@
+"""Training runs: a folder for each, with what was asked for, checkpoints to go on from, and the trained model.
+
+    run.json       settings, digest of the data, versions
+    checkpoint-*   of the Trainer; an interrupted run goes on from the last whole one
+    model files    and `metrics.json`, once the run is finished
+
+Two runs with equal settings train to the same weights on the same machine; arms that differ only in the horizon start
+from the same weights and see the same batches.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    PreTrainedModel,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+
+import posterity
+from posterity import corpus, loading
+from posterity.errors import InputError
+from posterity.horizon import parse
+from posterity.monitor import Monitor
+from posterity.result import write_whole
+from posterity.tasks import TASKS, Regressor
+from posterity.train import Trainer
+
+HELD_OUT = 0.1  # every tenth of many texts; of few texts the end of each
+HELD_OUT_ROWS = 512  # of a task
+HELD_OUT_SEED = 1_000_003  # the same rows for all runs of a task
+MONITORED = 4  # rows
+VOCABULARY = 1024  # of the tokenizer made for a model from scratch
+FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes a run.
+
+    Raises:
+        InputError: A setting out of its range.
+    """
+
+    model: str = "llama"  # a type of transformers, from scratch; or a folder or hub id, to go on from
+    data: tuple[str, ...] = ("text",)  # "text" (the default text), "sines", "induction"; or files, datasets
+    horizon: str = "full"
+    cut: str = "kv"
+    streams: tuple[str, ...] = ("key", "value")
+    layers: tuple[int, ...] | None = None
+    steps: int = 1000
+    batch: int = 16  # rows of one step, over all processes
+    context: int = 128
+    rate: float = 1e-3  # learning rate, after the warm-up; it then falls to 0 as a cosine
+    warmup: int = 50  # steps
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    seed: int = 0
+    task: dict[str, float] = field(default_factory=dict)  # numbers of a built-in task, such as {"chance": 0.1}
+
+    def __post_init__(self):
+        """Check what can be checked without the model."""
+        parse(self.horizon)
+        if self.cut not in ("kv", "hidden"):
+            raise InputError(f'cut expects "kv" or "hidden"; got {self.cut!r}')
+        if not self.streams or not set(self.streams) <= {"key", "value"}:
+            raise InputError(f'streams expects "key", "value" or both; got {self.streams!r}')
+        for name in ("steps", "batch", "context", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1; got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise InputError(f"expected a width that {self.heads} heads divide; got {self.width}")
+        if not 0 < self.rate < float("inf"):
+            raise InputError(f"expected a learning rate above 0; got {self.rate}")
+        if self.task and self.task_name is None:
+            raise InputError(f"only sines and induction take numbers of their own; got {self.task} for {self.data}")
+
+    @property
+    def task_name(self) -> str | None:
+        """The built-in task, if it is one."""
+        return self.data[0] if len(self.data) == 1 and self.data[0] in TASKS else None
+
+    def make_task(self) -> Any:
+        """The built-in task with its numbers."""
+        assert self.task_name is not None
+        kind = TASKS[self.task_name]
+        known = [one.name for one in fields(kind)]
+        if not set(self.task) <= set(known):
+            raise InputError(f"{self.task_name} takes {', '.join(known)}; got {', '.join(set(self.task) - set(known))}")
+        return kind(**self.task)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows to train on and rows to judge by: `input_ids` and `labels` each."""
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    vocabulary: int
+    context: int
+    tokenizer: Any = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all rows."""
+        state = hashlib.sha256()
+        for rows in (*self.train, *self.held_out):
+            state.update(str((rows.dtype, rows.shape)).encode())
+            state.update(rows.contiguous().numpy().tobytes())
+        return state.hexdigest()
+
+
+class Rows(Dataset):
+    """Rows as the Trainer wants them."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor):
+        """Keep them; nothing is copied."""
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One row."""
+        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
+
+
+def prepare(settings: Settings, tokenizer: Any = None) -> Data:
+    """The rows of a run. A model from scratch on text gets a tokenizer made from the part that is trained on.
+
+    Raises:
+        InputError: As `posterity.corpus`; a text with fewer tokens than one window in either part.
+    """
+    if settings.task_name is not None:
+        task = settings.make_task()
+        train, held_out = (
+            task.inputs(rows, seed)
+            for rows, seed in ((settings.steps * settings.batch, settings.seed), (HELD_OUT_ROWS, HELD_OUT_SEED))
+        )
+        rows = ((train, task.labels(train)), (held_out, task.labels(held_out)))
+        return Data(*rows, getattr(task, "vocabulary", 64), task.length)
+    named = () if settings.data == ("text",) else settings.data
+    texts = [(name, _read(document)) for name, document in corpus.sources(named)]
+    first, last = _split(texts)
+    tokenizer = tokenizer or _tokenizer([text for _, text in first])
+    rows = []
+    for part in (first, last):
+        ids = torch.stack([window.ids for window in corpus.windows(part, tokenizer, settings.context)])
+        rows.append((ids, ids))
+    return Data(rows[0], rows[1], len(tokenizer), settings.context, tokenizer)
+
+
+def _split(texts: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What is trained on and what is held out: of many texts every tenth, of few the last tenth of each."""
+    every = round(1 / HELD_OUT)
+    if len(texts) >= every:
+        last = texts[every - 1 :: every]
+        return [one for index, one in enumerate(texts) if index % every != every - 1], last
+    ends = [round(len(text) * (1 - HELD_OUT)) for _, text in texts]
+    first = [(name, text[:end]) for (name, text), end in zip(texts, ends, strict=True)]
+    return first, [(name, text[end:]) for (name, text), end in zip(texts, ends, strict=True)]
+
+
+def _read(document: Any) -> str:
+    return "".join(document.pieces()) if isinstance(document, corpus.Stream) else document
+
+
+def _tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE tokenizer made from these texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def make_model(settings: Settings, data: Data) -> PreTrainedModel:
+    """A model from scratch with the settings' seed, without any dropout.
+
+    Raises:
+        InputError: transformers knows no such type, or cannot make it of this size.
+    """
+    size = {
+        "vocab_size": data.vocabulary, "max_position_embeddings": data.context, "hidden_size": settings.width,
+        "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    set_seed(settings.seed)
+    if settings.task_name == "sines":
+        config = GPT2Config(**size)
+        _without_dropout(config)
+        return Regressor(config)
+    try:
+        more = {"num_key_value_heads": settings.heads, "intermediate_size": 3 * settings.width}
+        config = AutoConfig.for_model(settings.model, **size, **more)
+        _without_dropout(config)
+        return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a type of transformers raises for sizes it cannot take
+        raise InputError(
+            f"expected a type of transformers that can be made with width {settings.width}, depth {settings.depth} and "
+            f"{settings.heads} heads, or a folder or hub id to go on from; got {settings.model!r}: "
+            f"{str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def _without_dropout(config: Any) -> None:
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+
+
+def train(
+    output: str | Path,
+    settings: Settings,
+    *,
+    callbacks: list[TrainerCallback] | None = None,
+    save_every: int | None = None,
+    keep: int = 2,
+    monitor: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train, or go on with a run that was interrupted; a finished run is left as it is. Returns the folder.
+
+    Args:
+        output: The folder of the run.
+        settings: What to train on what, and how.
+        callbacks: Of transformers.
+        save_every: Steps between checkpoints; a fifth of the run by default.
+        keep: How many checkpoints; the oldest go first.
+        monitor: Steps between measurements of held-out rows, by `posterity.Monitor`, into `monitor.nc` and its page.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: A wrong setting; a folder that holds another run or something else; a loss that is not finite.
+    """
+    folder = Path(output)
+    scratch = settings.task_name is not None or settings.model in _types()
+    loaded = None if scratch else loading.load_model(settings.model, "float32")
+    data = prepare(settings, None if loaded is None else loaded.tokenizer)
+    known = {**json.loads(json.dumps(asdict(settings))), "data_digest": data.digest}
+    _same_run(folder, known)
+    if (folder / "metrics.json").exists():
+        return folder
+    model: Any = make_model(settings, data) if loaded is None else loaded.model
+    if monitor is not None:
+        if settings.task_name == "sines":
+            raise InputError("a monitor measures models that read tokens; sines has none: leave --monitor out")
+        probe = data.held_out[0][:MONITORED]
+        callbacks = [*(callbacks or []), Monitor(monitor, probe, output=folder / "monitor.nc", limit=MONITORED)]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch % world:
+        raise InputError(f"expected a batch that {world} processes divide; got {settings.batch}")
+    save_every = save_every or max(1, settings.steps // 5)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=settings.steps, per_device_train_batch_size=settings.batch // world,
+        learning_rate=settings.rate, warmup_steps=settings.warmup, lr_scheduler_type="cosine", seed=settings.seed,
+        save_steps=save_every, save_total_limit=keep, report_to="none", disable_tqdm=True,
+        logging_steps=math.gcd(save_every, max(1, settings.steps // 100)),  # no mean of losses spans a checkpoint
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Rows(*data.train), callbacks=callbacks,
+        processing_class=data.tokenizer, data_collator=default_data_collator,
+        horizon=parse(settings.horizon), cut=settings.cut, streams=settings.streams, layers=settings.layers,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    if progress:
+        trainer.add_callback(Bar())
+    if trainer.is_world_process_zero():
+        write_whole(folder / FILE, json.dumps({**known, **_made()}, indent=1).encode())
+    with _told_of_a_full_disk(folder):
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        write_whole(folder / "metrics.json", json.dumps(trainer.state.log_history, indent=1).encode())
+    return folder
+
+
+class Bar(ProgressCallback):
+    """The Trainer's progress bar with the last loss beside it, where it prints every log entry in full."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the loss."""
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+
+@contextlib.contextmanager
+def _told_of_a_full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+        if not full and "PytorchStreamWriter failed" not in str(error):  # how torch.save puts it
+            raise
+        raise InputError(
+            f"no space left in {folder}; the checkpoints before are whole: make room, and the same command goes on"
+        ) from error
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole: its state is written last."""
+    whole = []
+    for one in folder.glob("checkpoint-*"):
+        try:
+            whole.append((json.loads((one / "trainer_state.json").read_text())["global_step"], str(one)))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(whole)[1] if whole else None
+
+
+def _same_run(folder: Path, known: dict[str, Any]) -> None:
+    """Make the folder, or see that it holds this run."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        return
+    try:
+        before = json.loads((folder / FILE).read_text())
+    except FileNotFoundError:
+        if any(folder.iterdir()):
+            raise InputError(f"{folder}: expected a new folder or that of a run, but it holds something else") from None
+        return
+    other = [name for name in known if before.get(name) != known[name]]
+    if other:
+        said = "; ".join(f"{name} was {before.get(name)!r}, now {known[name]!r}" for name in other)
+        raise InputError(f"{folder} holds another run ({said}): choose another folder, or the same settings")
+
+
+def _made() -> dict[str, str]:
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "posterity_version": posterity.__version__,
+        "torch_version": version("torch"),
+        "transformers_version": version("transformers"),
+    }
+
+
+def _types() -> set[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -1,0 +1,118 @@
+"""Built-in tasks to train on: seeded generators, and the small model that reads numbers.
+
+`sines` is the synthetic task of Wu, Morris and Levine 2024 (arXiv 2404.00859): a sum over earlier positions that is
+easy where these have computed their parts ahead, and hard for one position alone. `induction` repeats a random
+sequence: to read off what comes next, some head has to note at each position which token came before, which serves
+later positions only.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from posterity.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sines:
+    """y_n = z_n sum_{i=1..m} sin(b x_{n-i}) + (1 - z_n) x_n, x standard normal, z Bernoulli(p), x_n = 0 for n < 0.
+
+    Raises:
+        InputError: A number out of its range.
+    """
+
+    terms: int = 8  # m
+    frequency: float = 4.0  # b
+    chance: float = 1.0  # p
+    length: int = 20
+
+    def __post_init__(self):
+        """Check the numbers."""
+        if self.terms < 1 or self.length < 2 or not 0 < self.chance <= 1:
+            raise InputError(
+                f"sines expects 1 term or more, a length of 2 or more and a chance above 0, at most 1; got {self}"
+            )
+
+    def inputs(self, rows: int, seed: int) -> Float[Tensor, "rows position 2"]:
+        """x and z of every position."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, self.length, generator=generator)
+        z = torch.rand(rows, self.length, generator=generator) < self.chance
+        return torch.stack((x, z.to(x.dtype)), -1)
+
+    def labels(self, inputs: Float[Tensor, "rows position 2"]) -> Float[Tensor, "rows position"]:
+        """What a model is to give at every position."""
+        x, z = inputs.unbind(-1)
+        waves = nn.functional.pad(torch.sin(self.frequency * x), (self.terms, 0))
+        return z * waves.unfold(1, self.terms, 1)[:, :-1].sum(-1) + (1 - z) * x
+
+
+@dataclass(frozen=True)
+class Induction:
+    """A random sequence of half the length, twice: the second half can be read off the first.
+
+    Raises:
+        InputError: A number out of its range.
+    """
+
+    vocabulary: int = 64
+    length: int = 64
+
+    def __post_init__(self):
+        """Check the numbers."""
+        if self.length < 4 or self.length % 2 or self.vocabulary < 2:
+            raise InputError(f"induction expects an even length of 4 or more and 2 tokens or more; got {self}")
+
+    def inputs(self, rows: int, seed: int) -> Int64[Tensor, "rows position"]:
+        """Token ids."""
+        generator = torch.Generator().manual_seed(seed)
+        half = torch.randint(self.vocabulary, (rows, self.length // 2), generator=generator)
+        return torch.cat((half, half), 1)
+
+    def labels(self, inputs: Int64[Tensor, "rows position"]) -> Int64[Tensor, "rows position"]:
+        """The tokens themselves, as transformers' models want them; those of the first half cannot be known."""
+        return inputs
+
+    @property
+    def uniform(self) -> float:
+        """Loss of a predictor that knows nothing, in nats."""
+        return math.log(self.vocabulary)
+
+
+TASKS = {"sines": Sines, "induction": Induction}
+
+
+class Regressor(GPT2PreTrainedModel):
+    """A GPT-2 stack that reads two numbers at every position and gives one; the loss is the mean of Huber's."""
+
+    accepts_loss_kwargs = False  # the Trainer itself averages over accumulated batches
+
+    def __init__(self, config: GPT2Config):
+        """Take the layers of the config; what would embed tokens embeds pairs of numbers."""
+        super().__init__(config)
+        self.transformer = GPT2Model(config)
+        self.transformer.wte = nn.Linear(2, config.n_embd)
+        self.head = nn.Linear(config.n_embd, 1)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The regression head."""
+        return self.head
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
+        """(batch, position, 2) numbers in, (batch, position, 1) out. Tokens (of a probe) count as numbers."""
+        numbers = input_ids
+        if not input_ids.is_floating_point():
+            x = 4 * input_ids / self.config.vocab_size - 2
+            numbers = torch.stack((x, torch.ones_like(x)), -1)
+        numbers = numbers.to(self.head.weight.dtype)
+        states = self.transformer(inputs_embeds=self.transformer.wte(numbers), **kwargs)
+        found = self.head(states.last_hidden_state)
+        loss = None if labels is None else nn.functional.huber_loss(found.squeeze(-1).float(), labels.float())
+        return CausalLMOutput(loss=loss, logits=found, hidden_states=states.hidden_states)
