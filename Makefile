@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow check bench picture clean
+.PHONY: help demo test test-slow check bench picture reproduce clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -42,5 +42,8 @@ bench: $(VENV)/tested  ## the table of the README: time and memory beside a plai
 picture: demo $(VENV)/tested  ## the picture of the README, from demo/report.html
 	$(BIN)/python bench/picture.py
 
+reproduce: $(VENV)/tested  ## what training under a horizon costs, beside the published figures: docs/reproduce.png
+	$(BIN)/python bench/reproduce.py
+
 clean:  ## remove what make has made
-	rm -rf $(VENV) demo dist
+	rm -rf $(VENV) demo dist reproduce

@@ -1,10 +1,11 @@
 """`make bench`: the table of the README. Time as ratios of medians taken in turns; memory in a process of its own each.
 
-python bench/bench.py            all of it (about 30 minutes on two cores)
+python bench/bench.py            all of it (about 40 minutes on two cores)
 python bench/bench.py steps      ratio to a plain training step on SmolLM2-135M
 python bench/bench.py payers     own and later losses, the horizon curve, and one backward pass per position
 python bench/bench.py naive      the same lag profile with eager attention and everything kept
 python bench/bench.py long       a two-layer model at long contexts
+python bench/bench.py monitor    training with a Monitor at its default
 """
 
 import contextlib
@@ -13,16 +14,24 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.masking_utils import eager_mask
 
-from posterity import corpus, loading
+from posterity import Monitor, Trainer, corpus, loading, runs
 from posterity.account import account
 from posterity.ledger import Bins, self_part, tally
 from posterity.losses import Payers, Sending
@@ -322,6 +331,57 @@ def observed(query, key, value, grad, context):
     return time.perf_counter() - started
 
 
+class Timed(Monitor):
+    """A Monitor that keeps how long each measurement took."""
+
+    def _measure(self, step, model):
+        started = time.perf_counter()
+        super()._measure(step, model)
+        self.took = [*getattr(self, "took", []), time.perf_counter() - started]
+
+
+def monitor():
+    table = Table("training", "step: s", "measurement: s", "share of the time, every 100 steps", title="Monitor")
+    small = runs.Settings()
+    rows = runs.prepare(small)
+    large, ids = window(512)
+    kinds = {
+        "`posterity train` as it is: llama of 4 layers, 16 rows of 128": (
+            runs.make_model(small, rows),
+            rows.train[0],
+            16,
+        ),
+        "SmolLM2-135M, one row of 512": (large, ids.repeat(8, 1), 1),
+    }
+    for label, (model, inputs, batch) in kinds.items():
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder, max_steps=8, per_device_train_batch_size=batch, report_to="none", save_strategy="no",
+                disable_tqdm=True, learning_rate=1e-5,
+            )  # fmt: skip
+            # a default Monitor but for its steps, so that a few of them give several measurements
+            watch, clock = Timed(2, inputs[:2, :128]), Clock()
+            Trainer(
+                model=model, args=arguments, train_dataset=runs.Rows(inputs, inputs), callbacks=[watch, clock]
+            ).train()
+        step, took = statistics.median(clock.took[1:]), statistics.median(watch.took[1:])
+        table.add_row(label, f"{step:.2f}", f"{took:.2f}", f"{took / (100 * step + took):.1%}")
+    console.print(table)
+
+
+class Clock(TrainerCallback):
+    """Keeps how long each step took, without what happens between steps."""
+
+    def __init__(self):
+        self.took = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.took.append(time.perf_counter() - self.started)
+
+
 def main():
     torch.manual_seed(0)
     wanted = sys.argv[1:]
@@ -329,7 +389,7 @@ def main():
         print(json.dumps(globals()[wanted[0]](*wanted[1:])))
         return
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} rounds in turns")
-    tables = {"steps": steps, "payers": payers, "naive": naive, "long": long}
+    tables = {"steps": steps, "payers": payers, "naive": naive, "long": long, "monitor": monitor}
     for name in wanted or tables:
         tables[name]()
 
