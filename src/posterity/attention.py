@@ -125,21 +125,23 @@ def attention(
         raise InputError(f"attention expects at least as many keys as queries; got {queries} queries, {keys} keys")
     factor = dim**-0.5 if scale is None else float(scale)
     options = _Options(factor, softcap or None, mask or Mask(), horizon, observe)
-    device = query.device.type
-    with _without_autocast(device) as autocast:
-        if autocast:
-            kind = torch.get_autocast_dtype(device)
-            given = (query, key, value, *detached)
-            query, key, value, *detached = (x if x is None or x.dtype == torch.float64 else x.to(kind) for x in given)
-        return _Attention.apply(query, key, value, sinks, *detached, options)
+    with _without_autocast(query.device.type) as kind:
+        given = [
+            x if x is None or kind is None or x.dtype == torch.float64 else x.to(kind)
+            for x in (query, key, value, *detached)
+        ]
+        return _Attention.apply(*given[:3], sinks, *given[3:], options)
 
 
 @contextlib.contextmanager
-def _without_autocast(device: str) -> Iterator[bool]:
-    """Inside, autocast is off; it was on if True."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if on else contextlib.nullcontext():
-        yield on
+def _without_autocast(device: str) -> Iterator[torch.dtype | None]:
+    """Inside, autocast is off; gives the type it had, if it was on."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        yield None
+        return
+    kind = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        yield kind
 
 
 class _Attention(torch.autograd.Function):

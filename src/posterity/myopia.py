@@ -45,7 +45,7 @@ class _Past:
         """Attention that, when not writing, has its own key and value on the self edge only."""
         share = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
         if self.writing:
             self.kept.append((key, value))
@@ -53,8 +53,8 @@ class _Past:
         else:
             past_key, past_value = self.kept[self.at]
             self.at += 1
-        score = scaling * query @ past_key.mT
-        own = scaling * (query * key).sum(-1)
+        score = scale * query @ past_key.mT
+        own = scale * (query * key).sum(-1)
         weight = score.diagonal_scatter(own, dim1=-2, dim2=-1).masked_fill(~allowed, -torch.inf).softmax(-1)
         on_self = weight.diagonal(dim1=-2, dim2=-1)[..., None]
         return (weight @ past_value + on_self * (value - past_value)).transpose(1, 2).contiguous(), None
@@ -64,7 +64,7 @@ class _Past:
 def _looking_back(model: PreTrainedModel, past: _Past) -> Iterator[None]:
     AttentionInterface.register(_NAME, past.attend)
     AttentionMaskInterface.register(_NAME, eager_mask)
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
         yield
