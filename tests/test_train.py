@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from test_losses import dense
 from tiny import tiny, tokens
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -105,6 +106,33 @@ def test_accumulation_checkpointing_and_compilation_train_the_same(tmp_path, how
     assert not np.allclose(losses(plain), losses(right), rtol=2e-4)
 
 
+@pytest.mark.parametrize("cut", ["kv", "hidden"])
+def test_a_horizon_around_a_trainer_or_a_loop_of_one_s_own_trains_the_same(tmp_path, cut):
+    rule, plain = Discount(0.5), {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    right = trained(tmp_path, settings={"horizon": rule, "cut": cut}, **plain)
+    model, ids = tiny("llama", torch.float32), tokens(64)
+    trainer = PlainTrainer(model=model, args=arguments(tmp_path, **plain), train_dataset=Rows(ids, ids))
+    batches = [batch["input_ids"] for batch in trainer.get_train_dataloader()][:4]
+    with posterity.horizon(model, rule, cut=cut):
+        trainer.train()
+    assert same(weights(trainer), weights(right))
+
+    accelerator = Accelerator(cpu=True)
+    model = tiny("llama", torch.float32)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-2))
+    taken = []
+    with posterity.horizon(accelerator.unwrap_model(wrapped), rule, cut=cut):
+        for batch in batches:
+            loss = wrapped(input_ids=batch, labels=batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            taken.append(loss.item())
+    np.testing.assert_allclose(taken, losses(right), rtol=1e-4)
+    for name, x in weights(right).items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), x, rtol=1e-4, atol=1e-6)
+
+
 def test_half_precision_autocast_trains(tmp_path):
     mine = trained(tmp_path, settings={"horizon": Discount(0.5), "cut": "hidden"}, bf16=True)
     right = trained(tmp_path, settings={"horizon": Discount(0.5), "cut": "hidden"})
@@ -171,6 +199,28 @@ def test_two_processes_train_like_one(tmp_path, cut):
     one, two = found
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun_trains_like_one_process(tmp_path):
+    settings = (
+        "--data induction --task vocabulary=11 --task length=12 --width 16 --depth 2 --heads 2 --batch 4 --steps 6 "
+        "--warmup 1 --horizon myopic --cut hidden --monitor-every 3"
+    ).split()
+    found = []
+    for world in (1, 2):
+        run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "29578"]
+        done = subprocess.run(
+            [*run, "-m", "posterity", "train", "-o", str(tmp_path / str(world)), *settings],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("trained:") == 1
+        monitored = posterity.load(tmp_path / str(world) / "monitor.nc")
+        assert list(monitored.step.values) == [0, 3, 6]
+        found.append((curve(tmp_path / str(world)), monitored.credit.values))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
 
 
 # ---- the Monitor -----------------------------------------------------------------------------------------------------

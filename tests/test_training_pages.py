@@ -155,7 +155,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     small = ["--data", "induction", "--task", "vocabulary=11", "--task", "length=12", "--width", 16, "--depth", 2]
     small += ["--heads", 2, "--batch", 4, "--steps", 4, "--warmup", 1, "--rate", 0.02, "--save-every", 2, "--keep", 9]
-    for name, more in {"full": (), "myopic": ("--horizon", "myopic", "--cut", "hidden", "--monitor", 2)}.items():
+    for name, more in {"full": (), "myopic": ("--horizon", "myopic", "--cut", "hidden", "--monitor-every", 2)}.items():
         done = run("train", "-o", folder / name, *small, *more)
         assert done.exit_code == 0, done.output
         assert f"trained: {folder / name}" in done.stdout.replace("\n", "")

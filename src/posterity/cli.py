@@ -242,7 +242,10 @@ def train(
     ] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep, the last ones.  [default: 2]")] = None,
     monitor: Annotated[
-        int | None, typer.Option(min=1, help="Measure held-out rows every so many steps: monitor.nc, monitor.html.")
+        int | None,
+        typer.Option(
+            "--monitor-every", min=1, help="Measure held-out rows every so many steps: monitor.nc, monitor.html."
+        ),
     ] = None,
     seed: Seed = None,
 ) -> None:
@@ -262,7 +265,8 @@ def train(
         )
     )  # fmt: skip
     folder = runs.train(output, settings, monitor=monitor, **_given(save_every=save_every, keep=keep))
-    typer.echo(f"trained: {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"trained: {folder}")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -270,7 +271,7 @@ def train(
     model: Any = make_model(settings, data) if loaded is None else loaded.model
     if monitor is not None:
         if settings.task_name == "sines":
-            raise InputError("a monitor measures models that read tokens; sines has none: leave --monitor out")
+            raise InputError("a monitor measures models that read tokens; sines has none: leave --monitor-every out")
         probe = data.held_out[0][:MONITORED]
         callbacks = [*(callbacks or []), Monitor(monitor, probe, output=folder / "monitor.nc", limit=MONITORED)]
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -282,8 +283,11 @@ def train(
         learning_rate=settings.rate, warmup_steps=settings.warmup, lr_scheduler_type="cosine", seed=settings.seed,
         save_steps=save_every, save_total_limit=keep, report_to="none", disable_tqdm=True,
         logging_steps=math.gcd(save_every, max(1, settings.steps // 100)),  # no mean of losses spans a checkpoint
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.accelerator.is_available(),
+        ddp_backend=None if world == 1 or torch.accelerator.is_available() else "gloo",
     )  # fmt: skip
+    if arguments.world_size != world:  # each process would train alone, on the same rows
+        raise InputError(f"expected {world} processes to train together; transformers sees {arguments.world_size}")
     trainer = Trainer(
         model=model, args=arguments, train_dataset=Rows(*data.train), callbacks=callbacks,
         processing_class=data.tokenizer, data_collator=default_data_collator,
@@ -294,7 +298,7 @@ def train(
         trainer.add_callback(Bar())
     if trainer.is_world_process_zero():
         write_whole(folder / FILE, json.dumps({**known, **_made()}, indent=1).encode())
-    with _told_of_a_full_disk(folder):
+    with _told_of_a_full_disk(folder), _without_bars_of_files():
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
@@ -309,6 +313,18 @@ class Bar(ProgressCallback):
         """Show the loss."""
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+
+@contextlib.contextmanager
+def _without_bars_of_files() -> Iterator[None]:
+    """Inside, transformers shows no progress bar for every file that it writes."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -338,7 +354,7 @@ def last_checkpoint(folder: Path) -> str | None:
 def _same_run(folder: Path, known: dict[str, Any]) -> None:
     """Make the folder, or see that it holds this run."""
     if not folder.exists():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # another process of this run may have been faster
         return
     try:
         before = json.loads((folder / FILE).read_text())
