@@ -159,6 +159,9 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     import matplotlib
     import torch
     from tiny import tiny, tokens
+    from transformers import TrainingArguments
+
+    from posterity.runs import Rows
 
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)
@@ -166,8 +169,11 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     assert "context=512" in code
     query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
     known = {"model": tiny("llama"), "tokenizer": None, "documents": tokens(2, 12), "ids": tokens()}
-    exec(code.replace("context=512", "context=12"), known | {"query": query, "key": key, "value": value})
+    known |= {"query": query, "key": key, "value": value, "rows": Rows(tokens(8), tokens(8))}
+    known["arguments"] = TrainingArguments(str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to="none")
+    exec(code.replace("context=512", "context=12"), known)
     assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "monitor.html").exists()
 
 
 def test_every_variable_of_a_result_plots():

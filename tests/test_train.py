@@ -203,10 +203,10 @@ def test_two_processes_train_like_one(tmp_path, cut):
 
 @pytest.mark.slow
 def test_the_command_line_under_torchrun_trains_like_one_process(tmp_path):
-    settings = (
-        "--data induction --task vocabulary=11 --task length=12 --width 16 --depth 2 --heads 2 --batch 4 --steps 6 "
-        "--warmup 1 --horizon myopic --cut hidden --monitor-every 3"
-    ).split()
+    small = {"data": "induction", "width": 16, "depth": 2, "heads": 2, "batch": 4, "steps": 6, "warmup": 1}
+    small |= {"horizon": "myopic", "cut": "hidden", "monitor-every": 3}
+    settings = ["--task", "vocabulary=11", "--task", "length=12"]
+    settings += [part for name, value in small.items() for part in (f"--{name}", str(value))]
     found = []
     for world in (1, 2):
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "29578"]
