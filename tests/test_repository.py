@@ -33,6 +33,7 @@ OUTSIDE = {  # what each module may import beside the standard library and the m
     "measure": TORCH | {"transformers", "rich", "xarray", "numpy"},
     "result": {"numpy", "xarray", "h5netcdf", "h5py"},
     "derived": {"numpy", "xarray"},
+    "steps": {"xarray"},
     "summary": {"numpy", "xarray", "rich"},
     "report": {"numpy", "xarray", "jinja2", "plotly", "markupsafe"},
     "train": TORCH | {"transformers"},
@@ -62,6 +63,7 @@ INSIDE = {
     "loading": {"errors"},
     "result": {"errors"},
     "derived": {"result"},
+    "steps": {"errors", "result"},
 }
 
 

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from transformers import Trainer as PlainTrainer
 
 import posterity
-from posterity import Discount, EdgeWindow, Full, InputError, Monitor, Myopic, Trainer, derived, myopia
-from posterity import result as results
+from posterity import Discount, EdgeWindow, Full, InputError, Monitor, Myopic, Trainer, derived, myopia, steps
 from posterity.comparison import compare, gaps, position_losses, read_run
 from posterity.hook import watches
 from posterity.horizon import Leak, parse
@@ -239,7 +238,7 @@ def test_a_monitor_changes_nothing_and_measures_the_whole_gradient(tmp_path, rul
     for step, model in ((0, tiny("llama", torch.float32)), (4, watched.model)):
         right = posterity.measure(model, None, probe, context=12, losses=True, horizons=(1, 4), progress=False)
         for name in right.data_vars:
-            np.testing.assert_array_equal(results.by_step(found)[step][name], right[name])
+            np.testing.assert_array_equal(steps.by_step(found)[step][name], right[name])
     logged = [row for row in watched.state.log_history if "posterity/key_self_share" in row]
     assert [row["step"] for row in logged] == [0, 2, 4]
     assert {
@@ -247,7 +246,7 @@ def test_a_monitor_changes_nothing_and_measures_the_whole_gradient(tmp_path, rul
         "posterity/key_later_share",
         "posterity/layer00/key_weight_self_share",
     } <= set(logged[0])
-    share = derived.shares(results.by_step(found)[4], ("layer",)).share
+    share = derived.shares(steps.by_step(found)[4], ("layer",)).share
     assert logged[-1]["posterity/layer01/key_self_share"] == pytest.approx(
         float(share.sel(layer=1, stream="key", side="self"))
     )

@@ -10,13 +10,13 @@ from test_report import DRAWN, browser, data, opened, tables
 from typer.testing import CliRunner
 
 import posterity
-from posterity import cli, derived
+from posterity import cli, derived, steps
 from posterity import result as results
 from posterity.comparison import gaps
 from posterity.comparison import page as compared_page
 from posterity.errors import InputError
-from posterity.loading import checkpoints
 from posterity.report import Page, report
+from posterity.steps import checkpoints
 from posterity.summary import heading
 
 PAID = {"losses": True, "horizons": (1, 2, 4), "parameters": ("model.a", "model.b")}
@@ -29,7 +29,7 @@ def measured():
 
 @pytest.fixture(scope="module")
 def stepped(measured):
-    return results.over_steps(measured)
+    return steps.over_steps(measured)
 
 
 def html(*given) -> str:
@@ -45,12 +45,12 @@ def test_steps_are_kept_whole_in_memory_and_in_a_file(tmp_path, measured, steppe
     posterity.save(stepped, tmp_path / "run.nc")
     for found in (stepped, posterity.load(tmp_path / "run.nc")):
         assert list(found.step.values) == [0, 100, 250]
-        parts = results.by_step(found)
+        parts = steps.by_step(found)
         for step, one in measured.items():
             results.check(parts[step])
             for name, variable in one.data_vars.items():
                 np.testing.assert_array_equal(parts[step][name], variable, err_msg=str(name))
-        assert results.latest(found).equals(parts[250])
+        assert steps.latest(found).equals(parts[250])
 
 
 def test_shares_over_training_are_those_of_each_step(measured, stepped):
@@ -77,15 +77,15 @@ def test_angles_are_those_of_the_parts():
 
 def test_results_that_do_not_belong_together_are_refused(measured, stepped):
     with pytest.raises(InputError, match="step 0 and step 7 were not measured in the same way"):
-        results.over_steps({0: measured[0], 7: sample()})
+        steps.over_steps({0: measured[0], 7: sample()})
     with pytest.raises(InputError, match="at least one step; got none"):
-        results.over_steps({})
+        steps.over_steps({})
     with pytest.raises(InputError, match="steps do not begin at 0 or more and grow"):
         results.check(stepped.isel(step=[1, 0]))
 
 
 def test_summary_and_page_say_which_step_they_show(measured, stepped):
-    last = results.latest(stepped)
+    last = steps.latest(stepped)
     assert any("after 250 steps" in line for line in heading(last))
     text = html(stepped)
     assert "after 250 steps" in text
@@ -109,7 +109,7 @@ def test_summary_and_page_say_which_step_they_show(measured, stepped):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 420])
 def test_charts_over_training_are_drawn_without_an_error(tmp_path, stepped, width):
-    plain = results.over_steps({step: sample(seed=step, model="other") for step in (0, 300)})
+    plain = steps.over_steps({step: sample(seed=step, model="other") for step in (0, 300)})
     for given, panels, lines in (([stepped], (3, 2, 2), 5), ([stepped, plain], (3, 2, 2), 1)):
         with browser(viewport={"width": width, "height": 900}) as (tab, heard):
             opened(tab, report(given, tmp_path / "report.html"))

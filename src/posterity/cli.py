@@ -100,13 +100,12 @@ def measure(
     run/checkpoint-*, give one result over training.
     """
     import posterity
-    from posterity import corpus, loading
-    from posterity.result import over_steps
+    from posterity import corpus, loading, steps
 
     _check_writable(output, report)
-    steps, names = loading.checkpoints([model, *(text or [])] if model else [])
-    names = names if steps else text or []
-    if len(steps) > 1 and "-" in names:
+    folders, names = steps.checkpoints([model, *(text or [])] if model else [])
+    names = names if folders else text or []
+    if len(folders) > 1 and "-" in names:
         raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
     texts = corpus.sources(names, field)
     given = _given(
@@ -120,8 +119,8 @@ def measure(
             loaded.model, loaded.tokenizer, texts, limit=documents, attrs=_provenance(loaded), **given
         )
 
-    if steps:
-        result = over_steps({step: measured(one, corpus.sources(names, field)) for step, one in steps.items()})
+    if folders:
+        result = steps.over_steps({step: measured(one, corpus.sources(names, field)) for step, one in folders.items()})
     else:
         result = measured(model, texts)
     _hand_over(result, output, report)

@@ -4,21 +4,17 @@ Weights are read from safetensors only, and a model's own code runs only when th
 converted to safetensors once and kept in the user's cache folder.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import itertools
-import json
 import os
-import re
 import struct
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,46 +82,6 @@ def load_model(
             tokenizer = _tokenizer(place, options)
             model = _model(place.path, dtype=kind, **options)
     return Loaded(model.to(target).eval(), tokenizer, place.name, place.revision)
-
-
-def checkpoints(names: Sequence[str]) -> tuple[dict[int, str], list[str]]:
-    """The checkpoints of one training at the head of `names`, by step, and the names after them.
-
-    Several folders with a model each, such as `run/checkpoint-*`; or one folder that holds checkpoints and no model of
-    its own. None for anything else.
-
-    Raises:
-        InputError: A folder does not say its step, or two say the same.
-    """
-    folders = list(itertools.takewhile(_holds_model, (Path(name).expanduser() for name in names)))
-    used = len(folders)
-    if used == 0 and names:
-        folders, used = [one for one in Path(names[0]).expanduser().glob("checkpoint-*") if _holds_model(one)], 1
-    elif used == 1:
-        folders = []
-    found: dict[int, str] = {}
-    for folder in folders:
-        step = _step(folder)
-        if step in found:
-            raise InputError(
-                f"expected checkpoints of one training; {found[step]} and {folder} are both of step {step}"
-            )
-        found[step] = str(folder)
-    return dict(sorted(found.items())), list(names[used if found else 0 :])
-
-
-def _holds_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
-
-
-def _step(folder: Path) -> int:
-    """The training step of a checkpoint, by the Trainer's own state or else by the number its name ends with."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
-    number = re.search(r"(\d+)$", folder.name)
-    if number is None:
-        raise InputError(f"expected checkpoints of one training, each with its step; {folder} does not say its step")
-    return int(number[1])
 
 
 # What the user asked for
@@ -280,7 +236,7 @@ def _model(path: str, **options: Any) -> Any:
     return model
 
 
-@contextlib.contextmanager
+@contextmanager
 def _told(name: str, trust_remote_code: bool) -> Iterator[None]:
     """Turn what transformers says about a user's model into one line."""
     from safetensors import SafetensorError
@@ -388,7 +344,7 @@ def _sha256(file: Path) -> str:
 # Keeping transformers quiet
 
 
-@contextlib.contextmanager
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back transformers' reports and bars, for errors come as one line; bars of a download stay."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from transformers import Trainer, TrainerCallback
 
-from posterity import corpus, derived
+from posterity import corpus, derived, steps
 from posterity import result as results
 from posterity.errors import InputError
 from posterity.measure import measure
@@ -80,7 +80,7 @@ class Monitor(TrainerCallback):
                 "monitor.attach(trainer), or use posterity.Trainer"
             )
         if self.output is not None and state.global_step and self.output.exists():
-            before = results.by_step(results.load(self.output))
+            before = steps.by_step(results.load(self.output))
             self.measured = {step: one for step, one in before.items() if step <= state.global_step}
         self._measure(state.global_step, kwargs["model"])
 
@@ -110,7 +110,7 @@ class Monitor(TrainerCallback):
         Raises:
             InputError: There is none yet.
         """
-        return results.over_steps(self.measured)
+        return steps.over_steps(self.measured)
 
     def _measure(self, step: int, model: Any) -> None:
         assert self.trainer is not None

@@ -181,41 +181,6 @@ def extended(
     )
 
 
-def over_steps(measured: Mapping[int, xr.Dataset]) -> xr.Dataset:
-    """Results of one model at several steps of its training, along a new dimension `step` of every variable.
-
-    Raises:
-        InputError: There is none, or they were not measured in the same way.
-    """
-    if not measured:
-        raise InputError("expected a result of at least one step; got none")
-    steps = sorted(measured)
-    first = measured[steps[0]]
-    for step in steps[1:]:
-        if dict(measured[step].sizes) != dict(first.sizes) or set(measured[step].variables) != set(first.variables):
-            raise InputError(f"the results of step {steps[0]} and step {step} were not measured in the same way")
-    joined = xr.concat(
-        [measured[step] for step in steps], xr.DataArray(_variable(COORDINATES["step"], steps), name="step"),
-        data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override",
-    )  # fmt: skip
-    return check(joined)
-
-
-def by_step(result: xr.Dataset) -> dict[int, xr.Dataset]:
-    """The result of every step; one without steps is that of step 0."""
-    if "step" not in result.dims:
-        return {0: result}
-    return {
-        int(step): result.isel(step=index).drop_vars("step").assign_attrs(step=int(step))
-        for index, step in enumerate(result.step.values)
-    }
-
-
-def latest(result: xr.Dataset) -> xr.Dataset:
-    """The result of the last step."""
-    return by_step(result)[max(by_step(result))]
-
-
 def check(result: object) -> xr.Dataset:
     """Return `result` if it is a result of this schema; InputError says what is wrong with it."""
     flaw = _flaw(result) if isinstance(result, xr.Dataset) else f"{type(result).__name__} came"

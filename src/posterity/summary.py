@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from posterity import derived
+from posterity import derived, steps
 from posterity import result as results
 
 UNKNOWN = "–"
@@ -44,7 +44,7 @@ def summary(result: xr.Dataset, console: Console | None = None) -> None:
     Raises:
         InputError: It is no result.
     """
-    result = results.latest(results.check(result))
+    result = steps.latest(results.check(result))
     console = console or Console(highlight=False)
     title, *details = heading(result)
     console.print(Text(title, style="bold"), *map(Text, details), sep="\n")

@@ -15,7 +15,7 @@ import xarray as xr
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from posterity import derived
+from posterity import derived, steps
 from posterity import result as results
 from posterity.errors import InputError
 from posterity.report.charts import charts
@@ -76,7 +76,7 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
 
 def render(loaded: list[xr.Dataset]) -> str:
     """The page as one string of HTML."""
-    last = [results.latest(one) for one in loaded]
+    last = [steps.latest(one) for one in loaded]
     names = labels(last)
     shown = [
         {"name": name, **_words(one), "tables": tables(over_steps)}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from posterity import derived
+from posterity import derived, steps
 from posterity import result as results
 from posterity.report.glass import glass
 from posterity.summary import portions
@@ -18,7 +18,7 @@ EXACT = 16  # positions that have a bin of their own; the rest is binned by quar
 
 def charts(result: xr.Dataset) -> dict:
     """Everything the script draws for one result, as JSON holds it; of several steps, the last, and what they show."""
-    over_steps, result = result, results.latest(result)
+    over_steps, result = result, steps.latest(result)
     by_layer, first = derived.shares(result, ("layer",)).sel(side="self"), derived.first_position(result, ("layer",))
     return {
         "layers": result.sizes["layer"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from posterity import derived
+from posterity import derived, steps
 from posterity import result as results
 from posterity.report.charts import bins, modules
 from posterity.summary import PAYERS, UNKNOWN, horizon, percent
@@ -25,7 +25,7 @@ class Table:
 
 def tables(result: xr.Dataset) -> dict[str, list[Table]]:
     """Tables by the name of the chart they belong to; none for what was not measured."""
-    over_steps, result = result, results.latest(result)
+    over_steps, result = result, steps.latest(result)
     found = {"layers": [_self_shares(result)]}
     if "step" in over_steps.dims:
         found["training"] = [_training(over_steps)]
