@@ -168,6 +168,7 @@ def test_the_defaults_that_the_help_shows_are_those_of_the_library():
 def test_several_runs_make_one_page(calls):
     assert run("report", "a.nc", "b.nc", "-o", "page.html").exit_code == 0
     assert [call[:2] for call in calls] == [
+        ("writable", (Path("page.html"),)),
         ("load", (Path("a.nc"),)),
         ("load", (Path("b.nc"),)),
         ("report", (["a run", "a run"], Path("page.html"))),
@@ -241,8 +242,27 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
 def test_a_wrong_option_is_exit_code_2_and_nothing_is_called(calls, args):
     answer = run(*args)
     assert answer.exit_code == 2
-    assert "Error: " in answer.stderr
+    assert re.fullmatch(r"posterity: [^\n]+; see (root|posterity)[^\n]* --help\n", answer.stderr)
     assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("args", "which"),
+    [
+        (("measure", "default", "some.txt", "-o", "some.txt"), "is read here"),
+        (("measure", "default", "some.txt", "-o", "a.out", "-r", "./a.out"), "is the other output"),
+        (("inspect", "some.txt", "--text", "one", "-r", "some.txt"), "is read here"),
+        (("report", "some.txt", "-o", "some.txt"), "is read here"),
+    ],
+)
+def test_no_output_takes_the_place_of_an_input_or_of_the_other_output(tmp_path, monkeypatch, calls, args, which):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.txt").write_text("words")
+    answer = run(*args)
+    assert answer.exit_code == 2
+    assert re.fullmatch(rf"posterity: cannot write [^\n]+: it {which}; choose another file[^\n]*\n", answer.stderr)
+    assert [call for call in calls if call[0] != "writable"] == []
+    assert (tmp_path / "some.txt").read_text() == "words"
 
 
 def test_help_answers_without_importing_torch():

@@ -444,7 +444,7 @@ def test_bad_horizons_are_refused_in_one_line():
     refused = {
         r'streams expects "key", "value" or both; got \(\'query\',\)': {"streams": ("query",)},
         'cut expects "kv" or "hidden"': {"cut": "head"},
-        "layers expects numbers from 0 to 2; got 3": {"layers": [3]},
+        "layers expects numbers from 0 to 2, or from the end with -1; got 3": {"layers": [3]},
         "layers expects at least one": {"layers": []},
     }
     for message, settings in refused.items():

@@ -330,3 +330,10 @@ def test_progress_shows_an_estimate_and_a_bar(capsys):
     shown = capsys.readouterr().err
     assert "2 windows of 12 tokens: about" in shown
     assert "2/2 windows" in shown
+
+
+def test_what_is_no_model_is_refused_and_one_horizon_may_stand_alone():
+    with pytest.raises(InputError, match="expected a causal language model of transformers; got str: load it"):
+        posterity.measure("gpt2", None, tokens(), context=12)  # type: ignore[arg-type]
+    one = posterity.measure(tiny("llama"), None, tokens(), context=12, horizons=4, progress=False)  # type: ignore[arg-type]
+    assert one.horizon.values.tolist() == [4]

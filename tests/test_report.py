@@ -240,6 +240,13 @@ def test_the_data_of_the_page_is_json_that_no_parser_mistakes_for_markup(hostile
     np.testing.assert_allclose(second["lags"]["share"]["value"], derived.profile(plain).share[2], rtol=1e-5)
 
 
+def test_a_page_does_not_take_the_place_of_its_result(tmp_path, plain):
+    results.save(plain, tmp_path / "run.nc")
+    with pytest.raises(InputError, match="would take the place of the result"):
+        report(tmp_path / "run.nc", tmp_path / "." / "run.nc")
+    assert results.load(tmp_path / "run.nc").identical(plain)
+
+
 def test_escaped_json_means_the_same():
     value = {"a": HOSTILE, "b": [1.5, None, "</script><!--"]}
     assert json.loads(escaped_json(value)) == value

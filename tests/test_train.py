@@ -145,7 +145,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path):
         trained(tmp_path, name="gpt2", settings={"horizon": Myopic()})
     with pytest.raises(InputError, match="a model, not a model_init"):
         Trainer(model_init=lambda: tiny("llama"), args=arguments(tmp_path))
-    with pytest.raises(InputError, match="layers expects numbers from 0 to 2; got 7"):
+    with pytest.raises(InputError, match="layers expects numbers from 0 to 2, or from the end with -1; got 7"):
         trained(tmp_path, settings={"horizon": Myopic(), "layers": [7]})
 
 

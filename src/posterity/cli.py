@@ -7,7 +7,7 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,7 +102,7 @@ def measure(
     import posterity
     from posterity import corpus, loading, steps
 
-    _check_writable(output, report)
+    _check_writable(output, report, reads=[model or "", *(text or [])])
     folders, names = steps.checkpoints([model, *(text or [])] if model else [])
     names = names if folders else text or []
     if len(folders) > 1 and "-" in names:
@@ -148,7 +148,7 @@ def inspect(
     import posterity
     from posterity import loading
 
-    _check_writable(output, report)
+    _check_writable(output, report, reads=[model or ""])
     given = _given(batch=batch, seed=seed, horizons=_numbers(horizons))
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=_provenance(loaded), **given)
@@ -160,12 +160,16 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_writable(*paths: Path | None) -> None:
-    """Say before the work whether the files can be written."""
+def _check_writable(*paths: Path | None, reads: Iterable[Any] = ()) -> None:
+    """Say before the work whether the files can be written, and that none takes the place of another."""
     from posterity.result import writable
 
+    taken = {Path(one).resolve(): "is read here" for one in reads if str(one)}
     for path in paths:
         if path is not None:
+            if path.resolve() in taken:
+                raise InputError(f"cannot write {path}: it {taken[path.resolve()]}; choose another file for the output")
+            taken[path.resolve()] = "is the other output"
             writable(path)
 
 
@@ -280,7 +284,7 @@ def compare(
     """
     from posterity import comparison
 
-    _check_writable(output, report)
+    _check_writable(output, report, reads=folders)
     compared = comparison.compare(folders)
     if output is not None:
         comparison.save(compared, output)
@@ -297,6 +301,7 @@ def report(
     """Write a page from one or several runs."""
     import posterity
 
+    _check_writable(output, reads=runs)
     posterity.report([posterity.load(run) for run in runs], output)
 
 
@@ -358,6 +363,9 @@ def _edge() -> Iterator[None]:
         yield
     except InputError as error:
         _stop(str(error), 2, error)
+    except typer.TyperException as error:  # a wrong option
+        asked = getattr(getattr(error, "ctx", None), "command_path", "posterity")
+        _stop(f"{error.format_message().replace('Value error, ', '').rstrip('.')}; see {asked} --help", 2, error)
     except KeyboardInterrupt as error:
         _stop("interrupted", 130, error)
     except (MemoryError, RuntimeError) as error:

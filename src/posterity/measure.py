@@ -142,7 +142,7 @@ def _passes(model: nn.Module, ids: Tensor, payers: Payers | None) -> tuple[Tenso
 
 def _growing(horizons: Sequence[int]) -> tuple[int, ...]:
     """The horizons, if they are whole numbers from 1 on that grow."""
-    found = tuple(horizons)
+    found = (horizons,) if isinstance(horizons, int) else tuple(horizons)
     whole = all(isinstance(h, (int, np.integer)) and not isinstance(h, bool) and h >= 1 for h in found)
     if not whole or any(one >= two for one, two in pairwise(found)):
         raise InputError(f"horizons expects whole numbers from 1 on that grow, such as 1, 2, 4, 8; got {horizons!r}")

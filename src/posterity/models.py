@@ -139,8 +139,10 @@ def _chosen(layers: tuple[Layer, ...], numbers: Sequence[int] | None) -> frozens
         return frozenset(layers)
     wanted = [numbers] if isinstance(numbers, int) else list(numbers)
     for number in wanted:
-        if not isinstance(number, int) or not -len(layers) <= number < len(layers):
-            raise InputError(f"layers expects numbers from 0 to {len(layers) - 1}; got {number!r}")
+        if not isinstance(number, int) or isinstance(number, bool) or not -len(layers) <= number < len(layers):
+            raise InputError(
+                f"layers expects numbers from 0 to {len(layers) - 1}, or from the end with -1; got {number!r}"
+            )
     if not wanted:
         raise InputError("layers expects at least one number; got none: leave it out for all layers")
     return frozenset(layers[number] for number in wanted)
@@ -162,9 +164,13 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         InputError: There is none, or it is no causal language model by its own account.
     """
-    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    inside = model.modules() if isinstance(model, nn.Module) else ()
+    found = next((module for module in inside if isinstance(module, PreTrainedModel)), None)
     if found is None:
-        raise InputError(f"expected a causal language model of transformers; got {type(model).__name__}")
+        raise InputError(
+            f"expected a causal language model of transformers; got {type(model).__name__}: load it with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
     if found.config.is_encoder_decoder:
         raise InputError(
             f"{type(found).__name__} is an encoder-decoder; only decoders with causal attention are measured"
