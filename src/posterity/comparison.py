@@ -201,6 +201,18 @@ def page(compared: xr.Dataset, path: str | Path) -> None:
     write_whole(writable(path), render(compared).encode())
 
 
+def cells(one: xr.Dataset) -> tuple[str, str, str, str]:
+    """What is shown of one arm of `gaps`: its name, seeds, loss and gap; no gap for the plain runs."""
+    arm = str(one.arm.values)
+    gap = "" if arm == "vanilla" else told(float(one.gap), float(one.gap_error), "+")
+    return arm, str(int(one.seeds)), told(float(one.loss), float(one.loss_error)), gap
+
+
+def told(value: float, error: float, sign: str = "") -> str:
+    """A number and its standard error, where there is one."""
+    return f"{value:{sign}.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+
+
 def table(compared: xr.Dataset, console: Console | None = None) -> None:
     """Print loss and gap of every arm."""
     found, units = gaps(compared), compared.loss.attrs["units"]
@@ -209,9 +221,7 @@ def table(compared: xr.Dataset, console: Console | None = None) -> None:
         shown.add_column(name, justify="left" if not name else "right", overflow="fold")
     for arm in found.arm.values:
         one = found.sel(arm=arm)
-        gap = "" if arm == "vanilla" else f"{float(one.gap):+.4f} ± {float(one.gap_error):.4f}"
-        loss = f"{float(one.loss):.4f} ± {float(one.loss_error):.4f}"
-        shown.add_row(str(arm), str(int(one.seeds)), loss, gap)
+        shown.add_row(*cells(one))
     console = console or Console(highlight=False)
     console.print(shown)
     rows = compared.sizes["document"]

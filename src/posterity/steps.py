@@ -87,4 +87,4 @@ def by_step(result: xr.Dataset) -> dict[int, xr.Dataset]:
 
 def latest(result: xr.Dataset) -> xr.Dataset:
     """The result of the last step."""
-    return by_step(result)[max(by_step(result))]
+    return list(by_step(result).values())[-1]

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -100,12 +100,7 @@ def _weights(result: xr.Dataset) -> dict:
 def _training(result: xr.Dataset) -> dict:
     """Self share by step, of the model and of every layer."""
     model, layers = (derived.shares(result, by).sel(side="self") for by in ((), ("layer",)))
-    return {
-        "step": result.step.values.tolist(),
-        "share": _streams(model.share),
-        "error": _streams(model.error),
-        "layers": _streams(layers.share.transpose("layer", ...)),
-    }
+    return _over_steps(model, layers, _streams)
 
 
 def _training_paid(result: xr.Dataset) -> dict:
@@ -115,11 +110,16 @@ def _training_paid(result: xr.Dataset) -> dict:
     def written(values: xr.DataArray) -> dict:
         return {one: _numbers(values.sel(written=one)) for one in results.WRITTEN}
 
+    return _over_steps(model, layers, written)
+
+
+def _over_steps(model: xr.Dataset, layers: xr.Dataset, split: Callable[[xr.DataArray], dict]) -> dict:
+    """Shares of the model with their errors, and of every layer, along steps; `split` names what has a panel each."""
     return {
-        "step": result.step.values.tolist(),
-        "share": written(model.share),
-        "error": written(model.error),
-        "layers": written(layers.share.transpose("layer", ...)),
+        "step": model.step.values.tolist(),
+        "share": split(model.share),
+        "error": split(model.error),
+        "layers": split(layers.share.transpose("layer", ...)),
     }
 
 

@@ -6,17 +6,19 @@ import numpy as np
 import xarray as xr
 from markupsafe import Markup
 
-from posterity.comparison import gaps
+from posterity.comparison import cells, gaps, told
 from posterity.report import asset, escaped_json, page_environment, plotly_script, policy
 
 
 def render(compared: xr.Dataset) -> str:
     """The page as one string of HTML; `compared` as `posterity.comparison.compare` gives it."""
     found, units = gaps(compared), str(compared.loss.attrs["units"])
-    arms = [_arm(found.sel(arm=arm), str(arm)) for arm in found.arm.values]
+    arms = [
+        dict(zip(("name", "seeds", "loss", "gap"), cells(found.sel(arm=arm)), strict=True)) for arm in found.arm.values
+    ]
     others = found.isel(arm=slice(1, None))
     rows = [
-        (int(position), [_number(*pair) for pair in zip(gap, error, strict=True)])
+        (int(position), [told(*pair, "+") for pair in zip(gap, error, strict=True)])
         for position, gap, error in zip(
             found.position.values, others.gap_by_position.values.T, others.gap_by_position_error.values.T, strict=True
         )
@@ -38,20 +40,6 @@ def render(compared: xr.Dataset) -> str:
         style=Markup(asset("style.css")), scripts=[Markup(code) for code in scripts], policy=policy(scripts),
         json=Markup(escaped_json(data)),
     )  # fmt: skip
-
-
-def _arm(one: xr.Dataset, name: str) -> dict:
-    gap = "" if name == "vanilla" else _number(float(one.gap), float(one.gap_error))
-    return {
-        "name": name,
-        "seeds": int(one.seeds),
-        "loss": f"{float(one.loss):.4f} ± {float(one.loss_error):.4f}",
-        "gap": gap,
-    }
-
-
-def _number(value: float, error: float) -> str:
-    return f"{value:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
