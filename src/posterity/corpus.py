@@ -65,7 +65,7 @@ def windows(documents: Any, tokenizer: Any, context: int, limit: int | None = No
     found: list[Window] = []
     seen = longest = 0
     first_tokens: list[int] | None = None
-    for name, document in _named(documents):
+    for name, document in named(documents):
         is_text = isinstance(document, str | Stream)
         if is_text and first_tokens is None:
             first_tokens = _prefix(tokenizer, context)
@@ -131,7 +131,7 @@ def _check_count(name: str, value: Any, least: int) -> None:
 # Documents: what the caller may hand over
 
 
-def _named(documents: Any) -> Iterator[tuple[str, Any]]:
+def named(documents: Any) -> Iterator[tuple[str, Any]]:
     """Give every document a name."""
     if isinstance(documents, str | Stream):
         documents = [("text", documents)]

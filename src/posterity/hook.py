@@ -52,6 +52,28 @@ class Observer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Attending:
+    """What one attention call was given: (batch, head, query, dim), keys and values (batch, group, key, dim)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    mask: Mask
+    softcap: float | None
+    sinks: Tensor | None
+
+    def output(self) -> Tensor:
+        """What the call gives as it is: (batch, head, query, dim_v)."""
+        return attention(
+            self.query, self.key, self.value, self.scale, mask=self.mask, softcap=self.softcap, sinks=self.sinks
+        )
+
+
+Replacement = Callable[[Layer, Attending], Tensor | None]
+
+
 def register() -> None:
     """Make the operator known to transformers under `NAME`; a model uses it only when switched to it."""
     AttentionInterface.register(NAME, _attention_function)
@@ -100,6 +122,11 @@ def _attention_function(
         output = attention(query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux)
         return output.transpose(1, 2).contiguous(), None
     call = watch.called(module, query, key, value)
+    if watch.replacement is not None:
+        given = Attending(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, mask, softcap, s_aux)
+        replaced = watch.replacement(call.layer, given)
+        if replaced is not None:
+            return replaced.transpose(1, 2).contiguous(), None
     output = attention(
         query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux,
         horizon=call.rules, detached=call.detached, observe=call.report,
@@ -225,6 +252,7 @@ class Watch:
         self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}
         self.calls: Counter[nn.Module] = Counter()
         self.again: tuple[tuple[Rule, Rule], Observer] | None = None
+        self.replacement: Replacement | None = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -257,6 +285,15 @@ class Watch:
             yield
         finally:
             self.again = None
+
+    @contextlib.contextmanager
+    def replacing(self, replacement: Replacement) -> Iterator[None]:
+        """Inside, an attention call gives what `replacement` returns for it, or its own output for None."""
+        before, self.replacement = self.replacement, replacement
+        try:
+            yield
+        finally:
+            self.replacement = before
 
     @contextlib.contextmanager
     def without_cuts(self) -> Iterator[None]:

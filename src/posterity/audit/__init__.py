@@ -1,0 +1,143 @@
+"""The audit: does each clause of the idea hold on this model? One row a clause, one function a row.
+
+A clause is added by writing one function from a `Subject` to a `Finding`, and naming it in `CLAUSES`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import xarray as xr
+from rich.console import Console
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from posterity import corpus
+from posterity.audit import futures, gradients, later_use, self_default, straight
+from posterity.audit.clause import Clause, Finding, Plan, Subject
+from posterity.audit.outcome import assemble
+from posterity.errors import InputError
+from posterity.measure import seeded
+from posterity.models import first_device, language_model
+from posterity.provenance import provenance
+
+CLAUSES: tuple[Clause, ...] = (
+    *gradients.CLAUSES, *later_use.CLAUSES, *self_default.CLAUSES, *straight.CLAUSES, *futures.CLAUSES,
+)  # fmt: skip
+
+CHARACTERS = 4_000_000  # of text that is read at most
+
+
+def audit(
+    model: nn.Module | Mapping[str, nn.Module],
+    tokenizer: Any,
+    documents: Any,
+    *,
+    plan: Plan | None = None,
+    rows: Sequence[int] | None = None,
+    control: str | None = None,
+    progress: bool = True,
+    attrs: Mapping[str, object] | None = None,
+    **changes: Any,
+) -> xr.Dataset:
+    """Ask of a model, clause by clause, whether what is commonly asserted of keys and values holds.
+
+    Args:
+        model: A causal language model of transformers, or several by name, which are set side by side (checkpoints of
+            one training, say). Restored afterwards.
+        tokenizer: Its tokenizer; None if `documents` are token ids.
+        documents: As in `posterity.measure`.
+        plan: How much is measured; `Plan()` by default, `Plan.quick()` for a first look.
+        rows: Numbers of the clauses; all by default.
+        control: "random": beside the model, one of the same config with random weights.
+        progress: Whether to show progress bars on stderr.
+        attrs: Provenance to add.
+        changes: Fields of the plan, such as `contexts=(64, 128)`.
+
+    Returns:
+        `verdict` and `reason` (model, clause); `figure`, `error` and `baseline` (model, measure), each measure with its
+        clause, formula and units; and what every row measured, in variables that begin with its name.
+
+    Raises:
+        InputError: Unknown rows or fields of the plan; as in `posterity.measure`.
+    """
+    chosen = _chosen(rows)
+    plan = _planned(plan or Plan(), changes)
+    models = dict(model) if isinstance(model, Mapping) else {"": model}
+    if not models:
+        raise InputError("audit expects at least one model; got none")
+    inner = {name: language_model(one) for name, one in models.items()}
+    inner = {name or str((attrs or {}).get("model") or one.config._name_or_path or type(one).__name__): one
+             for name, one in inner.items()}  # fmt: skip
+    if control not in (None, "random"):
+        raise InputError(f'control expects "random"; got {control!r}')
+    texts = _kept(documents)
+    found = {}
+    for name, one in inner.items():
+        found[name] = _findings(Subject(one, tokenizer, texts, plan, progress), chosen, name if len(inner) > 1 else "")
+    first = next(iter(inner.values()))
+    if control is not None:
+        random = random_control(first, plan.seed)
+        found["random weights"] = _findings(Subject(random, tokenizer, texts, plan, progress), chosen, "random weights")
+    return assemble(found, chosen, provenance(first) | {"plan": repr(plan)} | dict(attrs or {}))
+
+
+def _kept(documents: Any) -> list[tuple[str, Any]]:
+    """As many named documents as the rows can use, read once: standard input and endless data sets are not read again."""
+    kept: list[tuple[str, Any]] = []
+    left = CHARACTERS
+    for name, document in corpus.named(documents):
+        if isinstance(document, corpus.Stream):
+            pieces: list[str] = []
+            for piece in document.pieces():
+                pieces.append(piece)
+                left -= len(piece)
+                if left <= 0:
+                    break
+            document = "".join(pieces)
+        else:
+            left -= len(document) if hasattr(document, "__len__") else 0
+        kept.append((name, document))
+        if left <= 0:
+            break
+    return kept
+
+
+def random_control(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same config with random weights, on the same device and in the same precision."""
+    with seeded(seed):
+        made = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    return made.to(first_device(model)).eval()  # type: ignore[arg-type]
+
+
+def _findings(subject: Subject, clauses: Sequence[Clause], name: str) -> dict[int, Finding]:
+    """What every clause finds on one model, in evaluation mode, without a random number of the caller's."""
+    modes = [(module, module.training) for module in subject.model.modules()]
+    found = {}
+    try:
+        subject.model.eval()
+        with seeded(subject.plan.seed):
+            for clause in clauses:
+                if subject.shown:
+                    Console(stderr=True).print(f"{name and name + ': '}{clause.number} · {clause.name}", style="bold")
+                found[clause.number] = clause.measure(subject)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return found
+
+
+def _chosen(rows: Sequence[int] | None) -> list[Clause]:
+    numbers = [clause.number for clause in CLAUSES]
+    wanted = numbers if rows is None else list(rows)
+    if not wanted or not set(wanted) <= set(numbers):
+        raise InputError(f"rows expects numbers from {numbers[0]} to {numbers[-1]}; got {rows!r}")
+    return [clause for clause in CLAUSES if clause.number in wanted]
+
+
+def _planned(plan: Plan, changes: Mapping[str, Any]) -> Plan:
+    known = [one.name for one in fields(Plan)]
+    unknown = set(changes) - set(known)
+    if unknown:
+        raise InputError(f"audit takes {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    return replace(plan, **changes)

@@ -1,0 +1,5 @@
+"""To be written."""
+
+from posterity.audit.clause import Clause
+
+CLAUSES: tuple[Clause, ...] = ()
