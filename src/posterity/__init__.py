@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from posterity.account import account
     from posterity.attention import attention
+    from posterity.audit import audit
     from posterity.errors import InputError
+    from posterity.files import load, save
+    from posterity.fold import fold
+    from posterity.folded import load_folded
     from posterity.horizon import Discount, EdgeWindow, Full, Leak, Myopic
     from posterity.inspect import inspect
+    from posterity.linear import as_linear
     from posterity.mask import Mask
     from posterity.measure import measure
     from posterity.models import check, horizon
     from posterity.monitor import Monitor
     from posterity.report import report
-    from posterity.result import load, save
     from posterity.summary import summary
     from posterity.train import Trainer
 
@@ -35,11 +39,15 @@ __all__ = [
     "Myopic",
     "Trainer",
     "account",
+    "as_linear",
     "attention",
+    "audit",
     "check",
+    "fold",
     "horizon",
     "inspect",
     "load",
+    "load_folded",
     "measure",
     "report",
     "save",
@@ -54,9 +62,10 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 _HOME = {
     "InputError": "errors",
     "Mask": "mask",
+    "as_linear": "linear",
     "check": "models",
-    "load": "result",
-    "save": "result",
+    "load": "files",
+    "save": "files",
     **dict.fromkeys(("Discount", "EdgeWindow", "Full", "Leak", "Myopic"), "horizon"),
     "Monitor": "monitor",
     "Trainer": "train",

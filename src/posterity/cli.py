@@ -53,6 +53,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or f
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA where there is one unless given.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+Field = Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]
 Page = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")]
@@ -77,7 +78,7 @@ def measure(
     weights: Annotated[
         bool | None, typer.Option("--weights/--no-weights", help="Split the weights' gradients.  [default: weights]")
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")] = "text",
+    field: Field = "text",
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -291,6 +292,107 @@ def compare(
     if report is not None:
         comparison.page(compared, report)
     comparison.table(compared)
+
+
+@app.command()
+def fold(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the folded model.")],
+    model: Model = None,
+    text: Texts = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Nats per token that the loss may grow.  [default: 0.01]")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 128]")] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=2, help="Windows; half of them choose heads, half are held out.  [default: 8]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
+    field: Field = "text",
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Let heads look only at themselves.
+
+    Finds the heads for which that costs least, folds as many as the budget allows, and writes the model with the list
+    of its folded heads, which `measure` and the other commands then run folded.
+    """
+    import posterity
+    from posterity import corpus, folded, loading
+
+    if model is not None and output.resolve() == Path(model).resolve():
+        raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")
+    folded.checked_folder(output)
+    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
+    found = posterity.fold(
+        loaded.model, loaded.tokenizer, corpus.sources(text or [], field),
+        **_given(budget=budget, context=context, limit=documents, batch=batch),
+    )  # fmt: skip
+    known = {**found.record(), **_provenance(loaded)}
+    folded.save_folded(loaded.model, loaded.tokenizer, found.by_layer, output, known)
+    typer.echo(str(found))
+    again = loading.load_model(str(output), dtype, device)
+    typer.echo(f"written and loaded again: {output}, loss {found.verify(again.model):.4f} as measured")
+
+
+@app.command()
+def audit(
+    model: Model = None,
+    text: Texts = None,
+    rows: Annotated[str | None, typer.Option(metavar="N,N,...", help="Clauses by number; all unless given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: a quarter of the passes or less.")] = False,
+    contexts: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Lengths for clause 5.  [default: 64,128,256,512,1024]")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=8, help="Tokens in a window.  [default: 512]")] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Windows to measure.  [default: 4]")] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each of the many passes of clauses 6 and 8.  [default: 256]")
+    ] = None,
+    control: Annotated[
+        Literal["random"] | None, typer.Option(help="Beside it, a model of the same config with random weights.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Another model, side by side; may be repeated.")
+    ] = None,
+    field: Field = "text",
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    seed: Seed = None,
+    trust_remote_code: Trust = False,
+    output: Output = None,
+    report: Page = None,
+) -> None:
+    """Ask of a model, clause by clause, whether the idea holds.
+
+    Each clause is measured, set beside what counting or chance predicts, and judged: holds, fails or mixed. Several
+    folders of checkpoints in place of MODEL are set side by side.
+    """
+    import posterity
+    from posterity import corpus, loading, steps
+
+    others = beside or []
+    _check_writable(output, report, reads=[model or "", *(text or []), *others])
+    folders, names = steps.checkpoints([model, *(text or [])] if model else [])
+    texts = corpus.sources(names if folders else text or [], field)
+    wanted = {f"step {step}": one for step, one in folders.items()} or {"": model}
+    loaded = {
+        name: loading.load_model(one, dtype, device, revision, trust_remote_code)
+        for name, one in [*wanted.items(), *((one, one) for one in others)]
+    }
+    loaded = {name or one.name: one for name, one in loaded.items()}
+    first = next(iter(loaded.values()))
+    given = _given(
+        contexts=_numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
+        rows=_numbers(rows, "rows", "4,8"), seed=seed,
+    )  # fmt: skip
+    result = posterity.audit(
+        {name: one.model for name, one in loaded.items()}, {name: one.tokenizer for name, one in loaded.items()},
+        texts, quick=quick, control=control, attrs=_provenance(first), **given,
+    )  # fmt: skip
+    _hand_over(result, output, report)
 
 
 @app.command()

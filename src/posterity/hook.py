@@ -25,6 +25,7 @@ from posterity.replay import Replay, capturing
 from posterity.weights import Projections
 
 NAME = "posterity"
+FOLDED = "posterity_folded"  # of a config: which heads pass their own value on (folded.py), by `layer_idx`
 # Tensors that models pass on to every attention function; what they say is in the mask or in queries and keys already.
 HARMLESS = {
     "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch",
@@ -74,10 +75,10 @@ class Attending:
 Replacement = Callable[[Layer, Attending], Tensor | None]
 
 
-def register() -> None:
-    """Make the operator known to transformers under `NAME`; a model uses it only when switched to it."""
-    AttentionInterface.register(NAME, _attention_function)
-    AttentionMaskInterface.register(NAME, _mask_function)
+def register(name: str = NAME, function: Callable | None = None) -> None:
+    """Make the operator (or a function around it) known to transformers; a model uses it only when switched to it."""
+    AttentionInterface.register(name, function or _attention_function)
+    AttentionMaskInterface.register(name, _mask_function)
 
 
 watches: "WeakKeyDictionary[nn.Module, Watch | Recorder]" = WeakKeyDictionary()
@@ -109,7 +110,9 @@ def _attention_function(
     unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in HARMLESS]
     if unknown:
         raise InputError(f"it hands {', '.join(unknown)} to its attention, which the operator does not know")
-    mask = _as_mask(module, attention_mask, is_causal)
+    mask = as_mask(module, attention_mask, is_causal)
+    if folded := folded_heads(module):
+        mask = mask.self_only(folded, query.shape[1])
     if (capture := capturing(module)) is not None:
         return capture(query, key, value), None
     watch = watches.get(module)
@@ -123,8 +126,8 @@ def _attention_function(
         return output.transpose(1, 2).contiguous(), None
     call = watch.called(module, query, key, value)
     if watch.replacement is not None:
-        given = Attending(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, mask, softcap, s_aux)
-        replaced = watch.replacement(call.layer, given)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        replaced = watch.replacement(call.layer, Attending(query, key, value, scale, mask, softcap, s_aux))
         if replaced is not None:
             return replaced.transpose(1, 2).contiguous(), None
     output = attention(
@@ -178,7 +181,13 @@ def _pairwise(mask_function: Callable, documents: Tensor, query: Tensor, key: Te
     return edges.view(len(documents), 1, *query.shape)
 
 
-def _as_mask(module: nn.Module, given: Any, is_causal: bool | None) -> Mask:
+def folded_heads(module: nn.Module) -> list[int]:
+    """The heads of a module that pass their own value on, in a model that runs folded."""
+    folded = getattr(getattr(module, "config", None), FOLDED, None)
+    return folded.get(str(getattr(module, "layer_idx", None)), []) if folded else []
+
+
+def as_mask(module: nn.Module, given: Any, is_causal: bool | None) -> Mask:
     """What a model hands over as its mask: ours, nothing, or a 4D tensor that the user made."""
     if isinstance(given, Mask):
         return given

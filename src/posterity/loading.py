@@ -64,7 +64,8 @@ def load_model(
     """Load a causal language model for measuring.
 
     Args:
-        name: a hub id, a folder, a `.gguf` file, or None or "default" for the embedded SmolLM2-135M-Instruct.
+        name: a hub id, a folder (that of a folded model gives it folded), a `.gguf` file, or None or "default" for the
+            embedded SmolLM2-135M-Instruct.
         dtype: such as "float32" or torch.bfloat16; None keeps the type that the weights are stored in.
         device: such as "cpu" or "cuda:1"; None takes the first CUDA device, or the CPU when there is none.
         revision: branch, tag or commit of a hub id.
@@ -73,15 +74,18 @@ def load_model(
     Raises:
         InputError: when the model cannot be found, is incomplete, or is no causal language model.
     """
+    from posterity.folded import run_as_saved
+
     kind, target = _dtype(dtype), _device(device)
-    with _quiet():
+    with quiet():
         place = _place(name, revision)
         with _told(place.name, trust_remote_code):
             options = {"revision": place.commit, "trust_remote_code": trust_remote_code}
             _check_config(place, options)
             tokenizer = _tokenizer(place, options)
-            model = _model(place.path, dtype=kind, **options)
-    return Loaded(model.to(target).eval(), tokenizer, place.name, place.revision)
+            model = _model(place.path, dtype=kind, **options).to(target).eval()
+        run_as_saved(model, place.path)
+    return Loaded(model, tokenizer, place.name, place.revision)
 
 
 # What the user asked for
@@ -345,7 +349,7 @@ def _sha256(file: Path) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back transformers' reports and bars, for errors come as one line; bars of a download stay."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging

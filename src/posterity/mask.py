@@ -3,9 +3,9 @@
 A mask knows its empty blocks (outside a sliding window, in another packed document): they cost nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,6 +58,7 @@ class Mask:
         self.allowed = allowed
         self.padding = padding
         self._edges: Tensor | None = None
+        self._counted: Mask | None = None  # whose edges are counted, where they are not those of `allowed`
         self._tiles: dict[tuple, list[tuple[slice, list[Tile]]]] = {}
 
     @property
@@ -119,6 +120,15 @@ class Mask:
         allowed = self.allowed(at[:, None], at[:, None])
         return _four(allowed, queries, 1).squeeze(-1)
 
+    def self_only(self, heads: Sequence[int], of: int) -> "Mask":
+        """The same for all heads but these, of so many, which see their own position only.
+
+        What counting predicts stays what it was: `edges` are those of the mask without this limit.
+        """
+        limited = Mask(partial(_self_only, self.allowed, tuple(heads), of), self.padding)
+        limited._counted = self
+        return limited
+
     def readers(self, queries: int) -> Bool[Tensor, "batch query"] | None:
         """The queries that count as readers: not padding; None if all do."""
         return None if self.padding is None else self.padding[:, -queries:]
@@ -134,6 +144,8 @@ class Mask:
         Raises:
             InputError: The heads have different masks.
         """
+        if self._counted is not None:
+            return self._counted.edges(length, device)
         if self._edges is None or self._edges.shape[-1] != length:
             if self.plain:
                 self._edges = torch.arange(length, 0, -1, device=device)[None]
@@ -178,6 +190,16 @@ def _causal(tile: Tile, device: torch.device) -> Bool[Tensor, "rows columns"]:
 def _unpadded(padding: Bool[Tensor, "batch position"]) -> Callable[[Tensor, Tensor], Tensor]:
     documents = torch.arange(len(padding), device=padding.device)[:, None, None, None]
     return lambda query, key: (key <= query) & padding[documents, key]
+
+
+def _self_only(
+    allowed: Callable[[Tensor, Tensor], Tensor] | None, heads: tuple[int, ...], of: int, query: Tensor, key: Tensor
+) -> Tensor:
+    """The rule of `Mask.self_only`."""
+    free = torch.ones(of, 1, 1, dtype=torch.bool, device=query.device)
+    free[list(heads)] = False
+    edges = key <= query if allowed is None else allowed(query, key)
+    return edges & (free | (query == key))
 
 
 def _four(allowed: Tensor, rows: int, columns: int) -> Tensor:

@@ -41,9 +41,16 @@ class Head:
 def summary(result: xr.Dataset, console: Console | None = None) -> None:
     """Print table and sentence, in a terminal (from 80 columns) or a notebook; of several steps, those of the last.
 
+    Of an audit, the table of its clauses.
+
     Raises:
         InputError: It is no result.
     """
+    if results.plain(getattr(result, "attrs", {}).get("kind")) == "audit":
+        from posterity.audit.table import table as told
+
+        told(result, console)
+        return
     result = steps.latest(results.check(result))
     console = console or Console(highlight=False)
     title, *details = heading(result)

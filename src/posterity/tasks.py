@@ -2,8 +2,8 @@
 
 `sines` is the synthetic task of Wu, Morris and Levine 2024 (arXiv 2404.00859): a sum over earlier positions that is
 easy where these have computed their parts ahead, and hard for one position alone. `induction` repeats a random
-sequence: to read off what comes next, some head has to note at each position which token came before, which serves
-later positions only.
+sequence after a number of positions that varies: to read off what comes next, some head has to note at each position
+which token came before, which serves later positions only.
 """
 
 import math
@@ -55,7 +55,10 @@ class Sines:
 
 @dataclass(frozen=True)
 class Induction:
-    """A random sequence of half the length, twice: the second half can be read off the first.
+    """A random sequence over and over; each row has its own period, from a quarter to half of the length.
+
+    The second half can be read off what came before. With one period for all rows, a single head that looks back by
+    that many positions would do, and no position would have to note which token came before it.
 
     Raises:
         InputError: A number out of its range.
@@ -66,17 +69,20 @@ class Induction:
 
     def __post_init__(self):
         """Check the numbers."""
-        if self.length < 4 or self.length % 2 or self.vocabulary < 2:
-            raise InputError(f"induction expects an even length of 4 or more and 2 tokens or more; got {self}")
+        if self.length < 8 or self.length % 4 or self.vocabulary < 2:
+            raise InputError(
+                f"induction expects a length that 4 divides, of 8 or more, and 2 tokens or more; got {self}"
+            )
 
     def inputs(self, rows: int, seed: int) -> Int64[Tensor, "rows position"]:
         """Token ids."""
         generator = torch.Generator().manual_seed(seed)
-        half = torch.randint(self.vocabulary, (rows, self.length // 2), generator=generator)
-        return torch.cat((half, half), 1)
+        tokens = torch.randint(self.vocabulary, (rows, self.length // 2), generator=generator)
+        period = torch.randint(self.length // 4, self.length // 2 + 1, (rows, 1), generator=generator)
+        return tokens.gather(1, torch.arange(self.length) % period)
 
     def labels(self, inputs: Int64[Tensor, "rows position"]) -> Int64[Tensor, "rows position"]:
-        """The tokens themselves, as transformers' models want them; those of the first half cannot be known."""
+        """The tokens themselves, as transformers' models want them; those of the first period cannot be known."""
         return inputs
 
     @property

@@ -13,8 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from posterity import corpus
-from posterity.audit import futures, gradients, later_use, self_default, straight
+from posterity.audit import futures, later_use, self_default, straight
 from posterity.audit.clause import Clause, Finding, Plan, Subject
+from posterity.audit.gradients import LOOK_AHEAD, LOOK_BACK, WEIGHTS
+from posterity.audit.growth import GROWTH
+from posterity.audit.many_readers import READERS
 from posterity.audit.outcome import assemble
 from posterity.errors import InputError
 from posterity.measure import seeded
@@ -22,9 +25,11 @@ from posterity.models import first_device, language_model
 from posterity.provenance import provenance
 
 CLAUSES: tuple[Clause, ...] = (
-    *gradients.CLAUSES, *later_use.CLAUSES, *self_default.CLAUSES, *straight.CLAUSES, *futures.CLAUSES,
+    LOOK_BACK, LOOK_AHEAD, READERS, WEIGHTS, GROWTH,
+    *later_use.CLAUSES, *self_default.CLAUSES, *straight.CLAUSES, *futures.CLAUSES,
 )  # fmt: skip
 
+RANDOM = "random weights"
 CHARACTERS = 4_000_000  # of text that is read at most
 
 
@@ -33,7 +38,7 @@ def audit(
     tokenizer: Any,
     documents: Any,
     *,
-    plan: Plan | None = None,
+    quick: bool = False,
     rows: Sequence[int] | None = None,
     control: str | None = None,
     progress: bool = True,
@@ -45,14 +50,15 @@ def audit(
     Args:
         model: A causal language model of transformers, or several by name, which are set side by side (checkpoints of
             one training, say). Restored afterwards.
-        tokenizer: Its tokenizer; None if `documents` are token ids.
+        tokenizer: Its tokenizer (for several models, one for all or one for each by name); None if `documents` are
+            token ids.
         documents: As in `posterity.measure`.
-        plan: How much is measured; `Plan()` by default, `Plan.quick()` for a first look.
+        quick: Whether a first look is enough: a quarter of the passes or less.
         rows: Numbers of the clauses; all by default.
         control: "random": beside the model, one of the same config with random weights.
         progress: Whether to show progress bars on stderr.
         attrs: Provenance to add.
-        changes: Fields of the plan, such as `contexts=(64, 128)`.
+        changes: How much is measured (posterity.audit.clause.Plan), such as `contexts=(64, 128)` or `budget=512`.
 
     Returns:
         `verdict` and `reason` (model, clause); `figure`, `error` and `baseline` (model, measure), each measure with its
@@ -62,7 +68,7 @@ def audit(
         InputError: Unknown rows or fields of the plan; as in `posterity.measure`.
     """
     chosen = _chosen(rows)
-    plan = _planned(plan or Plan(), changes)
+    plan = _planned(Plan.quick() if quick else Plan(), changes)
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     if not models:
         raise InputError("audit expects at least one model; got none")
@@ -74,16 +80,19 @@ def audit(
     texts = _kept(documents)
     found = {}
     for name, one in inner.items():
-        found[name] = _findings(Subject(one, tokenizer, texts, plan, progress), chosen, name if len(inner) > 1 else "")
+        words = tokenizer[name] if isinstance(tokenizer, Mapping) else tokenizer
+        several = len(inner) > 1 or control is not None
+        found[name] = _findings(Subject(one, words, texts, plan, progress), chosen, name if several else "")
     first = next(iter(inner.values()))
+    words = next(iter(tokenizer.values())) if isinstance(tokenizer, Mapping) else tokenizer
     if control is not None:
         random = random_control(first, plan.seed)
-        found["random weights"] = _findings(Subject(random, tokenizer, texts, plan, progress), chosen, "random weights")
+        found[RANDOM] = _findings(Subject(random, words, texts, plan, progress), chosen, RANDOM)
     return assemble(found, chosen, provenance(first) | {"plan": repr(plan)} | dict(attrs or {}))
 
 
 def _kept(documents: Any) -> list[tuple[str, Any]]:
-    """As many named documents as the rows can use, read once: standard input and endless data sets are not read again."""
+    """As many named documents as the rows can use, read once: standard input cannot be read again."""
     kept: list[tuple[str, Any]] = []
     left = CHARACTERS
     for name, document in corpus.named(documents):

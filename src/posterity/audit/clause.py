@@ -29,7 +29,7 @@ class Plan:
     """How much is measured: the defaults of `posterity audit`. `quick()` is a quarter of it or less."""
 
     context: int = 512  # tokens of a window, for the rows that read gradients
-    documents: int = 4  # windows of it
+    limit: int = 4  # windows of it
     contexts: tuple[int, ...] = (64, 128, 256, 512, 1024)  # row 5
     span: int = 4096  # tokens of text, the same for every context of row 5
     short: int = 64  # tokens of a window, for rows 6 and 8, in which every head takes passes of its own
@@ -45,7 +45,7 @@ class Plan:
 
     def __post_init__(self):
         """Check the numbers."""
-        for name in ("documents", "budget", "positions", "prefixes", "future"):
+        for name in ("limit", "budget", "positions", "prefixes", "future"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1; got {getattr(self, name)}")
         for name in ("context", "short", "prefix", "draws"):
@@ -59,11 +59,15 @@ class Plan:
         if self.fold < 0 or not 0 < self.share <= 1:
             raise InputError(f"expected fold of at least 0 and a share from 0 to 1; got {self.fold} and {self.share}")
 
+    @property
+    def documents(self) -> int:
+        return self.limit
+
     @classmethod
     def quick(cls) -> "Plan":
         """A first look."""
         return cls(
-            context=256, documents=2, contexts=(64, 128, 256, 512), span=1024, budget=128, positions=2, prefixes=3,
+            context=256, limit=2, contexts=(64, 128, 256, 512), span=1024, budget=128, positions=2, prefixes=3,
             draws=4,
         )  # fmt: skip
 
@@ -81,7 +85,7 @@ class Subject:
     @cached_property
     def ledger(self) -> xr.Dataset:
         """The result of `posterity.measure` at the plan's context."""
-        return self.measure(self.plan.context, self.plan.documents, "octaves")
+        return self.measure(self.plan.context, self.plan.limit, "octaves")
 
     def measure(self, context: int, limit: int, lags: str, batch: int = 1) -> xr.Dataset:
         """The result of `posterity.measure` on the first windows."""
@@ -140,6 +144,42 @@ class Chart:
     layout: dict[str, Any] = field(default_factory=dict)
 
 
+class View(Mapping[str, xr.DataArray]):
+    """The audit of one model, as charts read it: `audit["look_back_share"]` or `audit.look_back_share`.
+
+    What other rows or models have and this variable has not (a layer, a lag) is left out.
+    """
+
+    def __init__(self, audit: xr.Dataset, model: str):
+        """Look at one model of an audit."""
+        self._audit = audit.sel(model=model, drop=True)
+
+    def __getitem__(self, name: str) -> xr.DataArray:
+        found = self._audit[name]
+        for dim in found.dims:
+            if found.dtype.kind == "f":
+                found = found.dropna(dim, how="all")
+        return found.transpose(*self._audit[name].dims)
+
+    def __getattr__(self, name: str) -> xr.DataArray:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of variables that hold something for this model."""
+        return (
+            str(name) for name, one in self._audit.data_vars.items() if one.dtype.kind != "f" or one.notnull().any()
+        )
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)
+
+
 @dataclass(frozen=True)
 class Clause:
     """One row of the audit."""
@@ -148,7 +188,7 @@ class Clause:
     name: str
     statement: str
     measure: Callable[[Subject], Finding]
-    draw: Callable[[xr.Dataset], list[Chart]]  # gets the audit of one model: without the dimension `model`
+    draw: Callable[[View], list[Chart]]
 
 
 def judge(
@@ -193,14 +233,18 @@ def named(chosen: np.ndarray, what: str = "layer", most: int = 8) -> str:
     return f"{what}{'s' * (len(words) > 1)} {listed}"
 
 
-def array(
-    dims: str | Sequence[str], values: Any, long_name: str, units: str = "1", **coords: Any
-) -> xr.DataArray:
+def array(dims: str | Sequence[str], values: Any, long_name: str, units: str = "1", **coords: Any) -> xr.DataArray:
     """A labelled array of a finding; layer, head and position are numbered if no coordinate is given."""
     dims = dims.split() if isinstance(dims, str) else list(dims)
     values = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
     numbered = {dim: np.arange(size) for dim, size in zip(dims, values.shape, strict=True)}
     return xr.DataArray(values, {**numbered, **coords}, dims, attrs={"long_name": long_name, "units": units})
+
+
+def labelled(values: xr.DataArray, long_name: str, units: str = "1") -> xr.DataArray:
+    """The values with their dimensions' coordinates alone."""
+    kept = values.reset_coords(drop=True)
+    return kept.assign_attrs(long_name=long_name, units=units)
 
 
 def mean_and_error(values: Any, axis: int = 0) -> tuple[Any, Any]:

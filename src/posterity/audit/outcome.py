@@ -1,8 +1,8 @@
 """The audit as a labelled Dataset, and its file: netCDF, written whole or not at all.
 
-    verdict, reason            (model, clause)    holds, fails or mixed; one sentence
-    figure, error, baseline    (model, measure)   with `of_clause`, `formula`, `expected` and `units_of` of each measure
-    everything that was measured, in variables with a leading dimension `model`
+verdict, reason            (model, clause)    holds, fails or mixed; one sentence
+figure, error, baseline    (model, measure)   with `of_clause`, `formula`, `expected` and `units_of` of each measure
+everything that was measured, in variables with a leading dimension `model`
 """
 
 import os
@@ -113,13 +113,9 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
         raise InputError(f"{path}: expected an audit of posterity, but {flaw[:200]}; run `posterity audit` again")
     for name, one in audit.variables.items():
         if one.dtype.kind in "UO":
-            audit[name] = one.dims, np.array([plain(text) for text in one.values.ravel()], dtype=str).reshape(one.shape)
+            words = np.array([plain(text) for text in one.values.ravel()], dtype=str).reshape(one.shape)
+            audit[name] = one.dims, words, one.attrs
     return audit.assign_attrs({str(name): plain(value) for name, value in audit.attrs.items()})
-
-
-def of_model(audit: xr.Dataset, model: str) -> xr.Dataset:
-    """The audit of one of its models, without the dimension."""
-    return audit.sel(model=model, drop=True)
 
 
 def _flaw(audit: xr.Dataset) -> str | None:

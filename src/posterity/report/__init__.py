@@ -16,7 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from posterity import derived, steps
+from posterity import files as stored
 from posterity import result as results
+from posterity.audit import outcome
 from posterity.errors import InputError
 from posterity.report.charts import charts
 from posterity.report.tables import tables
@@ -71,12 +73,26 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
         raise InputError(
             f"the page would take the place of the result {path}: choose another path, such as report.html"
         )
-    loaded = [results.load(one) if isinstance(one, (str, os.PathLike)) else results.check(one) for one in sources]
-    page = render(loaded)
+    loaded = [stored.load(one) if isinstance(one, (str, os.PathLike)) else one for one in sources]
+    page = _rendered(loaded)
     if target is None or path is None:
         return Page(page)
     results.write_whole(target, page.encode())
     return Path(path)
+
+
+def _rendered(loaded: list[xr.Dataset]) -> str:
+    """The page of results, or of one audit."""
+    if not any(outcome.is_audit(one) for one in loaded):
+        return render([results.check(one) for one in loaded])
+    if len(loaded) > 1:
+        raise InputError(
+            "expected results, or one audit; an audit has a page of its own: audit several models in one command "
+            "(--beside) to see them side by side"
+        )
+    from posterity.report.audited import render as render_audit
+
+    return render_audit(outcome.check(loaded[0]))
 
 
 def render(loaded: list[xr.Dataset]) -> str:

@@ -1,0 +1,23 @@
+"""Results and audits as files: one way in, one way out."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import xarray as xr
+
+from posterity import result as results
+from posterity.audit import outcome
+
+
+def save(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Write a result or an audit as compressed netCDF, whole or not at all; returns the path. Raises InputError."""
+    return outcome.save(result, path) if outcome.is_audit(result) else results.save(result, path)
+
+
+def load(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read a result or an audit into memory and close the file. InputError for anything not whole and sound."""
+    kind = None
+    with suppress(Exception), xr.open_dataset(os.path.realpath(path), engine="h5netcdf", cache=False) as file:
+        kind = outcome.is_audit(file)
+    return outcome.load(path) if kind else results.load(path)

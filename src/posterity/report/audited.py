@@ -1,0 +1,47 @@
+"""An audit as a page: the table of verdicts, then every clause with its figures and pictures."""
+
+from typing import Any
+
+import xarray as xr
+from markupsafe import Markup
+
+from posterity.audit import CLAUSES
+from posterity.audit.clause import Chart, View
+from posterity.audit.table import NOTE, rows
+from posterity.report import asset, escaped_json, page_environment, plotly_script, policy
+from posterity.result import plain
+
+
+def render(audit: xr.Dataset) -> str:
+    """The page as one string of HTML; `audit` as `posterity.audit` gives it."""
+    models = [str(one) for one in audit.model.values]
+    views = {model: View(audit, model) for model in models}
+    clauses, charts = [], []
+    for at, number in enumerate(audit.clause.values.tolist()):
+        clause = next(one for one in CLAUSES if one.number == number)
+        shown = []
+        for model, view in views.items():
+            for chart in clause.draw(view):
+                place = f"chart-{len(charts)}"
+                charts.append({"place": place, **_drawn(chart)})
+                title = f"{chart.title} · {model}" if len(models) > 1 else chart.title
+                shown.append({"place": place, "title": title, "text": chart.text})
+        clauses.append(
+            {
+                "number": number, "name": str(audit.name.values[at]), "statement": str(audit.statement.values[at]),
+                "verdicts": [str(one) for one in audit.verdict.values[:, at]],
+                "reasons": [str(one) for one in audit.reason.values[:, at]], "rows": list(rows(audit, number)),
+                "charts": shown,
+            }
+        )  # fmt: skip
+    scripts = [plotly_script(), asset("audited.js")]
+    provenance = [(str(name).replace("_", " "), str(plain(value))) for name, value in audit.attrs.items()]
+    return page_environment().get_template("audited.html.j2").render(
+        models=models, clauses=clauses, note=NOTE, provenance=[pair for pair in provenance if pair[1]],
+        style=Markup(asset("style.css") + asset("audited.css")), scripts=[Markup(code) for code in scripts],
+        policy=policy(scripts), data=Markup(escaped_json(charts)),
+    )  # fmt: skip
+
+
+def _drawn(chart: Chart) -> dict[str, Any]:
+    return {"traces": chart.traces, "x": chart.x, "y": chart.y, "layout": chart.layout}
