@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.masking_utils import eager_mask
+from transformers.trainer_callback import PrinterCallback
 
 from posterity import Monitor, Trainer, corpus, loading, runs
 from posterity.account import account
@@ -357,13 +358,15 @@ def monitor():
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder, max_steps=8, per_device_train_batch_size=batch, report_to="none", save_strategy="no",
-                disable_tqdm=True, learning_rate=1e-5,
+                disable_tqdm=True, learning_rate=1e-5, dataloader_pin_memory=False,
             )  # fmt: skip
             # a default Monitor but for its steps, so that a few of them give several measurements
             watch, clock = Timed(2, inputs[:2, :128]), Clock()
-            Trainer(
+            trainer = Trainer(
                 model=model, args=arguments, train_dataset=runs.Rows(inputs, inputs), callbacks=[watch, clock]
-            ).train()
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
         step, took = statistics.median(clock.took[1:]), statistics.median(watch.took[1:])
         table.add_row(label, f"{step:.2f}", f"{took:.2f}", f"{took / (100 * step + took):.1%}")
     console.print(table)

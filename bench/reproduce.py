@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import posterity
-from posterity import comparison, derived, myopia, runs
+from posterity import comparison, myopia, runs
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "reproduce"
@@ -147,23 +147,28 @@ def induction(axis):
                 )
         return mean_and_error(losses)
 
-    def head(arm):
-        model, _ = comparison.load_run(comparison.read_run(folders[arm, seeds[0]]))
-        result = posterity.measure(
-            model, None, data.held_out[0][:64], context=task.length, losses=True, batch=16, progress=False
-        )
-        credit = result.loss_credit.sel(written="key").sum("position")
-        later = credit.sel(part=["self later", "future"]).sum("part")
-        layer, number = np.unravel_index(int(later.argmax()), later.shape)
-        total = float(credit.sum())
-        paid = derived.who_pays(result).share.sel(written="key", part="own")
-        share = float(later[layer, number]) / total
-        return f"layer {layer}, head {number}: {share:.0%}; own loss {float(paid):.0%} of all"
-
-    more = {"loss on the repeated half": repeated, "head whose keys later losses pay most (seed 0)": head}
-    found = gaps_table("induction (32 tokens, 2 x 32 positions): nats", folders, seeds, more)
+    found = gaps_table(
+        f"induction ({task.vocabulary} tokens, {task.length} positions, periods {task.length // 4} to "
+        f"{task.length // 2}): nats", folders, seeds, {"loss on the repeated half": repeated},
+    )  # fmt: skip
     console.print(f"uniform predictor: {task.uniform:.3f}")
+    ledgers(folders, seeds[0], data.held_out[0][:64], task.length)
     by_position(axis, found, "induction: nats")
+
+
+def ledgers(folders, seed, ids, length):
+    """Who pays for the keys of every head: its part of all key credit that later losses send, and the own losses'."""
+    table = Table("arm", "own losses", "later losses, by layer and head", title=f"who pays for keys, seed {seed}")
+    for arm in dict.fromkeys(arm for arm, _ in folders):
+        model, _ = comparison.load_run(comparison.read_run(folders[arm, seed]))
+        result = posterity.measure(model, None, ids, context=length, losses=True, batch=16, progress=False)
+        credit = result.loss_credit.sel(written="key").sum("position") / result.loss_credit.sel(written="key").sum()
+        later = credit.sel(part=["self later", "future"]).sum("part")
+        cells = (
+            f"L{layer}: " + " ".join(f"{x:.0%}" for x in later.sel(layer=layer).values) for layer in later.layer.values
+        )
+        table.add_row(arm, f"{float(credit.sel(part='own').sum()):.0%}", " · ".join(cells))
+    console.print(table)
 
 
 def text(axis):

@@ -9,12 +9,20 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from jaxtyping import install_import_hook
 
 with install_import_hook(
-    ["posterity.attention", "posterity.mask", "posterity.ledger", "posterity.sweep", "posterity.weights"],
+    [
+        "posterity.attention",
+        "posterity.mask",
+        "posterity.ledger",
+        "posterity.readers",
+        "posterity.sweep",
+        "posterity.weights",
+    ],
     "beartype.beartype",
 ):
     import posterity.attention
     import posterity.ledger
     import posterity.mask
+    import posterity.readers
     import posterity.sweep
 
 import pytest

@@ -105,8 +105,14 @@ def test_the_row_on_readers_averages_over_keys_heads_and_windows():
         assert figure.value == pytest.approx(by_window.mean().item(), rel=1e-8)
         assert figure.error == pytest.approx(by_window.std().item() / math.sqrt(2), rel=1e-8)
         assert figure.baseline == 8.5
-    np.testing.assert_allclose(finding.variables["readers_by_head"], rows.nanmean(4).mean(0).permute(0, 2, 1), rtol=1e-8)
-    np.testing.assert_allclose(finding.variables["readers_by_position"], rows.permute(0, 2, 4, 1, 3).flatten(3).nanmean(3).mean(0).mT, rtol=1e-8)
+    np.testing.assert_allclose(
+        finding.variables["readers_by_head"], rows.nanmean(4).mean(0).permute(0, 2, 1), rtol=1e-8
+    )
+    np.testing.assert_allclose(
+        finding.variables["readers_by_position"],
+        rows.permute(0, 2, 4, 1, 3).flatten(3).nanmean(3).mean(0).mT,
+        rtol=1e-8,
+    )
     assert list(finding.variables["readers_by_layer"].kind.values) == list(KINDS)
 
 

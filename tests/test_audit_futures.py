@@ -490,3 +490,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line():
         InputError, match=r"LlamaForCausalLM: with a cache of keys and values its logits move by 1\.0e-02"
     ):
         verify(model, read(model, prefix), future)
+
+
+def test_row_9_refuses_models_with_other_paths_between_positions(monkeypatch):
+    monkeypatch.setattr("posterity.models.find_leaks", lambda *given: ("Convolution (layers.0)",))
+    with pytest.raises(InputError, match=r"the pull of futures .* but Convolution \(layers.0\) carries"):
+        futures.on_average_over_futures(subject())

@@ -54,6 +54,7 @@ def calls(monkeypatch):
     for name, answer in {
         "measure": "the result",
         "inspect": "the result",
+        "audit": "the result",
         "save": None,
         "report": None,
         "summary": None,
@@ -133,6 +134,30 @@ def test_inspect_passes_on_the_text_and_leaves_the_defaults_to_the_library(calls
     given = dict(calls[3][2])
     del given["attrs"]
     assert given == {"batch": 2, "horizons": (3, 9), "seed": 7}
+
+
+def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["posterity", "audit"])
+    assert run("audit").exit_code == 0
+    _, auditing, showing = calls
+    attributes = {"model": "its name", "revision": "its revision", "command": "posterity audit"}
+    assert auditing[1][:2] == ({"its name": "the model"}, {"its name": "the tokenizer"})
+    assert list(auditing[1][2]) == [default_text()]
+    assert auditing[2] == {"quick": False, "control": None, "attrs": attributes}
+    assert showing == ("summary", ("the result",), {})
+    calls.clear()
+    options = ["--rows", "4,8", "--contexts", "16,32", "--context", 64, "--documents", 3, "--budget", 99, "--seed", 7]
+    options += ["--quick", "--control", "random", "--beside", "other", "-o", "audit.nc", "-r", "audit.html"]
+    assert run("audit", "one", *options).exit_code == 0
+    names = [name for name, _, _ in calls]
+    assert names == ["writable", "writable", "load_model", "load_model", "audit", "save", "report", "summary"]
+    given = dict(calls[4][2])
+    del given["attrs"]
+    assert list(calls[4][1][0]) == ["its name", "other"]
+    assert given == {
+        "quick": True, "control": "random", "rows": (4, 8), "contexts": (16, 32), "context": 64, "limit": 3,
+        "budget": 99, "seed": 7,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("horizons", ["few", "1;2", "1,,2", "1.5", ""])

@@ -412,6 +412,7 @@ def test_a_finding_prints_every_layer_with_folded_heads(found):
     assert isinstance(found, Folded)
     for layer, some in found.by_layer.items():
         assert f"layer {layer}: heads {', '.join(map(str, some))}\n" in str(found)
+    assert ("more than the budget of 0.05" in str(found)) == (found.held_out.change > 0.05)
 
 
 def test_watching_is_over_after_folding():

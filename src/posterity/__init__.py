@@ -65,6 +65,7 @@ _HOME = {
     "as_linear": "linear",
     "check": "models",
     "load": "files",
+    "load_folded": "folded",
     "save": "files",
     **dict.fromkeys(("Discount", "EdgeWindow", "Full", "Leak", "Myopic"), "horizon"),
     "Monitor": "monitor",

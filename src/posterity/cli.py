@@ -375,6 +375,10 @@ def audit(
 
     others = beside or []
     _check_writable(output, report, reads=[model or "", *(text or []), *others])
+    given = _given(
+        contexts=_numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
+        rows=_numbers(rows, "rows", "4,8"), seed=seed,
+    )  # fmt: skip
     folders, names = steps.checkpoints([model, *(text or [])] if model else [])
     texts = corpus.sources(names if folders else text or [], field)
     wanted = {f"step {step}": one for step, one in folders.items()} or {"": model}
@@ -384,10 +388,6 @@ def audit(
     }
     loaded = {name or one.name: one for name, one in loaded.items()}
     first = next(iter(loaded.values()))
-    given = _given(
-        contexts=_numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
-        rows=_numbers(rows, "rows", "4,8"), seed=seed,
-    )  # fmt: skip
     result = posterity.audit(
         {name: one.model for name, one in loaded.items()}, {name: one.tokenizer for name, one in loaded.items()},
         texts, quick=quick, control=control, attrs=_provenance(first), **given,

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from posterity import loading
 from posterity.attention import working
 from posterity.errors import InputError
 from posterity.measure import progress_bar
@@ -89,7 +90,8 @@ def load_run(run: Run) -> tuple[PreTrainedModel, Data]:
         raise InputError(
             f"{run.folder}: the data {run.settings.data} are not those of the run: they have changed since"
         )
-    return kind.from_pretrained(run.folder).eval(), data
+    with loading.quiet():
+        return kind.from_pretrained(run.folder).eval(), data
 
 
 def position_losses(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -82,6 +82,11 @@ class Folded:
         for where, one in (("on the windows that chose them", self.chosen), ("on held-out windows", self.held_out)):
             error = "" if math.isnan(one.error) else f" ± {one.error:.4f}"
             lines.append(f"loss {where}: {one.before:.4f} -> {one.after:.4f} nats per token ({one.change:+.4f}{error})")
+        if self.held_out.change > self.budget:
+            lines.append(
+                f"there it is more than the budget of {self.budget:g}: heads that are chosen on little text seem "
+                "cheaper than they are; give more of it (--documents, --context)"
+            )
         return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
@@ -123,7 +128,8 @@ def fold(
 
     Every head is folded alone first. In the order of what that costs, as many as possible are then folded together,
     by bisection: their joint cost is measured, not summed. Where it does not grow with every head, a longer prefix of
-    the order might hold too. The model is not changed.
+    the order might hold too. What chose the heads flatters them: the loss on held-out windows is the one to trust. The
+    model is not changed.
 
     Args:
         model: A causal language model of transformers.
@@ -152,7 +158,7 @@ def fold(
     with watching(inner) as watch:
         if watch.replacement is not None:
             raise InputError("expected a model whose attention is its own; got one inside a `with`: fold it outside")
-        total = sum(head_counts(inner)) * half
+        total = (1 + sum(head_counts(inner))) * half  # and the model as it is
         with progress_bar(total, progress, "folding", "heads") as advance:
             costs = head_costs(inner, windows, batch=batch, advance=advance)
         trial = Trial(inner, windows, costs.order)

@@ -212,7 +212,7 @@ class _Hidden:
         self.name: str | None = None
         self.total: Tensor | None = None
         self.windows: list[Tensor] = []
-        self.modules = {layer: _holder(model, layer.name) for layer in layers}
+        self.modules = {layer: holder(model, layer.name) for layer in layers}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -277,7 +277,7 @@ class _Hidden:
         return mark
 
 
-def _holder(model: nn.Module, name: str) -> nn.Module:
+def holder(model: nn.Module, name: str) -> nn.Module:
     """The layer around an attention module; the module itself if it stands in a list."""
     around = model.get_submodule(name.rpartition(".")[0])
     return model.get_submodule(name) if isinstance(around, nn.ModuleList) else around

@@ -76,9 +76,9 @@ def measure(
         raise InputError(f"parameters=True takes one window at a time; got a batch of {batch}: set batch=1 (--batch 1)")
     horizons = _growing(horizons)
     inner = language_model(model)
-    _check_context(inner, context)
+    check_context(inner, context)
     windows = corpus.windows(documents, tokenizer, context, limit)
-    _check_tokens(inner, windows)
+    check_tokens(inner, windows)
     asked = losses or parameters or bool(horizons)
     with (
         frozen(inner, parameters),
@@ -149,14 +149,16 @@ def _growing(horizons: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(h) for h in found)
 
 
-def _check_context(model: PreTrainedModel, context: int) -> None:
+def check_context(model: PreTrainedModel, context: int) -> None:
+    """Raise InputError if the model cannot read so many tokens."""
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest > 0:
         raise InputError(f"the model reads at most {longest} tokens; got a context of {context}: lower it (--context)")
 
 
-def _check_tokens(model: PreTrainedModel, windows: list[corpus.Window]) -> None:
+def check_tokens(model: PreTrainedModel, windows: list[corpus.Window]) -> None:
+    """Raise InputError for a token that the model does not know."""
     known = model.config.get_text_config().vocab_size
     for window in windows:
         if (largest := int(window.ids.max())) >= known:

@@ -59,10 +59,6 @@ class Plan:
         if self.fold < 0 or not 0 < self.share <= 1:
             raise InputError(f"expected fold of at least 0 and a share from 0 to 1; got {self.fold} and {self.share}")
 
-    @property
-    def documents(self) -> int:
-        return self.limit
-
     @classmethod
     def quick(cls) -> "Plan":
         """A first look."""

@@ -29,6 +29,7 @@ from posterity.futures import Pull, pulls, read, recurring, sample, verify
 from posterity.measure import frozen
 from posterity.models import watching
 from posterity.result import WRITTEN
+from posterity.summary import percent
 
 NGRAM = 16  # tokens that must recur in the text, with other futures, for real futures to be compared
 BROKEN = 4.0  # standard errors of a mean that vanishes by law
@@ -184,11 +185,10 @@ def _judged(information, information_error, z, common, by_layer, ngrams: int) ->
     if not ngrams:
         return HOLDS, start + "what real futures have in common is not known: no n-gram recurs with different futures"
     verdicts = [judge(by_layer[0][:, at], by_layer[1][:, at], COMMON, more=False) for at in range(len(WRITTEN))]
-    parts = [
-        f"{100 * common[0][at]:.0f}% for {stream}s"
-        + (f" (above one half in {verdicts[at][1]})" * bool(verdicts[at][1]))
-        for at, stream in enumerate(WRITTEN)
-    ]
+    parts = []
+    for at, stream in enumerate(WRITTEN):
+        against = f" (above one half in {verdicts[at][1]})" if verdicts[at][1] else ""
+        parts.append(f"{percent(common[0][at], common[1][at])} for {stream}s{against}")
     names = {verdict for verdict, _, _ in verdicts}
     reason = f"{start}real futures of {ngrams} recurring n-grams share of their squared pull {' and '.join(parts)}"
     return names.pop() if len(names) == 1 else MIXED, reason
@@ -198,9 +198,7 @@ def _variables(squares, products, own, common, ratio) -> dict:
     """Everything by layer; `own`, `common` (consensus of drawn and of real futures) and `ratio` with their errors."""
     written: dict[str, Any] = {"written": list(WRITTEN)}
     positions = squares.shape[-1]
-    lags = (
-        positions + 1 - np.arange(positions)
-    )  # from an entry to the first predicted token, at position `positions` + 1
+    lags = positions + 1 - np.arange(positions)  # the first predicted token stands at `positions` + 1
     layers, layers_error = mean_and_error(np.nanmean(squares, (3, 4)))
     by_lag = np.nanmean(squares, (0, 3))[..., ::-1]
     heads = np.moveaxis(squares.mean((0, 4)), 1, 2)

@@ -140,10 +140,11 @@ def _finding(seen: _Seen) -> Finding:
     variables["later_use_loss_error"] = array(
         "later_use_pass", errors, "its standard error over windows", "nats per token", **coords
     )
+    words = f"most in {holding} of {len(share)} layers{f', few in {against}' if against else ''}"
     reason = (
-        f"in {holding} of {len(share)} layers most single keys and values are worth more to later queries than to "
-        f"their own{f', and less in {against}' if against else ''}; self edges alone cost the whole model "
-        f"{losses[2] - losses[0]:.3f} nats per token, their absence {losses[1] - losses[0]:.3f}"
+        f"{100 * share.mean():.1f} % of single keys and values are worth more to later queries than to their own "
+        f"({words}); self edges alone cost the whole model {losses[2] - losses[0]:.3f} nats per token, their absence "
+        f"{losses[1] - losses[0]:.3f}"
     )
     verdict = of_layers if of_layers == of_whole else MIXED
     return Finding(_figures(heads, single, whole), verdict, reason, variables)
@@ -166,7 +167,9 @@ def _figures(heads: np.ndarray, single: np.ndarray, whole: np.ndarray) -> list[F
     losses, errors = mean_and_error(whole)
     nats = "nats per token"
     found = [Figure("loss", losses[0], errors[0], formula="mean of l_t", units=nats)]
-    for at, (name, formula) in enumerate((("no self edges", "a_ii = 0"), ("self edges only", "o_i = v_i")), 1):
+    for at, (name, formula) in enumerate(
+        (("no self edges", "no edge (i, i)"), ("self edges only", "no edge but (i, i)")), 1
+    ):
         found.append(
             Figure(f"loss with {name}", losses[at], errors[at], losses[0], formula, "the loss as it is", units=nats)
         )

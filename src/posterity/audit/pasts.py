@@ -16,8 +16,9 @@ from posterity.audit.clause import Chart, Clause, Figure, Finding, Subject, View
 from posterity.derived import ratio
 from posterity.errors import InputError
 from posterity.hook import Layer
-from posterity.measure import _check_context, _check_tokens, frozen
+from posterity.measure import check_context, check_tokens, frozen
 from posterity.models import first_device, watched
+from posterity.summary import percent
 
 COMMON = 0.5  # of the squared gradient: with more, one past (or future) tells most of what all tell together
 
@@ -53,9 +54,9 @@ def on_average_over_pasts(subject: Subject) -> Finding:
 
 def all_windows(subject: Subject, context: int) -> list[Tensor]:
     """Token ids of all windows of a length, which the model is able to read."""
-    _check_context(subject.model, context)
+    check_context(subject.model, context)
     windows = corpus.windows(subject.documents, subject.tokenizer, context)
-    _check_tokens(subject.model, windows)
+    check_tokens(subject.model, windows)
     return [window.ids for window in windows]
 
 
@@ -190,8 +191,8 @@ def _finding(pulled: Agreement, asked: Agreement) -> Finding:
     layers, heads, offsets = pulled.over(2, 3), pulled.over(3), pulled.over(1, 2)
     verdict, words = _judged(*layers)
     reason = (
-        f"{100 * float(value):.0f}% of the squared gradient behind one past is common to all pasts (chance "
-        f"{100 * float(chance):.0f}%); the queries themselves have a cosine of {float(cosine):.2f}; {words}"
+        f"{percent(float(value), float(error))} of the squared gradient behind one past is common to all pasts (chance "
+        f"{percent(float(chance))}); the queries themselves have a cosine of {float(cosine):.2f}; {words}"
     )
     said = "agreement of query gradients over pasts"
     variables = {

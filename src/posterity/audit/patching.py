@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from posterity.attention import working
 from posterity.errors import InputError
 from posterity.hook import Attending, Layer, Watch
+from posterity.losses import holder
 from posterity.mask import Mask
 from posterity.measure import frozen
 from posterity.models import first_device, language_model, watching
@@ -134,7 +135,7 @@ class _Passes:
 
     def __init__(self, model: PreTrainedModel, watch: Watch, ids: Tensor):
         self.model, self.watch, self.ids = model, watch, ids.to(first_device(model))
-        self.holders = [_holder(model, layer.name) for layer in watch.layers]
+        self.holders = [holder(model, layer.name) for layer in watch.layers]
         self.kept: list[Any] = []  # the output of each holder in the unpatched pass
         self.plain: Tensor | None = None
 
@@ -210,12 +211,6 @@ def _giving(kept: Any, rows: int) -> Callable[..., Any]:
         return x.expand(rows, *x.shape[1:]).clone() if isinstance(x, Tensor) and x.dim() and len(x) == 1 else x
 
     return lambda *_args, **_kwargs: tree_map(expand, kept)
-
-
-def _holder(model: nn.Module, name: str) -> nn.Module:
-    """The layer around an attention module; the module itself if it stands in a list."""
-    around = model.get_submodule(name.rpartition(".")[0])
-    return model.get_submodule(name) if isinstance(around, nn.ModuleList) else around
 
 
 def _meant(patch: Patch | None, layer: int) -> bool:

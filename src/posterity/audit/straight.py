@@ -62,7 +62,7 @@ def straight(subject: Subject) -> Finding:
     except InputError as error:  # attention sinks
         reasons.append(str(error))
     else:
-        with subject.bar(sum(counts) * len(windows), "folding", "heads") as advance:
+        with subject.bar((1 + sum(counts)) * len(windows), "folding", "heads") as advance:
             costs = head_costs(subject.model, windows, advance=advance)
         trial = Trial(subject.model, windows, costs.order)
         number = longest(trial, len(costs.order), plan.fold)
@@ -86,7 +86,7 @@ def _prices(costs: Costs, number: int, losses: list[Losses], budget: float) -> l
     return [
         Figure(
             "heads that can look only at themselves", float(number), formula="the cheapest alone, as many as together "
-            f"stay within {budget:g} nats per token", units="heads",
+            f"stay within {budget:g} nats per token on the windows that chose them", units="heads",
         ),
         Figure("share of these heads", number / whole, formula="these heads / all heads"),
         *(

@@ -1,5 +1,6 @@
 """An audit as a page: the table of verdicts, then every clause with its figures and pictures."""
 
+from itertools import zip_longest
 from typing import Any
 
 import xarray as xr
@@ -20,12 +21,14 @@ def render(audit: xr.Dataset) -> str:
     for at, number in enumerate(audit.clause.values.tolist()):
         clause = next(one for one in CLAUSES if one.number == number)
         shown = []
-        for model, view in views.items():
-            for chart in clause.draw(view):
-                place = f"chart-{len(charts)}"
-                charts.append({"place": place, **_drawn(chart)})
-                title = f"{chart.title} · {model}" if len(models) > 1 else chart.title
-                shown.append({"place": place, "title": title, "text": chart.text})
+        drawn = {model: clause.draw(view) for model, view in views.items()}
+        for pictures in zip_longest(*drawn.values()):  # the same picture of every model side by side
+            for model, chart in zip(models, pictures, strict=True):
+                if chart is not None:
+                    place = f"chart-{len(charts)}"
+                    charts.append({"place": place, **_drawn(chart)})
+                    title = f"{chart.title} · {model}" if len(models) > 1 else chart.title
+                    shown.append({"place": place, "title": title, "text": chart.text})
         clauses.append(
             {
                 "number": number, "name": str(audit.name.values[at]), "statement": str(audit.statement.values[at]),
