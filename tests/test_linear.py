@@ -165,7 +165,7 @@ def test_row_8_names_the_layers_that_are_not_linear(name):
 
 
 def test_row_8_prices_heads_as_a_diagonal_mask_by_hand_does():
-    model, ids = exact("llama"), tokens(6, 10)
+    model, ids = exact("llama"), tokens(9, 10)
     found = straight(Subject(model, None, ids, Plan(short=10, budget=30, fold=0.02)))
     names = {one.name: one for one in found.figures}
     chosen = ids[:3]
@@ -178,7 +178,7 @@ def test_row_8_prices_heads_as_a_diagonal_mask_by_hand_does():
     taken = found.variables["straight_folded"].values
     folded = {layer: list(np.flatnonzero(row)) for layer, row in enumerate(taken)}
     assert taken.sum() == names["heads that can look only at themselves"].value > 0
-    for name, some in (("together", chosen), ("together, other windows", ids[3:])):
+    for name, some in (("together", ids[3:6]), ("together, held out", ids[6:])):
         change = mean_loss(model, some, folded) - mean_loss(model, some, {})
         figure = names[f"loss change with these heads {name}"]
         assert figure.value == pytest.approx(float(change.mean()), abs=1e-12)

@@ -304,7 +304,8 @@ def fold(
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 128]")] = None,
     documents: Annotated[
-        int | None, typer.Option(min=2, help="Windows; half of them choose heads, half are held out.  [default: 8]")
+        int | None,
+        typer.Option(min=1, help="Windows on which every head is tried; four times as many judge.  [default: 4]"),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
     field: Field = "text",

@@ -52,8 +52,9 @@ class Costs:
 
     @property
     def order(self) -> list[Head]:
-        """All heads, the cheapest first."""
-        known = [(float(self.cost[at]), at) for at in map(tuple, self.cost.isfinite().nonzero().tolist())]
+        """All heads, the cheapest first: by cost and one standard error, lest luck on a few windows comes first."""
+        cautious = self.cost + self.error.nan_to_num(0)
+        known = [(float(cautious[at]), at) for at in map(tuple, self.cost.isfinite().nonzero().tolist())]
         return [at for _, at in sorted(known)]
 
 
@@ -63,12 +64,12 @@ class Folded:
 
     heads: tuple[Head, ...]  # the cheapest first
     budget: float
-    chosen: Losses  # on the windows on which the heads were chosen
-    held_out: Losses  # on as many others
+    chosen: Losses  # on the windows that chose how many heads
+    held_out: Losses  # on windows that chose nothing
     costs: Costs
     joint: dict[int, float]  # change of the loss by the number of folded heads, where it was measured
     text_digest: str  # of all windows
-    windows: Windows = field(repr=False, default=())  # on which the heads were chosen
+    windows: Windows = field(repr=False, default=())  # those of `chosen`
 
     @property
     def by_layer(self) -> dict[int, list[int]]:
@@ -79,13 +80,13 @@ class Folded:
         """How many heads are folded in which layers, and what that costs, in lines."""
         lines = [f"{len(self.heads)} of {len(self.costs.order)} heads look only at themselves"]
         lines += [f"  layer {n}: heads {', '.join(map(str, some))}" for n, some in self.by_layer.items()]
-        for where, one in (("on the windows that chose them", self.chosen), ("on held-out windows", self.held_out)):
+        for where, one in (("on the windows that chose how many", self.chosen), ("on held-out windows", self.held_out)):
             error = "" if math.isnan(one.error) else f" ± {one.error:.4f}"
             lines.append(f"loss {where}: {one.before:.4f} -> {one.after:.4f} nats per token ({one.change:+.4f}{error})")
         if self.held_out.change > self.budget:
             lines.append(
-                f"there it is more than the budget of {self.budget:g}: heads that are chosen on little text seem "
-                "cheaper than they are; give more of it (--documents, --context)"
+                f"there it is more than the budget of {self.budget:g}: on little text heads seem cheaper than they "
+                "are; give more of it (--documents, --context)"
             )
         return "\n".join(lines)
 
@@ -97,7 +98,7 @@ class Folded:
         return {"budget": self.budget, "losses": losses, "text_digest": self.text_digest}
 
     def verify(self, model: nn.Module) -> float:
-        """The mean loss of a folded model that was loaded again, on the windows that chose its heads.
+        """The mean loss of a folded model that was loaded again, on the windows of `chosen`.
 
         Raises:
             InputError: It is not what was measured before the model was written.
@@ -120,53 +121,60 @@ def fold(
     *,
     budget: float = 0.01,
     context: int = 128,
-    limit: int = 8,
+    limit: int = 4,
     batch: int = 8,
     progress: bool = True,
 ) -> Folded:
     """Find heads that may look only at themselves while the mean loss grows by a budget at most.
 
     Every head is folded alone first. In the order of what that costs, as many as possible are then folded together,
-    by bisection: their joint cost is measured, not summed. Where it does not grow with every head, a longer prefix of
-    the order might hold too. What chose the heads flatters them: the loss on held-out windows is the one to trust. The
-    model is not changed.
+    by bisection: their joint cost is measured, not summed, on windows of its own. Where it does not grow with every
+    head, a longer prefix of the order might hold too. The loss on the held-out windows, which chose nothing, is the one
+    to trust. The model is not changed.
 
     Args:
         model: A causal language model of transformers.
         tokenizer: Its tokenizer; None if `documents` are token ids.
         documents: As in `posterity.measure`.
-        budget: Nats per token, on the windows that choose.
+        budget: Nats per token, on the windows that choose how many.
         context: Tokens of a window.
-        limit: The largest number of windows; the first half chooses, the other is held out.
+        limit: Windows on which every head is tried, at most a third of the text's; twice as many again choose how many
+            heads, and twice as many again are held out, if the text has them.
         batch: Heads that are tried at once.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
-        InputError: Fewer than two windows; a negative budget; a model that cannot be measured, or has sinks.
+        InputError: Fewer than three windows; a negative budget; a model that cannot be measured, or has sinks.
     """
     if not budget >= 0:
         raise InputError(f"expected a budget of at least 0 nats per token; got {budget}")
     inner = language_model(model)
-    found = corpus.windows(documents, tokenizer, context, limit)
-    if len(found) < 2:
+    found = corpus.windows(documents, tokenizer, context, 5 * limit)
+    if len(found) < 3:
         raise InputError(
-            f"fold expects two windows of {context} tokens at least, one to choose heads and one held out; got one: "
-            "give a longer text, or lower the context (--context)"
+            f"fold expects three windows of {context} tokens at least, to price heads, to choose how many, and held out; "
+            f"got {len(found)}: give a longer text, or lower the context (--context)"
         )
-    half = (len(found) + 1) // 2
-    windows, others = [one.ids for one in found[:half]], [one.ids for one in found[half:]]
+    priced, choosing, others = parts([one.ids for one in found], limit)
     with watching(inner) as watch:
         if watch.replacement is not None:
             raise InputError("expected a model whose attention is its own; got one inside a `with`: fold it outside")
-        total = (1 + sum(head_counts(inner))) * half  # and the model as it is
+        total = (1 + sum(head_counts(inner))) * len(priced)  # and the model as it is
         with progress_bar(total, progress, "folding", "heads") as advance:
-            costs = head_costs(inner, windows, batch=batch, advance=advance)
-        trial = Trial(inner, windows, costs.order)
+            costs = head_costs(inner, priced, batch=batch, advance=advance)
+        trial = Trial(inner, choosing, costs.order)
         number = longest(trial, len(costs.order), budget)
         heads = tuple(costs.order[:number])
         held_out = Losses.of(mean_losses(inner, others), mean_losses(inner, others, heads))
     chosen = Losses.of(trial.before, trial.after(number))
-    return Folded(heads, budget, chosen, held_out, costs, trial.joint, corpus.digest(found), windows)
+    return Folded(heads, budget, chosen, held_out, costs, trial.joint, corpus.digest(found), choosing)
+
+
+def parts(windows: Windows, limit: int) -> tuple[Windows, Windows, Windows]:
+    """Windows that price every head, that choose how many, and that are held out."""
+    first = max(1, min(limit, len(windows) // 3))
+    second = first + (len(windows) - first + 1) // 2
+    return windows[:first], windows[first:second], windows[second:]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 A clause is added by writing one function from a `Subject` to a `Finding`, and naming it in `CLAUSES`.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -78,17 +79,19 @@ def audit(
     if control not in (None, "random"):
         raise InputError(f'control expects "random"; got {control!r}')
     texts = _kept(documents)
-    found = {}
+    found: dict[str, dict[int, Finding]] = {}
+    seconds: dict[int, float] = {}
     for name, one in inner.items():
         words = tokenizer[name] if isinstance(tokenizer, Mapping) else tokenizer
         several = len(inner) > 1 or control is not None
-        found[name] = _findings(Subject(one, words, texts, plan, progress), chosen, name if several else "")
+        found[name] = _findings(Subject(one, words, texts, plan, progress), chosen, name if several else "", seconds)
     first = next(iter(inner.values()))
     words = next(iter(tokenizer.values())) if isinstance(tokenizer, Mapping) else tokenizer
     if control is not None:
         random = random_control(first, plan.seed)
-        found[RANDOM] = _findings(Subject(random, words, texts, plan, progress), chosen, RANDOM)
-    return assemble(found, chosen, provenance(first) | {"plan": repr(plan)} | dict(attrs or {}))
+        found[RANDOM] = _findings(Subject(random, words, texts, plan, progress), chosen, RANDOM, seconds)
+    spent = {"seconds_by_clause": ", ".join(f"{number}: {x:.0f}" for number, x in seconds.items())}
+    return assemble(found, chosen, provenance(first) | spent | {"plan": repr(plan)} | dict(attrs or {}))
 
 
 def _kept(documents: Any) -> list[tuple[str, Any]]:
@@ -119,7 +122,7 @@ def random_control(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return made.to(first_device(model)).eval()  # type: ignore[arg-type]
 
 
-def _findings(subject: Subject, clauses: Sequence[Clause], name: str) -> dict[int, Finding]:
+def _findings(subject: Subject, clauses: Sequence[Clause], name: str, seconds: dict[int, float]) -> dict[int, Finding]:
     """What every clause finds on one model, in evaluation mode, without a random number of the caller's."""
     modes = [(module, module.training) for module in subject.model.modules()]
     found = {}
@@ -129,7 +132,9 @@ def _findings(subject: Subject, clauses: Sequence[Clause], name: str) -> dict[in
             for clause in clauses:
                 if subject.shown:
                     Console(stderr=True).print(f"{name and name + ': '}{clause.number} · {clause.name}", style="bold")
+                started = time.perf_counter()
                 found[clause.number] = clause.measure(subject)
+                seconds[clause.number] = seconds.get(clause.number, 0.0) + time.perf_counter() - started
     finally:
         for module, mode in modes:
             module.training = mode

@@ -24,7 +24,7 @@ from posterity.audit.clause import (
     named,
 )
 from posterity.errors import InputError
-from posterity.fold import Costs, Head, Losses, Trial, Windows, head_costs, head_counts, longest
+from posterity.fold import Costs, Head, Losses, Trial, Windows, head_costs, head_counts, longest, parts
 from posterity.hook import Attending, Layer
 from posterity.linear import as_linear
 from posterity.mask import Mask
@@ -40,8 +40,7 @@ def straight(subject: Subject) -> Finding:
     """
     plan = subject.plan
     number = max(2, plan.budget // plan.short)
-    texts = subject.windows(plan.short, 2 * number)
-    windows, others = texts[:number], texts[number:]
+    windows, choosing, others = parts(subject.windows(plan.short, 5 * number), number)
     differences, refused = _differences(subject, windows)
     wrong = np.nan_to_num(differences) > rounding(subject.model.dtype)
     verdict = FAILS if wrong.any() else MIXED if refused else HOLDS
@@ -64,7 +63,7 @@ def straight(subject: Subject) -> Finding:
     else:
         with subject.bar((1 + sum(counts)) * len(windows), "folding", "heads") as advance:
             costs = head_costs(subject.model, windows, advance=advance)
-        trial = Trial(subject.model, windows, costs.order)
+        trial = Trial(subject.model, choosing or windows, costs.order)
         number = longest(trial, len(costs.order), plan.fold)
         losses = [Losses.of(trial.before, trial.after(number))]
         if others:
@@ -74,7 +73,7 @@ def straight(subject: Subject) -> Finding:
         variables |= _variables(costs, trial, set(costs.order[:number]))
         reasons.append(
             f"{number} of {len(costs.order)} heads can look only at themselves together for {losses[-1].change:+.4f} "
-            f"nats per token{' on other windows' if others else ''}"
+            f"nats per token{' on held-out windows' if others else ''}"
         )
     return Finding(figures, verdict, "; ".join(reasons), variables)
 
@@ -82,11 +81,11 @@ def straight(subject: Subject) -> Finding:
 def _prices(costs: Costs, number: int, losses: list[Losses], budget: float) -> list[Figure]:
     whole = len(costs.order)
     dearest = costs.order[-1]
-    where = ("with these heads together", "with these heads together, other windows")
+    where = ("with these heads together", "with these heads together, held out")
     return [
         Figure(
             "heads that can look only at themselves", float(number), formula="the cheapest alone, as many as together "
-            f"stay within {budget:g} nats per token on the windows that chose them", units="heads",
+            f"stay within {budget:g} nats per token on windows of their own", units="heads",
         ),
         Figure("share of these heads", number / whole, formula="these heads / all heads"),
         *(
