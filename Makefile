@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow check bench picture reproduce clean
+.PHONY: help demo test test-slow check bench picture reproduce audit clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -45,5 +45,8 @@ picture: demo $(VENV)/tested  ## the picture of the README, from demo/report.htm
 reproduce: $(VENV)/tested  ## what training under a horizon costs, beside the published figures: docs/reproduce.png
 	$(BIN)/python bench/reproduce.py
 
+audit: $(VENV)/tested  ## the tables of docs/audit.md: does each clause of the idea hold on the default model?
+	$(BIN)/python bench/audit.py
+
 clean:  ## remove what make has made
-	rm -rf $(VENV) demo dist reproduce
+	rm -rf $(VENV) demo dist reproduce audits

@@ -260,6 +260,23 @@ def test_a_verdict_takes_two_standard_errors(value, error, verdict):
     assert judge([1 - x for x in value], error, more=False)[0] == verdict
 
 
+def test_standard_errors_are_those_of_the_bootstrap():
+    from posterity.audit.clause import mean_and_error
+    from posterity.audit.pasts import pooled
+
+    rng = np.random.default_rng(0)
+    values, whole = rng.gamma(2.0, size=(40, 3)), rng.gamma(3.0, size=(40, 3))
+    drawn = rng.integers(40, size=(20_000, 40))
+    mean, error = mean_and_error(values)
+    np.testing.assert_allclose(mean, values.mean(0))
+    wanted = values[drawn].mean(1).std(0) * math.sqrt(40 / 39)  # the bootstrap's divides by n
+    np.testing.assert_allclose(error, wanted, rtol=0.03)  # 20,000 draws know a deviation to 0.5 %
+    share, error = pooled(values, whole)
+    np.testing.assert_allclose(share, values.sum(0) / whole.sum(0))
+    resampled = (values[drawn].sum(1) / whole[drawn].sum(1)).std(0)
+    np.testing.assert_allclose(error, resampled, rtol=0.1)  # a ratio is linear in the sums to first order only
+
+
 def test_parts_are_named():
     assert named(np.array([True, False, True])) == "layers 0 and 2"
     assert named(np.eye(2, dtype=bool)) == "layers L0 H0 and L1 H1"

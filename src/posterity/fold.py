@@ -152,7 +152,7 @@ def fold(
     found = corpus.windows(documents, tokenizer, context, 5 * limit)
     if len(found) < 3:
         raise InputError(
-            f"fold expects three windows of {context} tokens at least, to price heads, to choose how many, and held out; "
+            f"fold expects three windows of {context} tokens at least (to price heads, choose how many, judge); "
             f"got {len(found)}: give a longer text, or lower the context (--context)"
         )
     priced, choosing, others = parts([one.ids for one in found], limit)

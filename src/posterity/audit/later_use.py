@@ -213,7 +213,7 @@ def draw(audit: View) -> list[Chart]:
             values = audit[f"later_use_{name}"].transpose("layer", "head")
             at = {"x": values["head"].values.tolist(), "y": values["layer"].values.tolist()}
             text = f"{long_name[0].upper()}{long_name[1:]}, one head at a time, in {units}."
-            trace = grid(values, kind, colorscale="RdBu", reversescale=True, zmid=0, **at)
+            trace = grid(values, kind, colorscale="RdBu", zmid=0, **at)
             charts.append(Chart(f"Patch: {kind}", text, [trace], "head", "layer"))
     return charts
 

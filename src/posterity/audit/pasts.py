@@ -244,7 +244,7 @@ def _draw_pasts(audit: View) -> list[Chart]:
             traces.append(line("gradients of other segments", chance[axis], chance, line={"dash": "dot"}))
         charts.append(Chart(f"Agreement over pasts, by {x}", text, traces, x, "agreement"))
     if "pasts_agreement" in audit:
-        heads = grid(audit["pasts_agreement"], "agreement")
+        heads = grid(audit["pasts_agreement"], "agreement", colorscale="Viridis")
         text = "How far the gradients at a head's queries agree behind several pasts."
         charts.append(Chart("Agreement over pasts, by layer and head", text, [heads], "head", "layer"))
     return charts

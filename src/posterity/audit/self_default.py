@@ -286,13 +286,15 @@ def draw(audit: View) -> list[Chart]:
     """The map of defaults, of rank correlations and of sinks; self weight and cosine by layer."""
     charts = []
     maps = {
-        "default": ("Defaults", "Where the weight goes when nothing else matches: 0 elsewhere, 1 self, 2 the first "
-                    "position.", {"zmin": 0, "zmax": 2}),
+        "default": ("Defaults", "Where the weight goes when nothing else matches.", {
+                        "zmin": -0.5, "zmax": 2.5, "colorscale": _steps("#c9ced4", "#c25a00", "#1c5f9e"),
+                        "colorbar": {"tickvals": [0, 1, 2], "ticktext": ["elsewhere", "self", "first"]},
+                    }),
         "correlation": ("Self weight against other matches", "Rank correlation over queries: below 0, self weight is "
                         "larger where the best other match is weaker.",
-                        {"colorscale": "RdBu", "reversescale": True, "zmin": -1, "zmax": 1, "zmid": 0}),
+                        {"colorscale": "RdBu", "zmin": -1, "zmax": 1, "zmid": 0}),
         "first": ("Sinks", f"Mean attention to the first position; above {SINK} a head counts as a sink.",
-                  {"zmin": 0, "zmax": 1}),
+                  {"colorscale": "Viridis", "zmin": 0, "zmax": 1}),
     }  # fmt: skip
     for name, (title, text, style) in maps.items():
         if f"self_default_{name}" in audit:
@@ -308,6 +310,12 @@ def draw(audit: View) -> list[Chart]:
         text = "Mean self weight, and cosine of the output with the own value, over queries and heads."
         charts.append(Chart("Self by layer", text, lines, "layer", "mean over heads"))
     return charts
+
+
+def _steps(*colours: str) -> list[list]:
+    """A scale of a few colours with sharp edges."""
+    number = len(colours)
+    return [[(at + end) / number, colour] for at, colour in enumerate(colours) for end in (0, 1)]
 
 
 CLAUSES: tuple[Clause, ...] = (

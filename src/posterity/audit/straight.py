@@ -176,7 +176,7 @@ def _draw(audit: View) -> list[Chart]:
                 "What it costs when one head may look only at itself",
                 "Change of the mean loss in nats per token, one head at a time. Colours end at the 95th percentile "
                 f"of the sizes, {most:.2g}; negative: the loss falls.",
-                [grid(cost, "cost", zmin=-most, zmax=most, zmid=0, colorscale="RdBu", reversescale=True)], "head",
+                [grid(cost, "cost", zmin=-most, zmax=most, zmid=0, colorscale="RdBu")], "head",
                 "layer",
             )
         )  # fmt: skip
