@@ -46,7 +46,7 @@ TEXT = {
     "heads": 4,
     "batch": 16,
     "context": 128,
-    "steps": 800,
+    "steps": 600,
     "rate": 2e-3,
 }
 DISCOUNTS = (2, 8, 32)

@@ -19,7 +19,7 @@ from posterity.audit import CLAUSES, Plan, Subject, outcome
 from posterity.audit.clause import FAILS, HOLDS, MIXED, View, judge, named
 from posterity.audit.growth import growth
 from posterity.audit.many_readers import many_readers
-from posterity.audit.table import told
+from posterity.audit.table import rows, told
 from posterity.models import watched
 from posterity.readers import KINDS, readers
 
@@ -358,14 +358,58 @@ def test_table_and_page_show_every_clause_and_escape_what_comes_from_outside(tmp
         ({"rows": []}, "rows expects numbers"),
         ({"control": "shuffled"}, 'control expects "random"'),
         ({"contexts": (64, 32)}, "contexts expects two or more lengths that grow"),
-        ({"contexts": (8, 999), "span": 999}, "at most 64 tokens; got a context of 999"),
+        ({"contexts": (8, 999), "span": 999}, "at most 64 tokens; got contexts (8, 999): lower it"),
         ({"zorg": 1}, "audit takes context"),
+        ({"contexts": 64}, "contexts expects several lengths, such as (64, 128); got 64"),
+        ({"rows": 12}, "rows expects numbers from 1 to 10; got 12"),
+        ({"prefix": 60, "future": 32, "rows": [9]}, "the model reads at most 64 tokens; got prefix 60"),
         ({"span": 8}, "a span of at least the longest context"),
     ],
 )
 def test_mistakes_are_one_line(options, line):
     with pytest.raises(InputError, match=re.escape(line)):
         posterity.audit(tiny("llama"), None, tokens(4, 1000), progress=False, **({"rows": [5]} | SMALL | options))
+
+
+def test_what_is_not_given_shrinks_to_what_the_model_reads():
+    assert Plan().fitted(10**9, ()) == Plan()
+    small = Plan().fitted(64, ())
+    assert (small.context, small.contexts, small.short) == (64, (16, 32, 64), 64)
+    assert small.prefix + small.future <= 64
+    assert Plan().fitted(200, ()).contexts == (64, 128)
+    found = posterity.audit(tiny("llama"), None, tokens(2, 200), rows=[1], progress=False, limit=2)
+    assert "context=64" in found.attrs["plan"]
+    assert "without standard errors" not in str(found.reason.values)
+
+
+def test_a_row_that_cannot_be_measured_says_why_and_the_others_go_on(tmp_path):
+    model, ids = tiny("gpt_oss"), tokens(4, 48)
+    found = posterity.audit(
+        model, None, [ids[0]], rows=[1, 10], progress=False, **(SMALL | {"prefix": 30, "future": 15})
+    )
+    assert found.verdict.values[0].tolist()[0] in (HOLDS, FAILS, MIXED)
+    assert found.verdict.values[0].tolist()[1] == "not measured"
+    assert "two windows of 45 tokens" in str(found.reason.values[0, 1])
+    posterity.save(found, tmp_path / "audit.nc")
+    posterity.report(posterity.load(tmp_path / "audit.nc"), tmp_path / "audit.html")
+    with pytest.raises(InputError, match="two windows of 45 tokens"):
+        posterity.audit(model, None, [ids[0]], rows=[10], progress=False, **(SMALL | {"prefix": 30, "future": 15}))
+
+
+def test_a_single_window_says_that_there_are_no_errors():
+    found = posterity.audit(tiny("llama"), None, tokens(1, 48), rows=[1], progress=False, **(SMALL | {"limit": 1}))
+    assert "without standard errors" in str(found.reason.values[0, 0])
+
+
+def test_no_number_of_a_table_is_cut(audited):
+    models = xr.concat([audited.assign_coords(model=[f"model {n}"]) for n in range(3)], "model", data_vars="minimal")
+    for wide in (80, 200):
+        console = Console(record=True, width=wide)
+        posterity.summary(models, console)
+        text = console.export_text()
+        for row in rows(audited, 4):
+            assert text.count(row.values[0]) >= 3
+            assert text.count(row.baseline) >= 1
 
 
 @pytest.mark.parametrize("name", ["figure", "verdict", "formula", "of_clause"])

@@ -290,6 +290,20 @@ def test_no_output_takes_the_place_of_an_input_or_of_the_other_output(tmp_path, 
     assert (tmp_path / "some.txt").read_text() == "words"
 
 
+@pytest.mark.parametrize("option", ["--output", "--report"])
+def test_no_file_of_another_kind_is_replaced(tmp_path, calls, option):
+    there = tmp_path / "model.safetensors"
+    there.write_bytes(b"weights")
+    for command in ("measure", "audit"):
+        answer = run(command, option, there)
+        assert answer.exit_code == 2
+        assert f"what is there is no {'result' if option == '--output' else 'page'}" in answer.output
+        assert answer.output.count("\n") == 1
+    assert there.read_bytes() == b"weights"
+    there.write_bytes(b"\x89HDF and so on" if option == "--output" else b"<!DOCTYPE html>")
+    assert run("measure", option, there).exit_code == 0
+
+
 def test_help_answers_without_importing_torch():
     code = "import sys; from posterity import cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": SOURCE}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from test_fold import tokenizer
 from test_losses import dense
 from tiny import tiny, tokens
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -402,6 +403,7 @@ def test_folders_of_other_runs_and_wrong_settings_are_refused_in_one_line(tmp_pa
         "a width that 3 heads divide; got 16": {"heads": 3},
         "a learning rate above 0": {"rate": 0.0},
         "only sines and induction take numbers": {"data": ("text",)},
+        "a seed from 0": {"seed": -1},
     }.items():
         with pytest.raises(InputError, match=message):
             Settings(**SMALL | changes)
@@ -411,6 +413,48 @@ def test_folders_of_other_runs_and_wrong_settings_are_refused_in_one_line(tmp_pa
         train(tmp_path / "new2", Settings(**SMALL | {"model": "zorg"}), progress=False)
     with pytest.raises(InputError, match="a monitor measures models that read tokens"):
         train(tmp_path / "new3", Settings(data=("sines",), steps=1), monitor=1, progress=False)
+
+
+def test_a_run_that_is_refused_leaves_its_folder_free(tmp_path):
+    with pytest.raises(InputError, match="layers expects numbers from 0 to 1"):
+        train(tmp_path / "run", Settings(**SMALL, layers=(7,)), progress=False)
+    train(tmp_path / "run", Settings(**SMALL, layers=(1,)), progress=False)
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7"])
+def test_folders_that_are_none_are_refused_in_one_line(tmp_path, text):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="it is a file: choose another"):
+        train(tmp_path / "file", Settings(**SMALL), progress=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"its run\.json is damaged"):
+        train(tmp_path / "run", Settings(**SMALL), progress=False)
+
+
+def test_data_that_is_misspelt_or_mixed_is_refused_before_anything_is_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("posterity.corpus.sources", None)
+    for data, line in ((("sinus",), "did you mean sines"), (("sines", "my.txt"), "expected sines alone")):
+        with pytest.raises(InputError, match=line):
+            train(tmp_path / "run", Settings(data=data), progress=False)
+
+
+def test_a_folded_model_is_not_trained_as_if_it_were_plain(tmp_path):
+    from posterity.folded import save_folded
+
+    (tmp_path / "text.txt").write_text("one two three " * 200)
+    save_folded(tiny("llama", torch.float32), tokenizer(), {0: [0]}, tmp_path / "folded", {})
+    settings = Settings(model=str(tmp_path / "folded"), data=(str(tmp_path / "text.txt"),))
+    with pytest.raises(InputError, match="runs folded: train the plain one"):
+        train(tmp_path / "new", settings, progress=False)
+
+
+def test_a_horizon_s_class_and_half_a_step_are_refused():
+    with pytest.raises(InputError, match="expected a horizon such as Myopic"), posterity.horizon(tiny("llama"), Myopic):
+        pass
+    with pytest.raises(InputError, match=r"every 1 steps or more; got 2\.5"):
+        Monitor(every=2.5)
 
 
 def test_a_model_from_scratch_on_text_has_a_tokenizer_and_held_out_ends(tmp_path):
@@ -450,7 +494,7 @@ def test_the_myopia_gap_is_the_difference_of_held_out_losses(tmp_path):
     folders = []
     for horizon in ("full", "myopic"):
         for seed in (0, 1):
-            settings = Settings(**SMALL | {"steps": 3, "rate": 0.05}, horizon=horizon, seed=seed)
+            settings = Settings(**SMALL | {"steps": 30, "rate": 0.05}, horizon=horizon, seed=seed)
             folders.append(train(tmp_path / f"{horizon}{seed}", settings, progress=False))
     compared = compare(folders, progress=False)
     ids = prepare(Settings(**SMALL)).held_out[0]
@@ -478,7 +522,7 @@ def test_the_myopia_gap_is_the_difference_of_held_out_losses(tmp_path):
         with pytest.raises(InputError, match=message):
             compare(chosen, progress=False)
     longer = train(tmp_path / "longer", Settings(**SMALL | {"steps": 4}, seed=5), progress=False)
-    with pytest.raises(InputError, match="differ in the horizon and the seed only; here steps is 3 and 4"):
+    with pytest.raises(InputError, match="differ in horizon, cut, streams, layers and seed only; here steps is 30 and 4"):
         compare([folders[0], longer], progress=False)
 
 

@@ -161,17 +161,27 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_writable(*paths: Path | None, reads: Iterable[Any] = ()) -> None:
-    """Say before the work whether the files can be written, and that none takes the place of another."""
+STARTS = {"result": b"\x89HDF", "page": b"<!doctype html"}
+
+
+def _check_writable(output: Path | None, report: Path | None = None, reads: Iterable[Any] = ()) -> None:
+    """Say before the work whether the files can be written, and that none takes the place of something else.
+
+    A file that is there already is replaced only by one of its kind: a result by a result, a page by a page.
+    """
     from posterity.result import writable
 
     taken = {Path(one).resolve(): "is read here" for one in reads if str(one)}
-    for path in paths:
+    for kind, path in (("result", output), ("page", report)):
         if path is not None:
             if path.resolve() in taken:
                 raise InputError(f"cannot write {path}: it {taken[path.resolve()]}; choose another file for the output")
             taken[path.resolve()] = "is the other output"
             writable(path)
+            if path.is_file() and path.stat().st_size:
+                with path.open("rb") as file:
+                    if not file.read(16).lower().startswith(STARTS[kind].lower()):
+                        raise InputError(f"cannot write {path}: what is there is no {kind}; choose another file")
 
 
 def _provenance(loaded: Any) -> dict[str, Any]:
@@ -349,7 +359,8 @@ def audit(
     context: Annotated[int | None, typer.Option(min=8, help="Tokens in a window.  [default: 512]")] = None,
     documents: Annotated[int | None, typer.Option(min=1, help="Windows to measure.  [default: 4]")] = None,
     budget: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of each of the many passes of clauses 6 and 8.  [default: 256]")
+        int | None,
+        typer.Option(min=1, help="Tokens of each pass of clauses 6 and 8, in two windows at least.  [default: 256]"),
     ] = None,
     control: Annotated[
         Literal["random"] | None, typer.Option(help="Beside it, a model of the same config with random weights.")
@@ -375,6 +386,8 @@ def audit(
     from posterity import corpus, loading, steps
 
     others = beside or []
+    if len({model or "default", *others}) <= len(others):
+        raise InputError(f"expected other models beside {model or 'the default'}; one came twice")
     _check_writable(output, report, reads=[model or "", *(text or []), *others])
     given = _given(
         contexts=_numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
@@ -404,7 +417,7 @@ def report(
     """Write a page from one or several runs."""
     import posterity
 
-    _check_writable(output, reads=runs)
+    _check_writable(None, output, reads=runs)
     posterity.report([posterity.load(run) for run in runs], output)
 
 

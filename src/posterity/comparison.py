@@ -30,6 +30,7 @@ from posterity.tasks import Regressor
 
 ARM = ("horizon", "cut", "streams", "layers")  # what may differ between runs that are compared, with the seed
 BATCH = 16
+KIND = "comparison"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def compare(folders: Sequence[str | Path], *, progress: bool = True) -> xr.Datas
         found = {str(getattr(run.settings, one.name)) for run in runs}
         if one.name not in (*ARM, "seed") and len(found) > 1:
             raise InputError(
-                f"runs that are compared differ in the horizon and the seed only; here {one.name} is "
+                f"runs that are compared differ in {', '.join(ARM)} and seed only; here {one.name} is "
                 f"{' and '.join(sorted(found))}"
             )
     named = [(run.arm, run.settings.seed) for run in runs]
@@ -149,7 +150,7 @@ def compare(folders: Sequence[str | Path], *, progress: bool = True) -> xr.Datas
             "seed": ("run", [seed for _, seed in named]), "document": np.arange(array.shape[1]),
             "position": np.arange(array.shape[2]),
         },
-        {"data": " ".join(runs[0].settings.data), "steps": runs[0].settings.steps},
+        {"kind": KIND, "data": " ".join(runs[0].settings.data), "steps": runs[0].settings.steps},
     )  # fmt: skip
 
 
@@ -196,6 +197,21 @@ def save(compared: xr.Dataset, path: str | Path) -> None:
     write_whole(writable(path), bytes(compared.to_netcdf(engine="h5netcdf")))
 
 
+def load(path: str | Path) -> xr.Dataset:
+    """Read a comparison into memory and close the file. InputError for anything else."""
+    try:
+        with xr.open_dataset(path, engine="h5netcdf", cache=False) as file:
+            compared = file.load()
+        sound = compared.loss.dims == ("run", "document", "position") and compared.loss.dtype.kind == "f"
+        sound = sound and all(compared[name].dims == ("run",) for name in ("folder", "arm", "seed"))
+        sound = sound and {"data", "steps"} <= set(compared.attrs)
+    except Exception:  # a damaged file can fail anywhere inside HDF5, h5netcdf and xarray
+        sound = False
+    if not sound:
+        raise InputError(f"{path}: expected a comparison of `posterity compare`, but it is damaged; compare again")
+    return compared
+
+
 def page(compared: xr.Dataset, path: str | Path) -> None:
     """Write a comparison as a page, whole or not at all. Raises InputError."""
     from posterity.report.compared import render
@@ -212,6 +228,7 @@ def cells(one: xr.Dataset) -> tuple[str, str, str, str]:
 
 def told(value: float, error: float, sign: str = "") -> str:
     """A number and its standard error, where there is one."""
+    value = 0.0 if abs(value) < 5e-5 else value  # no "-0.0000"
     return f"{value:{sign}.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
 
 
@@ -227,4 +244,6 @@ def table(compared: xr.Dataset, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     console.print(shown)
     rows = compared.sizes["document"]
-    console.print(f"Losses in {units}; ± is one standard error over {rows} held-out rows and the seeds.")
+    several = int(found.seeds.max()) > 1
+    seeds = "and the seeds" if several else "(one seed: what another would change is not in it)"
+    console.print(f"Losses in {units}; ± is one standard error over {rows} held-out rows {seeds}.")

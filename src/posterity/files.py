@@ -1,4 +1,4 @@
-"""Results and audits as files: one way in, one way out."""
+"""Results, audits and comparisons as files: one way in, one way out."""
 
 import os
 from contextlib import suppress
@@ -16,8 +16,16 @@ def save(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
-    """Read a result or an audit into memory and close the file. InputError for anything not whole and sound."""
+    """Read a result, an audit or a comparison into memory and close the file.
+
+    Raises:
+        InputError: It is none, or not whole and sound.
+    """
     kind = None
     with suppress(Exception), xr.open_dataset(os.path.realpath(path), engine="h5netcdf", cache=False) as file:
-        kind = outcome.is_audit(file)
-    return outcome.load(path) if kind else results.load(path)
+        kind = results.plain(file.attrs.get("kind"))
+    if kind == "comparison":
+        from posterity import comparison
+
+        return comparison.load(os.fspath(path))
+    return outcome.load(path) if kind == outcome.KIND else results.load(path)

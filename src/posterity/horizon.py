@@ -137,7 +137,7 @@ def by_lag(rule: Rule, length: int, like: Tensor) -> Float[Tensor, " lag"] | Non
     if isinstance(rule, Full):  # every backward pass asks; a GPU need not be waited for
         return None
     lag = torch.arange(length, device=like.device)
-    weight = getattr(rule, "weight", lambda _: None)(lag)
+    weight = None if isinstance(rule, type) else getattr(rule, "weight", lambda _: None)(lag)
     if not isinstance(weight, Tensor) or weight.shape != lag.shape:
         raise InputError(f"expected a horizon such as Myopic(), Discount(0.9) or EdgeWindow(16); got {rule!r}")
     if not ((weight >= 0) & (weight <= 1)).all() or weight[0] != 1:

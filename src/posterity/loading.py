@@ -202,6 +202,11 @@ def _check_config(place: Place, options: dict[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     config = AutoConfig.from_pretrained(place.path, **options)
+    if "Regressor" in (config.architectures or ()):
+        raise InputError(
+            f"expected a causal language model; {place.name} is a run of the task sines, which reads numbers: "
+            "`posterity compare` and posterity.myopia read it"
+        )
     remote = options["trust_remote_code"] and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     what = f"expected a causal language model; {place.name} is of type {config.model_type}"
     if getattr(config, "is_encoder_decoder", False):

@@ -51,7 +51,7 @@ class Monitor(TrainerCallback):
         output: str | Path | None = None,
     ):
         """Check what can be checked without the Trainer."""
-        if every < 1:
+        if not isinstance(every, int) or every < 1:
             raise InputError(f"Monitor expects to measure every 1 steps or more; got {every}")
         if isinstance(documents, torch.Tensor) and documents.dim() == 2 and context is None:
             context = documents.shape[1]
@@ -82,7 +82,8 @@ class Monitor(TrainerCallback):
         if self.output is not None and state.global_step and self.output.exists():
             before = steps.by_step(results.load(self.output))
             self.measured = {step: one for step, one in before.items() if step <= state.global_step}
-        self._measure(state.global_step, kwargs["model"])
+        if state.global_step % self.every == 0:  # an interrupted training may go on in between
+            self._measure(state.global_step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every few steps, and after the last."""

@@ -9,6 +9,7 @@ from the same weights and see the same batches.
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -39,6 +40,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 import posterity
 from posterity import corpus, loading
 from posterity.errors import InputError
+from posterity.hook import FOLDED
 from posterity.horizon import parse
 from posterity.monitor import Monitor
 from posterity.result import write_whole
@@ -90,6 +92,8 @@ class Settings:
                 raise InputError(f"expected {name} of at least 1; got {getattr(self, name)}")
         if self.width % self.heads:
             raise InputError(f"expected a width that {self.heads} heads divide; got {self.width}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"expected a seed from 0 to {2**32 - 1}; got {self.seed}")
         if not 0 < self.rate < float("inf"):
             raise InputError(f"expected a learning rate above 0; got {self.rate}")
         if self.task and self.task_name is None:
@@ -182,6 +186,20 @@ def _split(texts: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tu
     return first, [(name, text[end:]) for (name, text), end in zip(texts, ends, strict=True)]
 
 
+def _check_data(settings: Settings) -> None:
+    """Raise InputError for built-in data that is mixed with other data or misspelt, before anything is looked up."""
+    built_in = [*TASKS, "text"]
+    mixed = [name for name in settings.data if name in built_in]
+    if mixed and len(settings.data) > 1:
+        raise InputError(f"expected {mixed[0]} alone, or files and datasets; got {', '.join(settings.data)}")
+    for name in settings.data:
+        near = difflib.get_close_matches(name, built_in, 1, 0.7)
+        if name not in built_in and near and not Path(name).exists():
+            raise InputError(
+                f"expected {', '.join(built_in)}, a file or a dataset; got {name!r}: did you mean {near[0]}?"
+            )
+
+
 def _read(document: Any) -> str:
     return "".join(document.pieces()) if isinstance(document, corpus.Stream) else document
 
@@ -261,8 +279,11 @@ def train(
         InputError: A wrong setting; a folder that holds another run or something else; a loss that is not finite.
     """
     folder = Path(output)
+    _check_data(settings)
     scratch = settings.task_name is not None or settings.model in _types()
     loaded = None if scratch else loading.load_model(settings.model, "float32")
+    if loaded is not None and getattr(loaded.model.config.get_text_config(decoder=True), FOLDED, None):
+        raise InputError(f"expected a model whose heads all attend; {settings.model} runs folded: train the plain one")
     data = prepare(settings, None if loaded is None else loaded.tokenizer)
     known = {**json.loads(json.dumps(asdict(settings))), "data_digest": data.digest}
     _same_run(folder, known)
@@ -298,7 +319,7 @@ def train(
         trainer.add_callback(Bar())
     if trainer.is_world_process_zero():
         write_whole(folder / FILE, json.dumps({**known, **_made()}, indent=1).encode())
-    with _told_of_a_full_disk(folder), _without_bars_of_files():
+    with _unclaimed(folder), _told_of_a_full_disk(folder), _without_bars_of_files():
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
@@ -328,6 +349,17 @@ def _without_bars_of_files() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _unclaimed(folder: Path) -> Iterator[None]:
+    """A run that is refused before its first checkpoint leaves its folder free."""
+    try:
+        yield
+    except InputError:
+        if last_checkpoint(folder) is None:
+            (folder / FILE).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def _told_of_a_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
@@ -353,6 +385,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _same_run(folder: Path, known: dict[str, Any]) -> None:
     """Make the folder, or see that it holds this run."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder for the run; it is a file: choose another")
     if not folder.exists():
         folder.mkdir(parents=True, exist_ok=True)  # another process of this run may have been faster
         return
@@ -362,9 +396,13 @@ def _same_run(folder: Path, known: dict[str, Any]) -> None:
         if any(folder.iterdir()):
             raise InputError(f"{folder}: expected a new folder or that of a run, but it holds something else") from None
         return
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, dict):
+        raise InputError(f"{folder}: expected the folder of a run, but its {FILE} is damaged: choose another folder")
     other = [name for name in known if before.get(name) != known[name]]
     if other:
-        said = "; ".join(f"{name} was {before.get(name)!r}, now {known[name]!r}" for name in other)
+        said = "; ".join(f"{name} was {before.get(name)!r}, now {known[name]!r}" for name in other[:4])
         raise InputError(f"{folder} holds another run ({said}): choose another folder, or the same settings")
 
 

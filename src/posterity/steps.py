@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,11 +69,21 @@ def over_steps(measured: Mapping[int, xr.Dataset]) -> xr.Dataset:
     for step in steps[1:]:
         if dict(measured[step].sizes) != dict(first.sizes) or set(measured[step].variables) != set(first.variables):
             raise InputError(f"the results of step {steps[0]} and step {step} were not measured in the same way")
+    names = list(dict.fromkeys(str(measured[step].attrs.get("model", "")) for step in steps))
     joined = xr.concat(
         [measured[step] for step in steps], xr.DataArray(steps, dims="step", name="step", attrs=_ATTRS),
         data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override",
     )  # fmt: skip
+    joined.attrs = {**measured[steps[-1]].attrs, "model": _common(names)}
     return results.check(joined)
+
+
+def _common(names: list[str]) -> str:
+    """One name for the models of all steps: the folder that holds them, where they are folders."""
+    if len(names) == 1:
+        return names[0]
+    folder = os.path.commonpath(names) if len({os.path.isabs(name) for name in names}) == 1 else ""
+    return folder or ", ".join(names)
 
 
 def by_step(result: xr.Dataset) -> dict[int, xr.Dataset]:

@@ -41,7 +41,7 @@ class Head:
 def summary(result: xr.Dataset, console: Console | None = None) -> None:
     """Print table and sentence, in a terminal (from 80 columns) or a notebook; of several steps, those of the last.
 
-    Of an audit, the table of its clauses.
+    Of an audit, the table of its clauses; of a comparison, that of its arms.
 
     Raises:
         InputError: It is no result.
@@ -50,6 +50,11 @@ def summary(result: xr.Dataset, console: Console | None = None) -> None:
         from posterity.audit.table import table as told
 
         told(result, console)
+        return
+    if results.plain(getattr(result, "attrs", {}).get("kind")) == "comparison":
+        from posterity import comparison
+
+        comparison.table(result, console)
         return
     result = steps.latest(results.check(result))
     console = console or Console(highlight=False)

@@ -3,6 +3,7 @@
 A clause is added by writing one function from a `Subject` to a `Finding`, and naming it in `CLAUSES`.
 """
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from posterity import corpus
 from posterity.audit import futures, later_use, self_default, straight
-from posterity.audit.clause import Clause, Finding, Plan, Subject
+from posterity.audit.clause import REFUSED, Clause, Finding, Plan, Subject
 from posterity.audit.gradients import LOOK_AHEAD, LOOK_BACK, WEIGHTS
 from posterity.audit.growth import GROWTH
 from posterity.audit.many_readers import READERS
@@ -59,14 +60,16 @@ def audit(
         control: "random": beside the model, one of the same config with random weights.
         progress: Whether to show progress bars on stderr.
         attrs: Provenance to add.
-        changes: How much is measured (posterity.audit.clause.Plan), such as `contexts=(64, 128)` or `budget=512`.
+        changes: How much is measured (posterity.audit.clause.Plan), such as `contexts=(64, 128)` or `budget=512`. What
+            is not given shrinks for a model that reads fewer tokens; the plan that was used is in `attrs`.
 
     Returns:
         `verdict` and `reason` (model, clause); `figure`, `error` and `baseline` (model, measure), each measure with its
         clause, formula and units; and what every row measured, in variables that begin with its name.
 
     Raises:
-        InputError: Unknown rows or fields of the plan; as in `posterity.measure`.
+        InputError: Unknown rows or fields of the plan; as in `posterity.measure`, if no row can be measured. A single
+            row that cannot is `not measured` in the table, with the reason.
     """
     chosen = _chosen(rows)
     plan = _planned(Plan.quick() if quick else Plan(), changes)
@@ -78,6 +81,7 @@ def audit(
              for name, one in inner.items()}  # fmt: skip
     if control not in (None, "random"):
         raise InputError(f'control expects "random"; got {control!r}')
+    plan = plan.fitted(min(map(_longest, inner.values())), changes)
     texts = _kept(documents)
     found: dict[str, dict[int, Finding]] = {}
     seconds: dict[int, float] = {}
@@ -133,17 +137,36 @@ def _findings(subject: Subject, clauses: Sequence[Clause], name: str, seconds: d
                 if subject.shown:
                     Console(stderr=True).print(f"{name and name + ': '}{clause.number} · {clause.name}", style="bold")
                 started = time.perf_counter()
-                found[clause.number] = clause.measure(subject)
+                found[clause.number] = _finding(clause, subject)
                 seconds[clause.number] = seconds.get(clause.number, 0.0) + time.perf_counter() - started
     finally:
         for module, mode in modes:
             module.training = mode
+    if all(one.verdict == REFUSED for one in found.values()):
+        raise InputError(next(iter(found.values())).reason)
     return found
+
+
+def _finding(clause: Clause, subject: Subject) -> Finding:
+    """What one clause finds; what it needs and this model or text has not is its reason, and the others go on."""
+    try:
+        found = clause.measure(subject)
+    except InputError as error:
+        return Finding((), REFUSED, str(error))
+    if not any(one.error > 0 for one in found.figures):
+        return replace(found, reason=f"{found.reason} (without standard errors: the values alone decide)")
+    return found
+
+
+def _longest(model: PreTrainedModel) -> int:
+    """How many tokens a model reads at most, as far as its config says."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else sys.maxsize
 
 
 def _chosen(rows: Sequence[int] | None) -> list[Clause]:
     numbers = [clause.number for clause in CLAUSES]
-    wanted = numbers if rows is None else list(rows)
+    wanted = numbers if rows is None else [rows] if isinstance(rows, int) else list(rows)
     if not wanted or not set(wanted) <= set(numbers):
         raise InputError(f"rows expects numbers from {numbers[0]} to {numbers[-1]}; got {rows!r}")
     return [clause for clause in CLAUSES if clause.number in wanted]

@@ -4,9 +4,9 @@ Every clause is one function from a `Subject` to a `Finding`, and one from the a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from posterity.errors import InputError
 from posterity.measure import measure, progress_bar
 
 HOLDS, FAILS, MIXED = "holds", "fails", "mixed"
+REFUSED = "not measured"  # what the row needs, this model or text has not
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Plan:
         for name in ("context", "short", "prefix", "draws"):
             if getattr(self, name) < 2:
                 raise InputError(f"expected {name} of at least 2; got {getattr(self, name)}")
+        if not isinstance(self.contexts, tuple):
+            raise InputError(f"contexts expects several lengths, such as (64, 128); got {self.contexts!r}")
         grow = all(one < two for one, two in pairwise(self.contexts))
         if len(self.contexts) < 2 or self.contexts[0] < 2 or not grow:
             raise InputError(f"contexts expects two or more lengths that grow, such as 64,128; got {self.contexts}")
@@ -58,6 +61,28 @@ class Plan:
             raise InputError(f"expected a span of at least the longest context, {self.contexts[-1]}; got {self.span}")
         if self.fold < 0 or not 0 < self.share <= 1:
             raise InputError(f"expected fold of at least 0 and a share from 0 to 1; got {self.fold} and {self.share}")
+
+    def fitted(self, longest: int, given: Collection[str]) -> "Plan":
+        """The plan for a model that reads at most so many tokens: what was not `given` shrinks until it fits.
+
+        Raises:
+            InputError: What was given does not fit.
+        """
+        contexts = tuple(one for one in self.contexts if one <= longest)
+        contexts = contexts if len(contexts) > 1 else (max(2, longest // 4), max(3, longest // 2), longest)
+        wanted = {
+            "context": min(self.context, longest), "contexts": contexts, "short": min(self.short, longest),
+            "prefix": min(self.prefix, longest - longest // 3), "future": min(self.future, longest // 3),
+        }  # fmt: skip
+        if self.prefix + self.future <= longest:
+            wanted |= {"prefix": self.prefix, "future": self.future}
+        for name, fit in wanted.items():
+            if name in given and getattr(self, name) != fit:
+                raise InputError(
+                    f"the model reads at most {longest} tokens; got {name} {getattr(self, name)}: lower it"
+                )
+        span = max(self.span, contexts[-1]) if "span" not in given else self.span
+        return replace(self, **wanted, span=span)
 
     @classmethod
     def quick(cls) -> "Plan":

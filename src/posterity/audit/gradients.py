@@ -125,7 +125,7 @@ def weights(subject: Subject) -> Finding:
     own, all_edges = (float(x) for x in (result.edges.isel(lag=0).mean(), result.edges.sum("lag").mean()))
     figures = [
         Figure(
-            "later terms for one own", (all_edges - own) / own, 0.0, (subject.plan.context - 1) / 2,
+            "later terms for one own", (all_edges - own) / own, math.nan, (subject.plan.context - 1) / 2,
             "edges of lag > 0 over edges of lag 0, a mean over layers", "(N - 1)/2 without windows",
         )
     ]  # fmt: skip

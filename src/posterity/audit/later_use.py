@@ -182,7 +182,9 @@ def _figures(heads: np.ndarray, single: np.ndarray, whole: np.ndarray) -> list[F
         )
     cases = np.heaviside(single[:, 1] - single[:, 0], 0.5)
     name, formula = "positions worth more later", "share of (layer, position) with later worth > own worth"
-    found.append(Figure(name, *mean_and_error(cases.mean((1, 2))), 0.5, formula, "no difference"))
+    share, error = mean_and_error(cases.mean((1, 2)))
+    error = np.fmax(error, 0.5 / math.sqrt(cases.size))  # as in `later_share`
+    found.append(Figure(name, share, error, 0.5, formula, "no difference"))
     known = np.isfinite(heads[:, 0])
     back = np.heaviside(heads[:, 1] - heads[:, 0], 0.5).sum((1, 2), where=known) / known.sum((1, 2))
     formula = "share of heads, mean over windows: only self and first costs more than no self edge"

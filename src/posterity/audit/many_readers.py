@@ -59,7 +59,7 @@ def many_readers(subject: Subject) -> Finding:
     names = {verdict for verdict, _, _ in verdicts}
     low, high = int(np.argmin(mean)), int(np.argmax(mean))
     reason = (
-        f"of {available:.0f} readers that a key has on average, {mean[low]:.0f} (by {KINDS[low]}) to {mean[high]:.0f} "
+        f"of {available:.1f} readers that a key has on average, {mean[low]:.0f} (by {KINDS[low]}) to {mean[high]:.0f} "
         f"(by {KINDS[high]}) really count"
         + "".join(f"; by {kind} at most two in {words}" for kind, words in few.items())
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from posterity.audit.clause import FAILS, HOLDS, MIXED, Clause, Finding
+from posterity.audit.clause import FAILS, HOLDS, MIXED, REFUSED, Clause, Finding
 from posterity.errors import InputError
 from posterity.result import plain, writable, write_whole
 
@@ -133,7 +133,7 @@ def _flaw(audit: xr.Dataset) -> str | None:
     for name, kind in LABELS.items():
         if name not in audit.coords or (audit[name].dtype.kind in "UO") != (kind == "O"):
             return f"its coordinate {name!r} is missing or wrong"
-    if not set(audit.verdict.values.ravel().tolist()) <= {HOLDS, FAILS, MIXED}:
-        return "a verdict is none of holds, fails, mixed"
+    if not set(audit.verdict.values.ravel().tolist()) <= {HOLDS, FAILS, MIXED, REFUSED}:
+        return "a verdict is none of holds, fails, mixed, not measured"
     unknown = [name for name, one in audit.variables.items() if one.dtype.kind not in "fiUO"]
     return f"{unknown[0]!r} holds {audit[unknown[0]].dtype}" if unknown else None

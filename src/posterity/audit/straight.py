@@ -85,7 +85,7 @@ def _prices(costs: Costs, number: int, losses: list[Losses], budget: float) -> l
     return [
         Figure(
             "heads that can look only at themselves", float(number), formula="the cheapest alone, as many as together "
-            f"stay within {budget:g} nats per token on windows of their own", units="heads",
+            f"stay within {budget:g} nats per token on windows of their own",
         ),
         Figure("share of these heads", number / whole, formula="these heads / all heads"),
         *(

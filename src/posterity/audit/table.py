@@ -11,11 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from posterity.audit.clause import FAILS, HOLDS, MIXED
+from posterity.audit.clause import FAILS, HOLDS, MIXED, REFUSED
 from posterity.audit.outcome import check
 from posterity.summary import UNKNOWN
 
-COLOURS = {HOLDS: "green", FAILS: "red", MIXED: "yellow"}
+NAMES, NUMBERS = 36, 22  # columns of a terminal: names of measures; numbers of a model
+COLOURS = {HOLDS: "green", FAILS: "red", MIXED: "yellow", REFUSED: "dim"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ def table(audit: xr.Dataset, console: Console | None = None) -> None:
     check(audit)
     console = console or Console(highlight=False)
     models = [str(one) for one in audit.model.values]
+    if console.width < NAMES + NUMBERS * (len(models) + 1) and len(models) > 1:  # one below the other instead
+        for model in models:
+            console.print(Text(model, style="bold"))
+            table(audit.sel(model=[model]), console)
+        return
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     shown.add_column("", overflow="fold", min_width=34)
     for model in models:
@@ -82,7 +88,9 @@ def told(value: float, error: float = math.nan, empty: str = UNKNOWN) -> str:
     """A number with as many digits as its error allows, three significant ones without; "0.123 ± 0.004"."""
     if not math.isfinite(value):
         return empty
-    if not math.isfinite(error) or error <= 0:
+    if error == 0:
+        return f"{told(value)} ± 0"
+    if not math.isfinite(error) or error < 0:
         return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     if digits > 6 or abs(value) >= 1e6:

@@ -82,14 +82,19 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
 
 
 def _rendered(loaded: list[xr.Dataset]) -> str:
-    """The page of results, or of one audit."""
-    if not any(outcome.is_audit(one) for one in loaded):
+    """The page of results, or of one audit or comparison."""
+    kinds = {results.plain(getattr(one, "attrs", {}).get("kind")) for one in loaded} - {""}
+    if not kinds:
         return render([results.check(one) for one in loaded])
     if len(loaded) > 1:
         raise InputError(
-            "expected results, or one audit; an audit has a page of its own: audit several models in one command "
-            "(--beside) to see them side by side"
+            "expected results, or one audit or comparison, which has a page of its own: audit several models in one "
+            "command (--beside) to see them side by side"
         )
+    if kinds == {"comparison"}:
+        from posterity.report.compared import render as render_comparison
+
+        return render_comparison(loaded[0])
     from posterity.report.audited import render as render_audit
 
     return render_audit(outcome.check(loaded[0]))
