@@ -1,6 +1,6 @@
 """`make reproduce`: what training under a horizon costs, scaled down, beside the published figures.
 
-python bench/reproduce.py                 all of it (about 40 minutes on two cores; what is finished is not done again)
+python bench/reproduce.py                 all of it (42 minutes on two cores; what is finished is not done again)
 python bench/reproduce.py sines           the synthetic task of Wu, Morris and Levine 2024 (arXiv 2404.00859)
 python bench/reproduce.py induction       repeated random sequences
 python bench/reproduce.py text            a small language model from scratch: the gap as a function of the horizon
