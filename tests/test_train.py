@@ -522,7 +522,9 @@ def test_the_myopia_gap_is_the_difference_of_held_out_losses(tmp_path):
         with pytest.raises(InputError, match=message):
             compare(chosen, progress=False)
     longer = train(tmp_path / "longer", Settings(**SMALL | {"steps": 4}, seed=5), progress=False)
-    with pytest.raises(InputError, match="differ in horizon, cut, streams, layers and seed only; here steps is 30 and 4"):
+    with pytest.raises(
+        InputError, match="differ in horizon, cut, streams, layers and seed only; here steps is 30 and 4"
+    ):
         compare([folders[0], longer], progress=False)
 
 

@@ -10,7 +10,7 @@ from test_report import DRAWN, browser, data, opened, tables
 from typer.testing import CliRunner
 
 import posterity
-from posterity import cli, derived, steps
+from posterity import cli, comparison, derived, steps
 from posterity import result as results
 from posterity.comparison import gaps
 from posterity.comparison import page as compared_page
@@ -51,6 +51,19 @@ def test_steps_are_kept_whole_in_memory_and_in_a_file(tmp_path, measured, steppe
             for name, variable in one.data_vars.items():
                 np.testing.assert_array_equal(parts[step][name], variable, err_msg=str(name))
         assert steps.latest(found).equals(parts[250])
+
+
+def test_several_checkpoints_have_the_name_of_the_folder_that_holds_them(measured):
+    for names, wanted in (
+        (("run/checkpoint-0", "run/checkpoint-100", "run/checkpoint-250"), "run"),
+        (("a", "b", "c"), "a, b, c"),
+        (("same", "same", "same"), "same"),
+        (("/x/run/a", "/x/run/b", "/x/run/c"), "/x/run"),
+    ):
+        found = {step: one.assign_attrs(model=name) for (step, one), name in zip(measured.items(), names, strict=True)}
+        joined = steps.over_steps(found)
+        assert joined.attrs["model"] == wanted
+        assert heading(steps.latest(joined))[0] == wanted
 
 
 def test_shares_over_training_are_those_of_each_step(measured, stepped):
@@ -222,6 +235,21 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, args, line
     assert done.stderr.startswith("posterity: ")
     assert done.stderr.count("\n") == 1
     assert line in done.stderr
+
+
+def test_a_comparison_is_read_again_by_every_command(tmp_path, compared):
+    given = compared.assign_attrs(kind="comparison")
+    comparison.save(given, tmp_path / "gap.nc")
+    assert posterity.load(tmp_path / "gap.nc").equals(given)
+    shown = run("summary", tmp_path / "gap.nc")
+    assert shown.exit_code == 0, shown.output
+    assert "over 3 held-out rows and the seeds" in shown.output
+    assert run("report", tmp_path / "gap.nc", "-o", tmp_path / "gap.html").exit_code == 0
+    assert "What a horizon costs" in (tmp_path / "gap.html").read_text()
+    given.drop_vars("arm").to_netcdf(tmp_path / "broken.nc", engine="h5netcdf")
+    answer = run("summary", tmp_path / "broken.nc")
+    assert answer.exit_code == 2
+    assert "expected a comparison of `posterity compare`, but it is damaged" in answer.stderr
 
 
 @pytest.fixture
