@@ -88,7 +88,7 @@ class Plan:
     def quick(cls) -> "Plan":
         """A first look."""
         return cls(
-            context=256, limit=2, contexts=(64, 128, 256, 512), span=1024, short=32, budget=64, positions=2, prefixes=3,
+            context=256, limit=2, contexts=(64, 128, 256), span=768, short=24, budget=48, positions=2, prefixes=3,
             draws=4,
         )  # fmt: skip
 

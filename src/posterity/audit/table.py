@@ -33,7 +33,7 @@ class Row:
     @property
     def baseline(self) -> str:
         """The baseline of all models in one cell."""
-        return " | ".join(dict.fromkeys(self.baselines))
+        return " / ".join(dict.fromkeys(self.baselines))
 
 
 def table(audit: xr.Dataset, console: Console | None = None) -> None:
