@@ -85,13 +85,13 @@ def rows(audit: xr.Dataset, number: int) -> Iterator[Row]:
 
 
 def told(value: float, error: float = math.nan, empty: str = UNKNOWN) -> str:
-    """A number with as many digits as its error allows, three significant ones without; "0.123 ± 0.004"."""
+    """A number with as many digits as its error allows, four significant ones without; "0.123 ± 0.004"."""
     if not math.isfinite(value):
         return empty
     if error == 0:
         return f"{told(value)} ± 0"
     if not math.isfinite(error) or error < 0:
-        return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
+        return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     if digits > 6 or abs(value) >= 1e6:
         return f"{value:.2e} ± {error:.1e}"
