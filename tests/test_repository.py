@@ -60,7 +60,7 @@ INSIDE = {
     "attention": {"errors", "horizon", "mask"},
     "sweep": {"attention", "mask"},
     "ledger": {"attention", "errors", "mask", "sweep"},
-    "readers": {"attention", "mask"},
+    "readers": {"attention"},
     "weights": {"attention", "ledger"},
     "replay": {"attention", "errors", "weights"},
     "hook": {"attention", "errors", "horizon", "mask", "replay", "weights"},

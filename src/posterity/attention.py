@@ -279,7 +279,7 @@ def _block_forward(query, key, value, sinks, options):
         total = torch.zeros_like(top) if sinks is None else torch.ones_like(top)
         gathered = top.new_zeros(*top.shape[:3], value.shape[3])
         for tile in tiles:
-            score, _ = _score(query, key, tile, options)
+            score, _ = block_scores(query, key, tile, options)
             new_top = top.maximum(score.amax(-1, keepdim=True))
             weight = torch.exp(score - new_top.nan_to_num(neginf=0.0))
             shrink = torch.exp(top - new_top.nan_to_num(neginf=0.0))
@@ -300,7 +300,7 @@ def _block_backward(grad_output, query, key, value, output, lse, options, weight
         query_i, grad_i = query[:, :, rows].to(lse.dtype), grad_output[:, :, rows].to(lse.dtype)
         for tile in tiles:
             columns = tile.columns
-            score, slope = _score(query, key, tile, options)
+            score, slope = block_scores(query, key, tile, options)
             weight = score.sub_(lse[:, :, rows, None]).exp_()
             grad_score = (grad_i @ value[:, :, columns].to(lse.dtype).mT).sub_(delta[:, :, rows]).mul_(weight)
             grad_score.mul_(options.scale if slope is None else options.scale * slope)
@@ -320,7 +320,9 @@ def _on(factor: Float[Tensor, " lag"], tile: Tile) -> Float[Tensor, "rows column
     return factor[(tile.offset + rows[:, None] - columns).clamp_(min=0)]
 
 
-def _score(query: Tensor, key: Tensor, tile: Tile, options: _Options) -> tuple[Tensor, Tensor | None]:
+def block_scores(
+    query: Tensor, key: Tensor, tile: Tile, options: "_Options | Backward"
+) -> tuple[Tensor, Tensor | None]:
     """Scores of one block, -inf off the edges, and the slope of the soft-cap."""
     dtype = working(query.dtype)
     score = options.scale * query[:, :, tile.rows].to(dtype) @ key[:, :, tile.columns].to(dtype).mT

@@ -23,7 +23,7 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
     """
     kind = None
     with suppress(Exception), xr.open_dataset(os.path.realpath(path), engine="h5netcdf", cache=False) as file:
-        kind = results.plain(file.attrs.get("kind"))
+        kind = results.kind(file)
     if kind == "comparison":
         from posterity import comparison
 

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posterity.attention import Backward, dot
-from posterity.mask import Tile
+from posterity.attention import Backward, block_scores, dot
 
 KINDS = ("attention", "key mass", "value mass", "key credit", "value credit")
 
@@ -28,10 +27,15 @@ def readers(back: Backward) -> Float[Tensor, "kind batch head key"]:
     for _, tiles in back.mask.tiles(length, length, back.lse.device):
         for tile in tiles:
             i, j = (..., tile.rows, slice(None)), (..., tile.columns, slice(None))
-            weight, slope = _weights(back, key, tile)
+            score, slope = block_scores(back.query, key, tile, back)
+            weight = torch.exp(score - back.lse[:, :, tile.rows, None])
             if readers is not None:
                 weight = weight * readers[:, None, tile.rows, None]
-            grad_score = back.scale * slope * weight * (_product(back.grad_output[i], value[j], back) - delta[i])
+            grad_score = (
+                (back.scale if slope is None else back.scale * slope)
+                * weight
+                * (_product(back.grad_output[i], value[j], back) - delta[i])
+            )
             edges = (
                 weight,
                 grad_score * query_norm[i],
@@ -43,15 +47,6 @@ def readers(back: Backward) -> Float[Tensor, "kind batch head key"]:
                 sums[0, kind][j[:-1]] += edge.abs().sum(-2, dtype=torch.float64)
                 sums[1, kind][j[:-1]] += edge.square().sum(-2, dtype=torch.float64)
     return sums[0].square() / sums[1].masked_fill(sums[1] == 0, torch.nan)
-
-
-def _weights(back: Backward, key: Tensor, tile: Tile) -> tuple[Tensor, Tensor | float]:
-    """Attention weights of one block, 0 off the edges, and the slope of the soft-cap."""
-    score, slope = back.scale * _product(back.query[:, :, tile.rows], key[:, :, tile.columns], back), 1.0
-    if back.softcap is not None:
-        tanh = torch.tanh(score / back.softcap)
-        score, slope = back.softcap * tanh, 1 - tanh * tanh
-    return back.mask.fill_(torch.exp(score - back.lse[:, :, tile.rows, None]), tile, 0.0), slope
 
 
 def _product(left: Tensor, right: Tensor, back: Backward) -> Tensor:

@@ -181,6 +181,11 @@ def extended(
     )
 
 
+def kind(result: object) -> str:
+    """What a Dataset says it is: "audit", "comparison", or "" for a result."""
+    return str(plain(getattr(result, "attrs", {}).get("kind")))
+
+
 def check(result: object) -> xr.Dataset:
     """Return `result` if it is a result of this schema; InputError says what is wrong with it."""
     flaw = _flaw(result) if isinstance(result, xr.Dataset) else f"{type(result).__name__} came"

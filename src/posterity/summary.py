@@ -46,12 +46,12 @@ def summary(result: xr.Dataset, console: Console | None = None) -> None:
     Raises:
         InputError: It is no result.
     """
-    if results.plain(getattr(result, "attrs", {}).get("kind")) == "audit":
+    if results.kind(result) == "audit":
         from posterity.audit.table import table as told
 
         told(result, console)
         return
-    if results.plain(getattr(result, "attrs", {}).get("kind")) == "comparison":
+    if results.kind(result) == "comparison":
         from posterity import comparison
 
         comparison.table(result, console)

@@ -14,7 +14,7 @@ import xarray as xr
 
 from posterity.audit.clause import FAILS, HOLDS, MIXED, REFUSED, Clause, Finding
 from posterity.errors import InputError
-from posterity.result import plain, writable, write_whole
+from posterity.result import kind, plain, writable, write_whole
 
 KIND, KIND_VERSION = "audit", 1
 NUMBERS = {"figure": ("model", "measure"), "error": ("model", "measure"), "baseline": ("model", "measure")}
@@ -76,7 +76,7 @@ def assemble(
 
 def is_audit(result: object) -> bool:
     """Whether a Dataset is one of the audit."""
-    return isinstance(result, xr.Dataset) and plain(result.attrs.get("kind")) == KIND
+    return isinstance(result, xr.Dataset) and kind(result) == KIND
 
 
 def check(audit: xr.Dataset) -> xr.Dataset:
@@ -119,7 +119,7 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
 
 
 def _flaw(audit: xr.Dataset) -> str | None:
-    if plain(audit.attrs.get("kind")) != KIND:
+    if not is_audit(audit):
         return "it is something else"
     if audit.attrs.get("kind_version") != KIND_VERSION:
         return f"its version is {audit.attrs.get('kind_version')!r} and this is posterity for version {KIND_VERSION}"
@@ -130,8 +130,8 @@ def _flaw(audit: xr.Dataset) -> str | None:
             return f"{name!r} has the dimensions {audit[name].dims} where {dims} belong"
         if audit[name].dtype.kind not in ("f" if name in NUMBERS else "UO"):
             return f"{name!r} holds {audit[name].dtype}"
-    for name, kind in LABELS.items():
-        if name not in audit.coords or (audit[name].dtype.kind in "UO") != (kind == "O"):
+    for name, sort in LABELS.items():
+        if name not in audit.coords or (audit[name].dtype.kind in "UO") != (sort == "O"):
             return f"its coordinate {name!r} is missing or wrong"
     if not set(audit.verdict.values.ravel().tolist()) <= {HOLDS, FAILS, MIXED, REFUSED}:
         return "a verdict is none of holds, fails, mixed, not measured"

@@ -83,7 +83,7 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
 
 def _rendered(loaded: list[xr.Dataset]) -> str:
     """The page of results, or of one audit or comparison."""
-    kinds = {results.plain(getattr(one, "attrs", {}).get("kind")) for one in loaded} - {""}
+    kinds = {results.kind(one) for one in loaded} - {""}
     if not kinds:
         return render([results.check(one) for one in loaded])
     if len(loaded) > 1:
