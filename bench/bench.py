@@ -75,7 +75,7 @@ def mode(name, model):
         if name in WHO_PAYS:
             losses, horizons = WHO_PAYS[name]
             ledger = stack.enter_context(account(model, "octaves", name == "losses"))
-            payers = Payers(model, ledger.watch, losses, horizons, parameters=False)
+            payers = Payers(model, ledger.watch, losses, horizons, False, ledger.sums)
             stack.enter_context(payers.watching())
             yield lambda ids: payers.send(Sending(model, run, ids))
             return

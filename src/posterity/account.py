@@ -12,12 +12,13 @@ from posterity import result
 from posterity.attention import Backward
 from posterity.errors import InputError
 from posterity.hook import Layer, Watch
-from posterity.ledger import SIDES, STREAMS, Account, Bins, self_part, tally
+from posterity.ledger import SIDES, STREAMS, Bins, self_part, tally
 from posterity.losses import Payers
 from posterity.models import watching
 from posterity.provenance import provenance
+from posterity.sums import Sums
 from posterity.sweep import Scratch
-from posterity.weights import Projections, WeightSplit
+from posterity.weights import TERMS, Projections, WeightSplit
 
 
 @contextlib.contextmanager
@@ -53,19 +54,18 @@ class Ledger:
         """Start empty, with the layers in the order of the forward pass."""
         self.model, self.watch, self.lags, self.weights = model, watch, lags, weights
         self.place = ""  # what is being measured now, for messages
-        self.losses: list[tuple[float, int]] = []  # mean loss and number of losses of each document, where known
-        self._layers = {layer: _LayerSums() for layer in watch.layers}
+        self.sums = Sums()  # by layer and name; "loss" and "tokens" of each document, where known
+        self._weights = {layer: WeightSplit(self.sums, str(layer)) for layer in watch.layers} if weights else {}
         self._scratch = Scratch()
 
     def clear(self) -> None:
         """Forget every document."""
-        self._layers = {layer: _LayerSums() for layer in self._layers}
-        self.losses = []
+        self.sums.total.clear()
+        self.sums.rows.clear()
 
     def observe(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
         """Account for one backward pass of one layer."""
-        sums = self._layers.get(layer)
-        if sums is None:
+        if layer not in self.watch.layers:
             raise InputError(
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
             )
@@ -76,13 +76,21 @@ class Ledger:
                 f"the gradient of layer {layer} is not finite{self.place}: check the model, or use float32"
             )
         if self.weights:
-            sums.weights.add(back, part, project)
-        sums.add(entry)
+            self._weights[layer].add(back, part, project)
+        for name, x in vars(entry).items():
+            self.sums.add(f"{layer}/{name}", x.sum(0))
+        by_position = entry.credit_by_position
+        self.sums.note(f"{layer}/credit_by_document", by_position.sum(-1))
+        self.sums.note(f"{layer}/first_by_document", by_position[..., 0].sum(-1))
+        self.sums.note(f"{layer}/profile_by_document", entry.credit.sum(1))
 
     @property
     def documents(self) -> int:
         """How many documents have been accounted for."""
-        return max((len(sums.documents) for sums in self._layers.values()), default=0)
+        return max(self._counts().values(), default=0)
+
+    def _counts(self) -> dict[Layer, int]:
+        return {layer: self.sums.count(f"{layer}/credit_by_document") for layer in self.watch.layers}
 
     def result(self, texts: list[str] | None = None, payers: Payers | None = None, **attrs: object) -> xr.Dataset:
         """Label the sums: the schema of `posterity.measure`.
@@ -95,7 +103,7 @@ class Ledger:
         Raises:
             InputError: No backward pass has been seen, or not by every layer.
         """
-        counts = {layer: len(sums.documents) for layer, sums in self._layers.items()}
+        counts = self._counts()
         if not self.documents:
             raise InputError("no backward pass has been seen: call .backward() on a loss inside the `with`")
         short = next((layer for layer, count in counts.items() if count < self.documents), None)
@@ -106,13 +114,11 @@ class Ledger:
             )
         if texts is not None and len(texts) != self.documents:
             raise InputError(f"expected one text for each of {self.documents} documents; got {len(texts)}")
-        context = max(sums.length for sums in self._layers.values())
+        context = max(self.sums.total[f"{layer}/credit_by_position"].shape[-1] for layer in counts)
         bins = Bins.of(self.lags, context)
-        losses = self.losses or [(float("nan"), 0)] * self.documents
-        variables = self._stacked(context, len(bins.first)) | {
-            "loss": np.array([loss for loss, _ in losses]),
-            "tokens": np.array([count for _, count in losses]),
-        }
+        known = [torch.stack(self.sums.rows[name]).numpy() for name in ("loss", "tokens") if name in self.sums.rows]
+        losses, tokens = known or (np.full(self.documents, np.nan), np.zeros(self.documents, dtype=int))
+        variables = self._stacked(context, len(bins.first)) | {"loss": losses, "tokens": tokens}
         if payers is not None:
             variables |= payers.variables()
         known = {
@@ -123,7 +129,7 @@ class Ledger:
         }
         return result.build(
             variables,
-            modules=[str(layer) for layer in self._layers],
+            modules=[str(layer) for layer in counts],
             lag=bins.first,
             lag_end=bins.last,
             texts=texts or [""] * self.documents,
@@ -133,8 +139,15 @@ class Ledger:
 
     def _stacked(self, context: int, bins: int) -> dict[str, np.ndarray]:
         """All layers side by side; heads that a layer does not have are NaN."""
-        sums = list(self._layers.values())
-        heads = max(len(layer.total["attention_first"]) for layer in sums)
+        layers = self.watch.layers
+
+        def total(name: str) -> list[Tensor]:
+            return [self.sums.total[f"{layer}/{name}"] for layer in layers]
+
+        def rows(name: str, *shape: int) -> list[Tensor]:
+            return [torch.stack([_fit(x, shape) for x in self.sums.rows[f"{layer}/{name}"]]) for layer in layers]
+
+        heads = max(len(x) for x in total("attention_first"))
         s = len(STREAMS)
         shapes = {
             "credit": (heads, s, bins),
@@ -144,41 +157,18 @@ class Ledger:
             "credit_by_position": (heads, s, len(SIDES), context),
             "attention_first": (heads,),
         }
-        found = {name: [_fit(x.total[name], shape) for x in sums] for name, shape in shapes.items()} | {
-            "credit_by_document": [
-                torch.stack([_fit(sides, (heads, s, len(SIDES))) for sides, _, _ in x.documents]) for x in sums
-            ],
-            "first_by_document": [torch.stack([_fit(first, (heads, s)) for _, first, _ in x.documents]) for x in sums],
-            "profile_by_document": [torch.stack([_fit(lags, (s, bins)) for _, _, lags in x.documents]) for x in sums],
+        found = {name: [_fit(x, shape) for x in total(name)] for name, shape in shapes.items()} | {
+            "credit_by_document": rows("credit_by_document", heads, s, len(SIDES)),
+            "first_by_document": rows("first_by_document", heads, s),
+            "profile_by_document": rows("profile_by_document", s, bins),
         }
         if self.weights:
-            found["weight_by_document"] = [torch.stack(x.weights.documents) for x in sums]
-            found["weight_mean"] = [x.weights.mean() for x in sums]
+            found["weight_by_document"] = rows("weight_by_document", s, len(TERMS))
+            found["weight_mean"] = [self._weights[layer].mean() for layer in layers]
         by_document = {name for name in found if name.endswith("_by_document")}
-        return {name: torch.stack(xs, int(name in by_document)).cpu().numpy() for name, xs in found.items()}
-
-
-class _LayerSums:
-    """The sums of one layer over documents, and what is kept of each document."""
-
-    def __init__(self):
-        self.total: dict[str, Tensor] = {}  # the fields of `Account`, without the batch
-        self.documents: list[tuple[Tensor, Tensor, Tensor]] = []  # sides, first position, lags of all heads
-        self.weights = WeightSplit()
-        self.length = 0
-
-    def add(self, entry: Account) -> None:
-        for name, x in vars(entry).items():
-            self.total[name] = _plus(self.total[name], x.sum(0)) if name in self.total else x.sum(0)
-        self.length = max(self.length, entry.credit_by_position.shape[-1])
-        sides, first = entry.credit_by_position.sum(-1), entry.credit_by_position[..., 0].sum(-1)
-        self.documents += zip(sides, first, entry.credit.sum(1), strict=True)
-
-
-def _plus(one: Tensor, other: Tensor) -> Tensor:
-    """Add two sums over bins or positions; those of a shorter context are the first ones of a longer."""
-    long, short = (one, other) if one.shape[-1] >= other.shape[-1] else (other, one)
-    return long + torch.nn.functional.pad(short, (0, long.shape[-1] - short.shape[-1]))
+        return {
+            name: torch.stack([x.cpu() for x in xs], int(name in by_document)).numpy() for name, xs in found.items()
+        }
 
 
 def _fit(x: Tensor, shape: tuple[int, ...]) -> Tensor:

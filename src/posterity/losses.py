@@ -23,6 +23,7 @@ from posterity.hook import Layer, Observer, Watch
 from posterity.horizon import Discount, Full
 from posterity.ledger import self_part
 from posterity.models import language_model, refuse_other_paths
+from posterity.sums import Sums
 from posterity.weights import Projections, norms
 
 OWN = 1  # the horizon whose discount is 0: nothing but the own loss
@@ -59,8 +60,10 @@ class Sending:
 class Payers:
     """Sums over windows of who pays; `variables()` are those of the result."""
 
-    def __init__(self, model: nn.Module, watch: Watch, losses: bool, horizons: Sequence[int], parameters: bool):
-        """Nothing yet.
+    def __init__(
+        self, model: nn.Module, watch: Watch, losses: bool, horizons: Sequence[int], parameters: bool, sums: Sums
+    ):
+        """Nothing yet; everything goes to `sums`.
 
         Raises:
             InputError: The model has other paths between positions; a horizon is in force.
@@ -70,13 +73,10 @@ class Payers:
             raise InputError("who pays is a question to the whole gradient: leave the `with` of the horizon first")
         self.model, self.watch, self.parameters = language_model(model), watch, parameters
         self.horizons, self.losses = tuple(horizons), losses or parameters
-        self._heads = 0
+        self.sums = sums
         self._whole: dict[Layer, Backward] = {}
-        self._parts: dict[Layer, list[Tensor]] = {layer: [] for layer in watch.layers}
-        self._sums: dict[Layer, Tensor] = {}
-        self._curve: dict[Layer, list[list[Tensor]]] = {layer: [] for layer in watch.layers}
-        self._hidden = _Hidden(self.model, watch.layers)
-        self._modules: list[list[Tensor]] = []
+        self._curve: dict[Layer, list[Tensor]] = {}  # of the pass that is sent: by horizon
+        self._hidden = _Hidden(self.model, watch.layers, sums)
 
     @property
     def passes(self) -> tuple[int, ...]:
@@ -100,8 +100,7 @@ class Payers:
         with self._hidden.taking("whole"):
             sending.backward(again=True)
         whole = self._gradients()
-        for layer in self.watch.layers:
-            self._curve[layer].append([])
+        self._curve = {layer: [] for layer in self.watch.layers}
         for horizon in self.passes:
             rule = Discount(1 - 1 / horizon)
             self._reset(head)
@@ -109,33 +108,41 @@ class Payers:
             with self.watch.sending((rule, rule), self._observer(horizon)), self._hidden.taking(name):
                 sending.backward(again=horizon != self.passes[-1])
             if horizon == OWN and self.parameters:
-                self._modules.append(_by_module(self.model, whole, self._gradients()))
+                rows = _by_module(self.model, whole, self._gradients())
+                self.sums.note("parameters", [torch.stack(rows)])
         if self.losses:
             self._hidden.add()
+        for layer, rows in self._curve.items() if self.horizons else ():
+            self.sums.note(f"{layer}/horizon_by_document", torch.stack(rows, -1))
         self._whole.clear()
 
     def variables(self) -> dict[str, np.ndarray]:
         """The variables of the result, heads that a layer does not have NaN."""
         layers = self.watch.layers
+        every = self.sums
 
-        def fit(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, self._heads - len(x)), value=torch.nan)
+        def side_by_side(by_layer: list[Tensor], head: int) -> Tensor:
+            """Layers along `head`, which is where the heads were."""
+            heads = max(x.shape[head] for x in by_layer)
+            fitted = []
+            for x in by_layer:
+                missing = [*x.shape[:head], heads - x.shape[head], *x.shape[head + 1 :]]
+                fitted.append(torch.cat((x, x.new_full(missing, torch.nan)), head).cpu())
+            return torch.stack(fitted, head)
+
+        def rows(name: str) -> Tensor:
+            return side_by_side([torch.stack(every.rows[f"{layer}/{name}"]) for layer in layers], 1)
 
         found: dict[str, Tensor] = {}
         if self.losses:
-            sums = torch.stack([fit(self._sums[layer]) for layer in layers])  # layer, head, written, 9, position
+            sums = side_by_side([every.total[f"{layer}/loss_products"] for layer in layers], 0)
             found["loss_credit"], found["loss_gram"] = sums[..., :3, :], sums[..., 3:, :]
-            per_window = [torch.stack([fit(x) for x in self._parts[layer]]) for layer in layers]
-            found["loss_credit_by_document"] = torch.stack(per_window, 1)
-            found["hidden"], found["hidden_by_document"] = self._hidden.sums()
+            found["loss_credit_by_document"] = rows("loss_credit_by_document")
+            found["hidden"], found["hidden_by_document"] = every.total["hidden"], torch.stack(every.rows["hidden"])
         if self.parameters:
-            found["parameter_by_document"] = torch.stack([torch.stack(rows) for rows in self._modules])
+            found["parameter_by_document"] = torch.stack(every.rows["parameters"])
         if self.horizons:
-            curves = [  # of each pass (document, head, stream) for every horizon
-                torch.stack([fit(window) for rows in self._curve[layer] for window in torch.stack(rows, -1)])
-                for layer in layers
-            ]
-            found["horizon_by_document"] = torch.stack(curves, 1)
+            found["horizon_by_document"] = rows("horizon_by_document")
         return {name: x.cpu().numpy() for name, x in found.items()}
 
     def coordinates(self) -> dict[str, list]:
@@ -154,7 +161,6 @@ class Payers:
         if layer in self._whole:
             raise InputError(f"layer {layer} was sent back twice in one pass: who pays cannot be said")
         self._whole[layer] = back
-        self._heads = max(self._heads, back.query.shape[1])
 
     def _observer(self, horizon: int) -> Observer:
         def observe(layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
@@ -164,7 +170,7 @@ class Payers:
             if horizon in self.horizons:
                 grads = (back.grad_query, back.grad_key, back.grad_value)
                 left = [dot(x, y).sum(-1, dtype=torch.float64) for x, y in zip(grads, whole.wholes, strict=True)]
-                self._curve[layer][-1].append(torch.stack(left, -1))
+                self._curve[layer].append(torch.stack(left, -1))
 
         return observe
 
@@ -176,9 +182,8 @@ class Payers:
             (own.grad_value, part.value, whole.grad_value, whole.wholes[2]),
         )
         sums = torch.stack([_products(*(x.to(working(x.dtype)) for x in stream)) for stream in streams], 2)
-        total = sums.sum(0)
-        self._sums[layer] = total if layer not in self._sums else self._sums[layer] + total
-        self._parts[layer] += sums[..., :3, :].sum(-1)
+        self.sums.add(f"{layer}/loss_products", sums.sum(0))  # head, written, 9, position
+        self.sums.note(f"{layer}/loss_credit_by_document", sums[..., :3, :].sum(-1))
 
     def _gradients(self) -> dict[str, Tensor]:
         if not self.parameters:
@@ -206,12 +211,10 @@ def _products(
 class _Hidden:
     """Gradients of the hidden states at the input of each layer: the module that holds the attention module."""
 
-    def __init__(self, model: nn.Module, layers: tuple[Layer, ...]):
-        self.layers = layers
+    def __init__(self, model: nn.Module, layers: tuple[Layer, ...], sums: Sums):
+        self.layers, self.sums = layers, sums
         self.grads: dict[str, dict[Layer, Tensor]] = {"whole": {}, "own": {}}
         self.name: str | None = None
-        self.total: Tensor | None = None
-        self.windows: list[Tensor] = []
         self.modules = {layer: holder(model, layer.name) for layer in layers}
 
     @contextlib.contextmanager
@@ -252,15 +255,10 @@ class _Hidden:
             terms = [(x * y).sum(-1) for x, y in ((own, own), (later, later), (own, later))]
             rows.append(torch.stack(terms, 1).double())
         found = torch.stack([row.cpu() for row in rows], 1)  # window, layer, term, position
-        self.total = found.sum(0) if self.total is None else self.total + found.sum(0)
-        self.windows += found.sum(-1)
+        self.sums.add("hidden", found.sum(0))
+        self.sums.note("hidden", found.sum(-1))
         for grads in self.grads.values():
             grads.clear()
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """`hidden` and `hidden_by_document`."""
-        assert self.total is not None
-        return self.total, torch.stack(self.windows)
 
     def _mark(self, layer: Layer) -> Callable:
         def mark(_module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -86,7 +86,7 @@ def measure(
         account(model, lags, weights) as ledger,
         contextlib.ExitStack() as stack,
     ):
-        payers = Payers(model, ledger.watch, losses, horizons, parameters) if asked else None
+        payers = Payers(model, ledger.watch, losses, horizons, parameters, ledger.sums) if asked else None
         if progress:
             passes = 0 if payers is None else len(payers.passes)
             line = estimate(inner, windows[0].ids, len(windows), batch, weights, run, passes)
@@ -105,7 +105,8 @@ def measure(
                 for loss, name in zip(summed, names, strict=True):
                     if not loss.isfinite():
                         raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
-                ledger.losses += [(loss.item() / (context - 1), context - 1) for loss in summed]
+                ledger.sums.note("loss", summed.detach().cpu().double() / (context - 1))
+                ledger.sums.note("tokens", torch.full((len(some),), context - 1))
                 send()
                 advance(len(some), ids.numel())
         seconds = time.perf_counter() - started

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity.attention import Backward, group_sum, working
-from posterity.ledger import SelfPart
+from posterity.ledger import SIDES, SelfPart
+from posterity.sums import Sums
 
 TERMS = ("self", "other", "inner")
 
@@ -28,10 +29,10 @@ class Projections:
 class WeightSplit:
     """Squared norms and inner product of the two parts for one layer: of each document, and of their mean."""
 
-    def __init__(self):
-        """Start empty."""
-        self.documents: list[Float[Tensor, "stream term"]] = []
-        self._sums: list[dict[int, list[Tensor]]] = [{}, {}, {}]
+    def __init__(self, sums: Sums, name: str):
+        """Rows "weight_by_document" (stream, term) and the gradients' sums go to `sums`, under the layer's name."""
+        self.sums, self.name = sums, name
+        self._reached: list[list[int]] = [[], [], []]  # of each stream, the parameters that it depends on
 
     def add(self, back: Backward, part: SelfPart, project: Callable[[int], Projections]) -> None:
         """Account for the documents of one backward pass; `project` makes the projections of one of them."""
@@ -45,37 +46,37 @@ class WeightSplit:
                 self._stream(stream, projections, own[document, None], whole[document, None])
                 for stream, (own, whole) in enumerate(zip(owns, wholes, strict=True))
             ]
-            self.documents.append(torch.stack(row))
+            self.sums.note(f"{self.name}/weight_by_document", [torch.stack(row)])
 
     def mean(self) -> Float[Tensor, "stream term"]:
         """The same three numbers for the mean gradient over the documents."""
-        rows = [norms(list(zip(*sums.values(), strict=True))) for sums in self._sums]
-        return torch.stack(rows).cpu() / max(len(self.documents), 1) ** 2
+        rows = []
+        for stream in range(3):
+            own = sorted(name for name in self.sums.total if name.startswith(f"{self.name}/weight/{stream}/self/"))
+            other = [name.replace("/self/", "/other/") for name in own]
+            parts = [tuple(self.sums.total[name] for name in names) for names in (own, other) if names]
+            rows.append(norms(parts))
+        return torch.stack(rows).cpu() / max(self.sums.count(f"{self.name}/weight_by_document"), 1) ** 2
 
     def _stream(self, stream: int, projections: Projections, own: Tensor, whole: Tensor) -> Float[Tensor, " term"]:
         output, parameters = projections.streams[stream], projections.parameters
         if not output.requires_grad or not parameters:  # made by another layer
             return torch.full((3,), torch.nan, dtype=torch.float64)
-        sums = self._sums[stream]
         # The parameters that reach a stream are found once: all of them are tried the first time.
-        reached = list(sums) or range(len(parameters))
+        reached = self._reached[stream] or range(len(parameters))
         wanted = [parameters[index] for index in reached]
         own, whole = own.to(output.dtype), whole.to(output.dtype)
         parts = [
             torch.autograd.grad(output, wanted, grad, retain_graph=True, allow_unused=True)
             for grad in (own, whole - own)
         ]
+        found = {index: pair for index, *pair in zip(reached, *parts, strict=True) if pair[0] is not None}
+        self._reached[stream] = list(found)
         terms = []
-        for index, own_grad, other_grad in zip(reached, *parts, strict=True):
-            if own_grad is None:
-                continue
-            pair = [x.to(working(x.dtype)) for x in (own_grad, other_grad)]
-            terms.append(pair)
-            if index in sums:
-                for total, x in zip(sums[index], pair, strict=True):
-                    total.add_(x)
-            else:
-                sums[index] = [x.clone() for x in pair]
+        for index, pair in found.items():
+            terms.append([x.to(working(x.dtype)) for x in pair])
+            for side, x in zip(SIDES, terms[-1], strict=True):
+                self.sums.add(f"{self.name}/weight/{stream}/{side}/{index:04d}", x)
         return norms(list(zip(*terms, strict=True)))
 
 
