@@ -1,6 +1,7 @@
 """The instrument: a model and texts in, a labelled result out. One forward and one backward pass per window."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -14,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import posterity
 from posterity import corpus
-from posterity.account import account
+from posterity.account import Ledger, account
 from posterity.attention import working
 from posterity.errors import InputError
 from posterity.estimate import estimate
 from posterity.losses import Payers, Sending
 from posterity.models import first_device, language_model
+from posterity.processes import Processes
+from posterity.resume import State, fingerprint
 
 
 def measure(
@@ -39,6 +43,8 @@ def measure(
     progress: bool = True,
     seed: int = 0,
     attrs: Mapping[str, object] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    processes: Processes | None = None,
 ) -> xr.Dataset:
     """Measure where the gradients of queries, keys and values come from, on windows of text.
 
@@ -63,6 +69,10 @@ def measure(
         progress: Whether to show an estimate and a progress bar on stderr.
         seed: For models that draw random numbers even in evaluation mode.
         attrs: Provenance to add to the result.
+        state: A folder that keeps what has been measured; where it holds some, the run goes on from there. It stays
+            when the run is done.
+        processes: `posterity.processes.Processes.join()` in each process that torchrun started: they share the windows
+            and all return the same result. `documents` are read by the first of them only.
 
     Returns:
         The result; dims and units in `posterity.result.SCHEMA`.
@@ -77,8 +87,17 @@ def measure(
     horizons = _growing(horizons)
     inner = language_model(model)
     check_context(inner, context)
-    windows = corpus.windows(documents, tokenizer, context, limit)
+    processes = processes or Processes()
+    windows = processes.agreed(lambda: corpus.windows(documents, tokenizer, context, limit))
     check_tokens(inner, windows)
+    settings = {
+        "version": posterity.__version__, "model": fingerprint(inner), "text": corpus.digest(windows),
+        "context": context, "lags": lags, "weights": weights, "losses": losses, "horizons": horizons,
+        "parameters": parameters, "batch": batch, "seed": seed,
+    }  # fmt: skip
+    run_state = State(state, settings, processes)
+    todo = processes.share(run_state.left(len(windows)))
+    shown = progress and processes.first and bool(todo)
     asked = losses or parameters or bool(horizons)
     with (
         frozen(inner, parameters),
@@ -87,40 +106,51 @@ def measure(
         contextlib.ExitStack() as stack,
     ):
         payers = Payers(model, ledger.watch, losses, horizons, parameters, ledger.sums) if asked else None
-        if progress:
+        if shown:
             passes = 0 if payers is None else len(payers.passes)
-            line = estimate(inner, windows[0].ids, len(windows), batch, weights, run, passes)
+            line = estimate(inner, windows[0].ids, len(todo), batch, weights, run, passes)
             Console(stderr=True).print(line)
             ledger.clear()
         if payers is not None:
             stack.enter_context(payers.watching())
-        started = time.perf_counter()
-        with progress_bar(len(windows), progress) as advance:
-            for start in range(0, len(windows), batch):
-                some = windows[start : start + batch]
-                names = [f"{window.text} #{window.index}" for window in some]
-                ledger.place = f" in window {', '.join(names)}"
-                ids = torch.stack([window.ids for window in some])
-                summed, send = _passes(model, ids, payers)
-                for loss, name in zip(summed, names, strict=True):
-                    if not loss.isfinite():
-                        raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
-                ledger.sums.note("loss", summed.detach().cpu().double() / (context - 1))
-                ledger.sums.note("tokens", torch.full((len(some),), context - 1))
-                send()
-                advance(len(some), ids.numel())
-        seconds = time.perf_counter() - started
+        run_state.start(ledger.sums)
+        doing = "measuring" if processes.count == 1 else f"measuring, process 1 of {processes.count}"
+        with run_state.kept(), progress_bar(len(todo), shown, doing) as advance:
+            for start in range(0, len(todo), batch):
+                numbers = todo[start : start + batch]
+                torch.manual_seed(seed + numbers[0])  # the same, however the windows are shared out
+                _measure([windows[number] for number in numbers], model, payers, ledger)
+                run_state.add(ledger.sums, numbers)
+                advance(len(numbers), len(numbers) * context)
+        run_state.finish(ledger.sums)
+        texts = [window.text for window in windows]
         tokens = len(windows) * context
         known = {
             "tokens": tokens,
-            "text_digest": corpus.digest(windows),
-            "text_name": "; ".join(dict.fromkeys(window.text for window in windows)),
+            "text_digest": settings["text"],
+            "text_name": "; ".join(dict.fromkeys(texts)),
             "seed": seed,
+            "processes": processes.count,
             "command": "posterity.measure",
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 1),
+            "seconds": round(run_state.seconds, 3),
+            "tokens_per_second": round(tokens / run_state.seconds, 1),
         }
-        return ledger.result([window.text for window in windows], payers, **known | dict(attrs or {}))
+        return processes.agreed(lambda: ledger.result(texts, payers, **known | dict(attrs or {})))
+
+
+def _measure(some: list[corpus.Window], model: nn.Module, payers: Payers | None, ledger: Ledger) -> None:
+    """Measure the windows of one batch."""
+    names = [f"{window.text} #{window.index}" for window in some]
+    ledger.place = f" in window {', '.join(names)}"
+    ids = torch.stack([window.ids for window in some])
+    losses, send = _passes(model, ids, payers)
+    for loss, name in zip(losses, names, strict=True):
+        if not loss.isfinite():
+            raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
+    length = ids.shape[1] - 1
+    ledger.sums.note("loss", losses.detach().cpu().double() / length)
+    ledger.sums.note("tokens", torch.full((len(some),), length))
+    send()
 
 
 def run(model: nn.Module, ids: Tensor) -> Tensor:

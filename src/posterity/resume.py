@@ -1,0 +1,167 @@
+"""What has been measured so far, on disk: a run that was stopped goes on, and counts no window twice.
+
+The state is a folder with one file for each process, written whole or not at all: the sums so far, the numbers of the
+windows that are in them, and the settings. A process goes on from the file of its number; files beyond the number of
+processes stay as they are, and are added at the end. So a run can go on with more or fewer processes.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from posterity.errors import InputError
+from posterity.processes import Processes
+from posterity.sums import Sums
+
+SHARE = 0.02  # of the time that writing may take
+FILE = "{}.safetensors"
+KEPT = "what was measured is kept in"
+
+
+class State:
+    """How far a run is: the windows that are done, the time they took; with a folder, also on disk.
+
+    Attributes:
+        seconds: Time spent on measuring, in earlier attempts too.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, object], processes: Processes):
+        """Read what is there.
+
+        Raises:
+            InputError: It is of other settings, damaged, or nothing can be written there.
+        """
+        self.folder = None if folder is None else Path(folder)
+        self.settings, self.processes = json.loads(json.dumps(settings)), processes
+        self.seconds, self._started = 0.0, time.monotonic()
+        self._done: list[int] = []  # by this process, in the order of the rows
+        self._earlier = Sums()  # of this process
+        self._others: list[tuple[Sums, list[int]]] = []  # of processes that are no more
+        self._written = self._took = 0.0
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(exist_ok=True)
+            numbers = sorted(int(file.stem) for file in self.folder.glob(FILE.format("[0-9]*")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"expected a folder for the unfinished run at {self.folder}; {error}") from error
+        for number in processes.share(range(max(numbers, default=-1) + 1)):
+            if number in numbers:
+                sums, done, seconds = self._read(self.folder / FILE.format(number))
+                self.seconds += seconds
+                if number == processes.rank:
+                    self._earlier, self._done = sums, done
+                else:
+                    self._others.append((sums, done))
+
+    def left(self, windows: int) -> list[int]:
+        """The numbers of the windows that are in no process's sums.
+
+        Raises:
+            InputError: One is there twice, or does not exist.
+        """
+        mine = [*self._done, *(number for _, done in self._others for number in done)]
+        known = [number for numbers in self.processes.every(mine) for number in numbers]
+        if len(set(known)) < len(known) or not set(known) <= set(range(windows)):
+            raise InputError(f"{self.folder} counts a window twice, or one that is not there: remove it to start again")
+        return sorted(set(range(windows)) - set(known))
+
+    def start(self, sums: Sums) -> None:
+        """Go on: the sums so far, and the clock."""
+        sums.merge(self._earlier)
+        self._earlier = Sums()
+        self._started = time.monotonic()
+
+    def add(self, sums: Sums, numbers: list[int]) -> None:
+        """These windows are in the sums now. Write that down, unless writing would take more than its share of time."""
+        self._done += numbers
+        now = time.monotonic()
+        if self.folder is not None and now - self._written >= self._took / SHARE:
+            self._write(sums)
+            self._written = time.monotonic()
+            self._took = self._written - now
+
+    def finish(self, sums: Sums) -> None:
+        """Write down the last windows; then the sums of all processes, rows in the order of the windows."""
+        if self.folder is not None and self._done:
+            self._write(sums)
+        self.seconds = max(self.processes.every(self._seconds()))
+        for other, done in self._others:
+            sums.merge(other)
+            self._done += done
+        self.processes.sum(sums)
+        order = [number for numbers in self.processes.every(self._done) for number in numbers]
+        if self.processes.first:
+            sums.reorder(sorted(range(len(order)), key=order.__getitem__))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, an interruption says what is kept."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(*([] if self.folder is None else [f"{KEPT} {self.folder}"])) from error
+
+    def _seconds(self) -> float:
+        return self.seconds + time.monotonic() - self._started
+
+    def _write(self, sums: Sums) -> None:
+        assert self.folder is not None
+        tensors = sums.tensors() | {"done": torch.tensor(self._done, dtype=torch.int64)}
+        known = {"settings": json.dumps(self.settings), "seconds": repr(self._seconds())}
+        target = self.folder / FILE.format(self.processes.rank)
+        part = target.with_suffix(".part")
+        try:
+            save_file(tensors, part, known)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"expected to write the unfinished run to {self.folder}; {error}: make room") from error
+
+    def _read(self, file: Path) -> tuple[Sums, list[int], float]:
+        try:
+            with safe_open(file, "pt") as opened:
+                known = opened.metadata() or {}
+                settings = json.loads(known["settings"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            done, seconds = tensors.pop("done").tolist(), float(known["seconds"])
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise InputError(f"{file} is no state of a run ({error}): remove {self.folder} to start again") from error
+        for name in {**settings, **self.settings}:
+            there, here = settings.get(name), self.settings.get(name)
+            if there != here:
+                what = f"another {name}" if name in ("model", "text") else f"{name} {there} there, {here} here"
+                raise InputError(
+                    f"{self.folder} holds an unfinished run with other settings ({what}): use those, or remove the "
+                    "folder to start again"
+                )
+        return Sums.of(tensors), done, seconds
+
+
+def remove(folder: Path) -> None:
+    """Delete the state of a run: its files and nothing else."""
+    for file in [*folder.glob(FILE.format("[0-9]*")), *folder.glob("*.part")]:
+        file.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 (hex) of names, shapes and types of all parameters and of a few numbers of each."""
+    state = hashlib.sha256()
+    for name, x in model.named_parameters():
+        state.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        if not x.is_meta:
+            flat = x.detach().flatten()
+            state.update(flat[:: max(1, len(flat) // 64)].double().cpu().numpy().tobytes())
+    return state.hexdigest()
