@@ -19,6 +19,8 @@ OUTSIDE = {  # what each module may import beside the standard library and the m
     "sweep": TORCH,
     "ledger": TORCH,
     "sums": {"torch"},
+    "processes": {"torch", "accelerate"},
+    "resume": {"torch", "safetensors"},
     "weights": TORCH,
     "readers": TORCH,
     "replay": TORCH,

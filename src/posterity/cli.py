@@ -6,7 +6,9 @@ torch and transformers are imported inside the commands, so that `--help` answer
 import errno
 import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from typer.core import TyperGroup
 from posterity.errors import InputError
 
 DOCUMENTS = 16
+OTHERS_WAIT = 5  # seconds
 
 
 class _Group(TyperGroup):
@@ -50,7 +53,9 @@ Texts = Annotated[
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored unless given.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA where there is one unless given.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda:1, ..., or auto: over all devices; CUDA where there is one unless given.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
 Field = Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")]
@@ -60,6 +65,9 @@ Page = Annotated[Path | None, typer.Option("--report", "-r", help="Report page t
 Horizons = Annotated[
     str | None,
     typer.Option(metavar="H,H,...", help="Horizon curve at these horizons, such as 1,2,4,8,16,32,64,128,256."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with this command where it was interrupted; needs --output.")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Result file that measure --output wrote.")]
 
@@ -93,12 +101,14 @@ def measure(
     trust_remote_code: Trust = False,
     output: Output = None,
     report: Page = None,
+    resume: Resume = False,
 ) -> None:
     """Measure a model on texts.
 
     Shows where the gradients of its queries, keys and values come from. With --output and --report the result is kept
     as a file and as a page; the table is printed in any case. Several folders of checkpoints in place of MODEL, such as
-    run/checkpoint-*, give one result over training.
+    run/checkpoint-*, give one result over training. While it is measured, OUTPUT.state keeps what is done; several
+    processes share the windows: torchrun --nproc-per-node 2 -m posterity measure ...
     """
     import posterity
     from posterity import corpus, loading, steps
@@ -109,22 +119,28 @@ def measure(
     if len(folders) > 1 and "-" in names:
         raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
     texts = corpus.sources(names, field)
+    unfinished = _Unfinished(output, resume)
+    if unfinished.is_done():
+        return
     given = _given(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
         horizons=_numbers(horizons),
     )  # fmt: skip
 
-    def measured(name: str | None, texts: Any) -> Any:
+    def measured(name: str | None, texts: Any, part: str = "") -> Any:
         loaded = loading.load_model(name, dtype, device, revision, trust_remote_code)
         return posterity.measure(
-            loaded.model, loaded.tokenizer, texts, limit=documents, attrs=_provenance(loaded), **given
-        )
+            loaded.model, loaded.tokenizer, texts, limit=documents, attrs=_provenance(loaded),
+            state=unfinished.part(part), processes=unfinished.processes, **given,
+        )  # fmt: skip
 
     if folders:
-        result = steps.over_steps({step: measured(one, corpus.sources(names, field)) for step, one in folders.items()})
+        result = steps.over_steps(
+            {step: measured(one, corpus.sources(names, field), f"step-{step}") for step, one in folders.items()}
+        )
     else:
         result = measured(model, texts)
-    _hand_over(result, output, report)
+    _hand_over(result, output, report, unfinished)
 
 
 @app.command()
@@ -146,6 +162,7 @@ def inspect(
     Finds, by one backward pass for each loss, which loss pays for the key and value of every position. With --report
     the text can be explored token by token.
     """
+    _alone()
     import posterity
     from posterity import loading
 
@@ -186,7 +203,11 @@ def _check_writable(output: Path | None, report: Path | None = None, reads: Iter
 
 def _provenance(loaded: Any) -> dict[str, Any]:
     """What only the command line knows of a result."""
-    return {"model": loaded.name, "revision": loaded.revision, "command": shlex.join(["posterity", *sys.argv[1:]])}
+    return {"model": loaded.name, "revision": loaded.revision, "command": _command()}
+
+
+def _command() -> str:
+    return shlex.join(["posterity", *(one for one in sys.argv[1:] if one != "--resume")])
 
 
 def _numbers(text: str | None, option: str = "horizons", such: str = "1,2,4,8") -> tuple[int, ...] | None:
@@ -210,15 +231,74 @@ def _assigned(given: list[str] | None) -> dict[str, float] | None:
     return found or None
 
 
-def _hand_over(result: Any, output: Path | None, report: Path | None) -> None:
+class _Unfinished:
+    """The state of a run beside its output, for one process or several."""
+
+    def __init__(self, output: Path | None, resume: bool):
+        from posterity.processes import Processes
+
+        self.processes = Processes.join()
+        self.output, self.resume = output, resume
+        self.folder = None if output is None else output.with_name(f"{output.name}.state")
+        if resume and output is None:
+            raise InputError("--resume goes on with a run that has an --output; name it")
+        if self.folder is not None and not resume and self.folder.exists():
+            raise InputError(
+                f"{self.folder} holds an unfinished run: add --resume to go on with it, or remove it to start again"
+            )
+
+    def is_done(self) -> bool:
+        """Whether the output of this very command is there already; then print its table."""
+        import posterity
+
+        def find() -> bool:
+            if not self.resume or self.output is None or not self.output.exists() or self._state_exists():
+                return False
+            result = posterity.load(self.output)
+            if (there := result.attrs.get("command")) != _command():
+                raise InputError(f"{self.output} is the result of another command ({there}): choose another output")
+            typer.echo(f"{self.output} is finished", err=True)
+            posterity.summary(result)
+            return True
+
+        return self.processes.agreed(find)
+
+    def part(self, name: str) -> Path | None:
+        """The folder of one of the models."""
+        return None if self.folder is None else self.folder / name
+
+    def remove(self) -> None:
+        """Delete the state, once the first process has written the output."""
+        from posterity import resume
+        from posterity.audit import kept
+
+        self.processes.every(None)
+        if self.folder is not None:
+            kept.remove(self.folder)
+            resume.remove(self.folder)
+
+    def _state_exists(self) -> bool:
+        return self.folder is not None and self.folder.exists()
+
+
+def _hand_over(result: Any, output: Path | None, report: Path | None, unfinished: _Unfinished | None = None) -> None:
     """Write what was asked for and print the table."""
     import posterity
 
-    if output is not None:
-        posterity.save(result, output)
-    if report is not None:
-        posterity.report(result, report)
-    posterity.summary(result)
+    if unfinished is None or unfinished.processes.first:
+        if output is not None:
+            posterity.save(result, output)
+        if report is not None:
+            posterity.report(result, report)
+        posterity.summary(result)
+    if unfinished is not None:
+        unfinished.remove()
+
+
+def _alone() -> None:
+    """Refuse several processes, each of which would do the same and write the same files."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("expected one process; only measure, audit and train share their work: leave torchrun out")
 
 
 @app.command()
@@ -279,7 +359,7 @@ def train(
         )
     )  # fmt: skip
     folder = runs.train(output, settings, monitor=monitor, **_given(save_every=save_every, keep=keep))
-    if os.environ.get("RANK", "0") == "0":
+    if _rank() == "0":
         typer.echo(f"trained: {folder}")
 
 
@@ -329,6 +409,7 @@ def fold(
     Finds the heads for which that costs least, folds as many as the budget allows, and writes the model with the list
     of its folded heads, which `measure` and the other commands then run folded.
     """
+    _alone()
     import posterity
     from posterity import corpus, folded, loading
 
@@ -376,6 +457,7 @@ def audit(
     trust_remote_code: Trust = False,
     output: Output = None,
     report: Page = None,
+    resume: Resume = False,
 ) -> None:
     """Ask of a model, clause by clause, whether the idea holds.
 
@@ -389,6 +471,9 @@ def audit(
     if len({model or "default", *others}) <= len(others):
         raise InputError(f"expected other models beside {model or 'the default'}; one came twice")
     _check_writable(output, report, reads=[model or "", *(text or []), *others])
+    unfinished = _Unfinished(output, resume)
+    if unfinished.is_done():
+        return
     given = _given(
         contexts=_numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
         rows=_numbers(rows, "rows", "4,8"), seed=seed,
@@ -404,9 +489,10 @@ def audit(
     first = next(iter(loaded.values()))
     result = posterity.audit(
         {name: one.model for name, one in loaded.items()}, {name: one.tokenizer for name, one in loaded.items()},
-        texts, quick=quick, control=control, attrs=_provenance(first), **given,
+        texts, quick=quick, control=control, attrs=_provenance(first), state=unfinished.folder,
+        processes=unfinished.processes, **given,
     )  # fmt: skip
-    _hand_over(result, output, report)
+    _hand_over(result, output, report, unfinished)
 
 
 @app.command()
@@ -415,6 +501,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write (HTML).")],
 ) -> None:
     """Write a page from one or several runs."""
+    _alone()
     import posterity
 
     _check_writable(None, output, reads=runs)
@@ -433,6 +520,7 @@ def check(
 
     One line, with the reasons; the exit code is 0 for yes and 2 for no.
     """
+    _alone()
     import posterity
     from posterity import loading
 
@@ -445,6 +533,7 @@ def check(
 @app.command()
 def summary(run: Run) -> None:
     """Print the table of a run."""
+    _alone()
     import posterity
 
     posterity.summary(posterity.load(run))
@@ -467,8 +556,17 @@ def _options(
     pass
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: torchrun ends the other processes with it when one has died, Slurm a job whose time is up."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
 def main() -> None:
     """Run the command line; the console script and `python -m posterity` come here."""
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="posterity")
 
 
@@ -483,7 +581,13 @@ def _edge() -> Iterator[None]:
         asked = getattr(getattr(error, "ctx", None), "command_path", "posterity")
         _stop(f"{error.format_message().replace('Value error, ', '').rstrip('.')}; see {asked} --help", 2, error)
     except KeyboardInterrupt as error:
-        _stop("interrupted", 130, error)
+        ended = isinstance(error, _Terminated)
+        if ended and _rank() != "0":  # the first process speaks for all
+            raise typer.Exit(143) from error
+        why = "told to stop from outside, or because another process has ended" if ended else "interrupted"
+        kept = f"; {error}: add --resume to go on" if str(error) else ""
+        _say(why + kept)
+        raise typer.Exit(143 if ended else 130) from error
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
@@ -503,5 +607,20 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _stop(message: str, code: int, error: BaseException) -> None:
-    typer.echo(f"posterity: {' '.join(message.split())}", err=True)
+    if (rank := _rank()) != "0":
+        # What is wrong for all is said by the first process, and torchrun ends this one meanwhile.
+        try:
+            time.sleep(OTHERS_WAIT)
+        except KeyboardInterrupt:
+            raise typer.Exit(code) from error
+        message = f"process {rank}: {message}"
+    _say(message)
     raise typer.Exit(code) from error
+
+
+def _say(message: str) -> None:
+    typer.echo(f"posterity: {' '.join(message.split())}", err=True)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")

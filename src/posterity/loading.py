@@ -67,7 +67,8 @@ def load_model(
         name: a hub id, a folder (that of a folded model gives it folded), a `.gguf` file, or None or "default" for the
             embedded SmolLM2-135M-Instruct.
         dtype: such as "float32" or torch.bfloat16; None keeps the type that the weights are stored in.
-        device: such as "cpu" or "cuda:1"; None takes the first CUDA device, or the CPU when there is none.
+        device: such as "cpu" or "cuda:1"; None takes the CUDA device of this process, or the CPU when there is none;
+            "auto" spreads a model that is larger than one device over all of them.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: let the model's own Python code run.
 
@@ -76,14 +77,17 @@ def load_model(
     """
     from posterity.folded import run_as_saved
 
-    kind, target = _dtype(dtype), _device(device)
+    kind, target = _dtype(dtype), None if device == "auto" else _device(device)
     with quiet():
         place = _place(name, revision)
         with _told(place.name, trust_remote_code):
             options = {"revision": place.commit, "trust_remote_code": trust_remote_code}
             _check_config(place, options)
             tokenizer = _tokenizer(place, options)
-            model = _model(place.path, dtype=kind, **options).to(target).eval()
+            if target is None:
+                model = _spread(place, dtype=kind, **options).eval()
+            else:
+                model = _model(place.path, dtype=kind, **options).to(target).eval()
         run_as_saved(model, place.path)
     return Loaded(model, tokenizer, place.name, place.revision)
 
@@ -102,7 +106,9 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
@@ -241,6 +247,23 @@ def _model(path: str, **options: Any) -> Any:
         raise InputError(
             f"expected all weights of the model; {path} lacks {len(missing)} of them, such as {missing[0]}: "
             "get the complete files"
+        )
+    return model
+
+
+def _spread(place: Place, **options: Any) -> Any:
+    """Load a model over all devices of this machine; one that does not fit is refused."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "--device auto spreads one model over all devices of a machine; with several processes on it each would: "
+            "start one process a machine, or leave --device out"
+        )
+    model = _model(place.path, device_map="auto", **options)
+    away = [name for name, x in model.named_parameters() if x.is_meta]
+    if away:
+        raise InputError(
+            f"expected a model that fits on the devices of this machine; {len(away)} of its weights, such as "
+            f"{away[0]}, do not: choose --dtype bfloat16, or a machine with more memory"
         )
     return model
 

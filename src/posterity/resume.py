@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +24,6 @@ from posterity.sums import Sums
 
 SHARE = 0.02  # of the time that writing may take
 FILE = "{}.safetensors"
-KEPT = "what was measured is kept in"
 
 
 class State:
@@ -50,7 +49,7 @@ class State:
         if self.folder is None:
             return
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             numbers = sorted(int(file.stem) for file in self.folder.glob(FILE.format("[0-9]*")))
         except (OSError, ValueError) as error:
             raise InputError(f"expected a folder for the unfinished run at {self.folder}; {error}") from error
@@ -109,7 +108,9 @@ class State:
         try:
             yield
         except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(*([] if self.folder is None else [f"{KEPT} {self.folder}"])) from error
+            if self.folder is None:
+                raise
+            raise type(error)(f"what was measured is kept in {self.folder}") from error
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._started
@@ -137,23 +138,29 @@ class State:
             done, seconds = tensors.pop("done").tolist(), float(known["seconds"])
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise InputError(f"{file} is no state of a run ({error}): remove {self.folder} to start again") from error
-        for name in {**settings, **self.settings}:
-            there, here = settings.get(name), self.settings.get(name)
-            if there != here:
-                what = f"another {name}" if name in ("model", "text") else f"{name} {there} there, {here} here"
-                raise InputError(
-                    f"{self.folder} holds an unfinished run with other settings ({what}): use those, or remove the "
-                    "folder to start again"
-                )
+        check_settings(self.folder, settings, self.settings)
         return Sums.of(tensors), done, seconds
 
 
+def check_settings(folder: Path | None, there: Mapping[str, object], here: Mapping[str, object]) -> None:
+    """Raise InputError if an unfinished run was begun under other settings."""
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            plain = name in ("model", "text")
+            what = f"another {name}" if plain else f"{name} {there.get(name)} there, {here.get(name)} here"
+            raise InputError(
+                f"{folder} holds an unfinished run with other settings ({what}): use those, or remove the folder to "
+                "start again"
+            )
+
+
 def remove(folder: Path) -> None:
-    """Delete the state of a run: its files and nothing else."""
-    for file in [*folder.glob(FILE.format("[0-9]*")), *folder.glob("*.part")]:
-        file.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Delete the states in a folder and the folders directly in it; what else is there stays."""
+    for place in (*folder.glob("*/"), folder):
+        for file in (*place.glob(FILE.format("[0-9]*")), *place.glob("[0-9]*.part")):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, or another process was first
+            place.rmdir()
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -3,6 +3,8 @@
 A clause is added by writing one function from a `Subject` to a `Finding`, and naming it in `CLAUSES`.
 """
 
+import hashlib
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,17 +16,21 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import posterity
 from posterity import corpus
 from posterity.audit import futures, later_use, self_default, straight
 from posterity.audit.clause import REFUSED, Clause, Finding, Plan, Subject
 from posterity.audit.gradients import LOOK_AHEAD, LOOK_BACK, WEIGHTS
 from posterity.audit.growth import GROWTH
+from posterity.audit.kept import Kept
 from posterity.audit.many_readers import READERS
 from posterity.audit.outcome import assemble
 from posterity.errors import InputError
 from posterity.measure import seeded
 from posterity.models import first_device, language_model
+from posterity.processes import Processes
 from posterity.provenance import provenance
+from posterity.resume import fingerprint
 
 CLAUSES: tuple[Clause, ...] = (
     LOOK_BACK, LOOK_AHEAD, READERS, WEIGHTS, GROWTH,
@@ -32,6 +38,8 @@ CLAUSES: tuple[Clause, ...] = (
 )  # fmt: skip
 
 RANDOM = "random weights"
+TOGETHER = {1, 2, 4}  # they read one measurement
+COST = {5: 3, 6: 8, 8: 3}  # of a row on the default model, where it is not about 1
 CHARACTERS = 4_000_000  # of text that is read at most
 
 
@@ -45,6 +53,8 @@ def audit(
     control: str | None = None,
     progress: bool = True,
     attrs: Mapping[str, object] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    processes: Processes | None = None,
     **changes: Any,
 ) -> xr.Dataset:
     """Ask of a model, clause by clause, whether what is commonly asserted of keys and values holds.
@@ -60,6 +70,9 @@ def audit(
         control: "random": beside the model, one of the same config with random weights.
         progress: Whether to show progress bars on stderr.
         attrs: Provenance to add.
+        state: A folder that keeps what each row found; where it holds some, the audit goes on from there.
+        processes: `posterity.processes.Processes.join()` in each process that torchrun started: they share the rows
+            and all return the same result. `documents` are read by the first of them only.
         changes: How much is measured (posterity.audit.clause.Plan), such as `contexts=(64, 128)` or `budget=512`. What
             is not given shrinks for a model that reads fewer tokens; the plan that was used is in `attrs`.
 
@@ -82,23 +95,75 @@ def audit(
     if control not in (None, "random"):
         raise InputError(f'control expects "random"; got {control!r}')
     plan = plan.fitted(min(map(_longest, inner.values())), changes)
-    texts = _kept(documents)
-    found: dict[str, dict[int, Finding]] = {}
-    seconds: dict[int, float] = {}
-    for name, one in inner.items():
-        words = tokenizer[name] if isinstance(tokenizer, Mapping) else tokenizer
-        several = len(inner) > 1 or control is not None
-        found[name] = _findings(Subject(one, words, texts, plan, progress), chosen, name if several else "", seconds)
-    first = next(iter(inner.values()))
-    words = next(iter(tokenizer.values())) if isinstance(tokenizer, Mapping) else tokenizer
+    processes = processes or Processes()
+    texts = processes.agreed(lambda: _read(documents))
     if control is not None:
-        random = random_control(first, plan.seed)
-        found[RANDOM] = _findings(Subject(random, words, texts, plan, progress), chosen, RANDOM, seconds)
-    spent = {"seconds_by_clause": ", ".join(f"{number}: {x:.0f}" for number, x in seconds.items())}
-    return assemble(found, chosen, provenance(first) | spent | {"plan": repr(plan)} | dict(attrs or {}))
+        inner[RANDOM] = random_control(next(iter(inner.values())), plan.seed)
+    settings = {
+        "version": posterity.__version__, "plan": repr(plan), "text": _digest(texts),
+        "model": [fingerprint(one) for one in inner.values()],
+    }  # fmt: skip
+    kept = Kept(state, settings)
+    shown = progress and processes.first
+    found: dict[tuple[str, int], Finding] = {}
+    seconds: dict[int, float] = {}
+    for number, (name, one) in enumerate(inner.items()):
+        words = next(iter(tokenizer.values())) if isinstance(tokenizer, Mapping) and name == RANDOM else tokenizer
+        words = words[name] if isinstance(words, Mapping) else words
+        subject = Subject(one, words, texts, plan, shown)
+        mine = _share(chosen, processes, number)
+        title = name if len(inner) > 1 else ""
+        try:
+            findings = _findings(subject, mine, title, seconds, kept, number)
+        except KeyboardInterrupt as error:
+            if kept.folder is None:
+                raise
+            raise type(error)(f"what was measured is kept in {kept.folder}") from error
+        found |= {(name, clause): finding for clause, finding in findings.items()}
+    found = {at: one for some in processes.every(found) for at, one in some.items()}
+    took = {clause: x for some in processes.every(seconds) for clause, x in some.items()}
+    by_model = {name: {clause.number: found[name, clause.number] for clause in chosen} for name in inner}
+    for findings in by_model.values():
+        if all(one.verdict == REFUSED for one in findings.values()):
+            raise InputError(next(iter(findings.values())).reason)
+    known = {
+        "seconds_by_clause": ", ".join(f"{clause}: {took[clause]:.0f}" for clause in sorted(took)),
+        "processes": processes.count, "plan": repr(plan),
+    }  # fmt: skip
+    first = next(iter(inner.values()))
+    return processes.agreed(lambda: assemble(by_model, chosen, provenance(first) | known | dict(attrs or {})))
 
 
-def _kept(documents: Any) -> list[tuple[str, Any]]:
+def _share(chosen: Sequence[Clause], processes: Processes, model: int) -> list[Clause]:
+    """The rows of one model that this process measures: the dearest first, each to the process with the least to do.
+
+    Rows that read the same measurement stay together.
+    """
+    groups = [
+        [one for one in chosen if one.number in TOGETHER],
+        *([one] for one in chosen if one.number not in TOGETHER),
+    ]
+    groups.sort(key=lambda group: -sum(COST.get(one.number, 1) for one in group))
+    loads = [0] * processes.count
+    mine: list[Clause] = []
+    for group in groups:
+        least = loads.index(min(loads))
+        loads[least] += sum(COST.get(one.number, 1) for one in group)
+        if (least + model) % processes.count == processes.rank:
+            mine += group
+    return sorted(mine, key=lambda one: one.number)
+
+
+def _digest(texts: list[tuple[str, Any]]) -> str:
+    """SHA-256 (hex) of names and contents."""
+    state = hashlib.sha256()
+    for name, text in texts:
+        content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else repr(list(text)).encode()
+        state.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogatepass") + content)
+    return state.hexdigest()
+
+
+def _read(documents: Any) -> list[tuple[str, Any]]:
     """As many named documents as the rows can use, read once: standard input cannot be read again."""
     kept: list[tuple[str, Any]] = []
     left = CHARACTERS
@@ -126,24 +191,29 @@ def random_control(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return made.to(first_device(model)).eval()  # type: ignore[arg-type]
 
 
-def _findings(subject: Subject, clauses: Sequence[Clause], name: str, seconds: dict[int, float]) -> dict[int, Finding]:
+def _findings(
+    subject: Subject, clauses: Sequence[Clause], name: str, seconds: dict[int, float], kept: Kept, model: int
+) -> dict[int, Finding]:
     """What every clause finds on one model, in evaluation mode, without a random number of the caller's."""
     modes = [(module, module.training) for module in subject.model.modules()]
     found = {}
     try:
         subject.model.eval()
-        with seeded(subject.plan.seed):
-            for clause in clauses:
-                if subject.shown:
-                    Console(stderr=True).print(f"{name and name + ': '}{clause.number} · {clause.name}", style="bold")
-                started = time.perf_counter()
+        for clause in clauses:
+            before = kept.get(model, clause.number)
+            if before is not None:
+                found[clause.number] = before
+                continue
+            if subject.shown:
+                Console(stderr=True).print(f"{name and name + ': '}{clause.number} · {clause.name}", style="bold")
+            started = time.perf_counter()
+            with seeded(subject.plan.seed):
                 found[clause.number] = _finding(clause, subject)
-                seconds[clause.number] = seconds.get(clause.number, 0.0) + time.perf_counter() - started
+            seconds[clause.number] = seconds.get(clause.number, 0.0) + time.perf_counter() - started
+            kept.put(model, clause.number, found[clause.number])
     finally:
         for module, mode in modes:
             module.training = mode
-    if all(one.verdict == REFUSED for one in found.values()):
-        raise InputError(next(iter(found.values())).reason)
     return found
 
 

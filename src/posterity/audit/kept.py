@@ -1,0 +1,92 @@
+"""The findings of an audit so far, on disk: one file for each model and clause, written whole or not at all."""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import xarray as xr
+
+from posterity.audit.clause import Figure, Finding
+from posterity.errors import InputError
+from posterity.resume import check_settings
+
+FILE = "{}-clause-{}.nc"  # number of the model, number of the clause
+
+
+class Kept:
+    """The folder of an audit that may be stopped at any moment; without a folder nothing is kept."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, object]):
+        """Make the folder.
+
+        Raises:
+            InputError: It cannot be made.
+        """
+        self.folder, self.settings = None if folder is None else Path(folder), json.loads(json.dumps(settings))
+        try:
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"expected a folder for the unfinished audit at {folder}; {error}") from error
+
+    def get(self, model: int, clause: int) -> Finding | None:
+        """What an earlier attempt found.
+
+        Raises:
+            InputError: It is of other settings, or damaged.
+        """
+        if self.folder is None or not (file := self.folder / FILE.format(model, clause)).exists():
+            return None
+        try:
+            with xr.open_datatree(file, engine="h5netcdf", decode_times=False) as tree:
+                known = json.loads(tree.attrs["finding"])
+                variables = {name: _loaded(tree[name].to_dataset(), name) for name in known["variables"]}
+            figures = tuple(Figure(**one) for one in known["figures"])
+        except Exception as error:  # a damaged file can fail anywhere inside HDF5, h5netcdf and xarray
+            reason = next(iter(str(error).splitlines()), "")
+            raise InputError(
+                f"{file} is no state of an audit ({reason}): remove {self.folder} to start again"
+            ) from error
+        check_settings(self.folder, known["settings"], self.settings)
+        return Finding(figures, known["verdict"], known["reason"], variables)
+
+    def put(self, model: int, clause: int, finding: Finding) -> None:
+        """Keep what was found."""
+        if self.folder is None:
+            return
+        known = {
+            "settings": self.settings, "verdict": finding.verdict, "reason": finding.reason,
+            "figures": [asdict(one) for one in finding.figures], "variables": list(finding.variables),
+        }  # fmt: skip
+        tree = xr.DataTree.from_dict({name: one.to_dataset(name=name) for name, one in finding.variables.items()})
+        tree.attrs["finding"] = json.dumps(known)
+        target = self.folder / FILE.format(model, clause)
+        part = target.with_suffix(".part")
+        try:
+            tree.to_netcdf(part, engine="h5netcdf")
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        except OSError as error:
+            raise InputError(f"expected to write the unfinished audit to {self.folder}; {error}: make room") from error
+
+
+def remove(folder: Path) -> None:
+    """Delete what an audit kept; what else is in the folder stays."""
+    for file in (*folder.glob(FILE.format("*", "*")), *folder.glob("*-clause-*.part")):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, or another process was first
+        folder.rmdir()
+
+
+def _loaded(dataset: xr.Dataset, name: str) -> xr.DataArray:
+    """A variable in memory; texts as numpy has them."""
+    found = dataset.load()
+    for label, one in found.variables.items():
+        found[label].encoding = {}
+        if one.dtype.kind == "O":
+            found[label] = found[label].astype(str)
+    return found[name]
