@@ -15,6 +15,7 @@ from posterity import cli
 from posterity.corpus import default_text
 from posterity.errors import InputError
 from posterity.loading import Loaded
+from posterity.processes import Processes
 
 SOURCE = str(Path(__file__).parents[1] / "src")
 
@@ -81,7 +82,7 @@ def test_measure_passes_on_what_was_given_and_leaves_the_defaults_to_the_library
     attributes = {"model": "its name", "revision": "its revision", "command": "posterity measure 'a b'"}
     assert measuring[1][:2] == ("the model", "the tokenizer")
     assert list(measuring[1][2]) == [default_text()]
-    assert measuring[2] == {"limit": 16, "attrs": attributes}
+    assert measuring[2] == {"limit": 16, "attrs": attributes, "state": None, "processes": Processes()}
     assert showing == ("summary", ("the result",), {})
 
 
@@ -97,6 +98,7 @@ def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, t
     assert calls[2][1] == ("org/model", "float64", "cpu", "r", True)
     given = dict(calls[3][2])
     del given["attrs"]
+    assert (given.pop("state"), given.pop("processes")) == (Path("run.nc.state"), Processes())
     assert given == {"context": 64, "limit": 3, "lags": "all", "batch": 2, "weights": False, "seed": 7}
     assert [name for name, _ in calls[3][1][2]] == [str(text)]
     assert calls[4][1] == ("the result", Path("run.nc"))
@@ -106,7 +108,7 @@ def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, t
 def test_who_pays_is_passed_on(calls):
     assert run("measure", "--losses", "--parameters", "--horizons", "1,2, 4").exit_code == 0
     given = dict(calls[1][2])
-    del given["attrs"]
+    del given["attrs"], given["state"], given["processes"]
     assert given == {"limit": 16, "losses": True, "parameters": True, "horizons": (1, 2, 4)}
 
 
@@ -143,7 +145,13 @@ def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(c
     attributes = {"model": "its name", "revision": "its revision", "command": "posterity audit"}
     assert auditing[1][:2] == ({"its name": "the model"}, {"its name": "the tokenizer"})
     assert list(auditing[1][2]) == [default_text()]
-    assert auditing[2] == {"quick": False, "control": None, "attrs": attributes}
+    assert auditing[2] == {
+        "quick": False,
+        "control": None,
+        "attrs": attributes,
+        "state": None,
+        "processes": Processes(),
+    }
     assert showing == ("summary", ("the result",), {})
     calls.clear()
     options = ["--rows", "4,8", "--contexts", "16,32", "--context", 64, "--documents", 3, "--budget", 99, "--seed", 7]
@@ -152,7 +160,7 @@ def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(c
     names = [name for name, _, _ in calls]
     assert names == ["writable", "writable", "load_model", "load_model", "audit", "save", "report", "summary"]
     given = dict(calls[4][2])
-    del given["attrs"]
+    del given["attrs"], given["state"], given["processes"]
     assert list(calls[4][1][0]) == ["its name", "other"]
     assert given == {
         "quick": True, "control": "random", "rows": (4, 8), "contexts": (16, 32), "context": 64, "limit": 3,
