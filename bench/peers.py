@@ -1,6 +1,6 @@
 """`make bench-peers`: docs/peers.md, the same questions to Posterity and to its nearest peers, a process for each cell.
 
-python bench/peers.py             all cells that are not finished yet (under an hour on two quiet cores)
+python bench/peers.py             all cells that are not finished yet; then docs/peers.md
 python bench/peers.py --again --models default --contexts 1024 2048           some of them, even if finished
 python bench/peers.py --table     only docs/peers.md, from the finished cells
 
@@ -28,7 +28,7 @@ FOLDER = ROOT / ".peers"
 SCRIPTS = ROOT / "bench" / "peers"
 MODELS = {"tiny": "a random llama of 2 layers, 4 heads of 16, 2 key/value heads", "default": "SmolLM2-135M-Instruct"}
 CONTEXTS = (128, 256, 512, 1024, 2048)
-BUDGET = 240  # seconds: single losses that would take longer together are timed for eight of them
+BUDGET = 180  # seconds: single losses that would take longer together are timed for eight of them
 LIMIT = 600  # seconds: more than that is not waited for
 
 
@@ -86,6 +86,8 @@ PEERS = (
         "against every key and value",
     ),
 )  # fmt: skip
+IN_SHORT = {"lags": "credit by lag", "payers": "own and later losses"}
+SHORT = 512  # tokens: the context of the README's lines
 OURS = {"lags": PEERS[0], "payers": PEERS[2]}
 INSPECT = PEERS[3]
 
@@ -106,7 +108,7 @@ def run(peer, model, context, memory):
         finished.with_suffix(before).unlink(missing_ok=True)
     work = finished.with_name(f"{finished.name}-working.npz")
     command = [python(peer.environment), SCRIPTS / peer.script, *files, work, str(BUDGET), *peer.options]
-    known = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "context": context, "model": model}
+    known = {"machine": machine(), "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d")}
     ceiling = int(memory * 1e9)
 
     def limit():  # private writable memory: much of the address space is only mapped
@@ -205,10 +207,10 @@ def machine():
 # What the numbers say of each other
 
 
-def disagreement(theirs, ours):
-    """Largest difference, relative to the largest credit of the same layer and stream (or part, and layer)."""
+def disagreement(theirs, ours, at=slice(None)):
+    """Largest difference, relative to the largest of ours in the same layer and stream; `at`: where theirs are."""
     size = np.abs(ours).max(-1, keepdims=True)
-    return float((np.abs(theirs - ours) / np.where(size > 0, size, 1)).max())
+    return float((np.abs(theirs - ours[..., at]) / np.where(size > 0, size, 1)).max())
 
 
 def agreement(found, ours, inspected):
@@ -218,8 +220,8 @@ def agreement(found, ours, inspected):
     if "credit" in found:
         return disagreement(found["credit"], ours["credit"])
     at = found["positions"]
-    own, whole = ours["own"][..., at], ours["whole"][..., at]
-    off = max(disagreement(found["own"], own), disagreement(found["whole"] - found["own"], whole - own))
+    later = disagreement(found["whole"] - found["own"], ours["whole"] - ours["own"], at)
+    off = max(disagreement(found["own"], ours["own"], at), later)
     if inspected is None or len(inspected["rows"]) != len(found["rows"]):
         return off
     return max(off, disagreement(flat(found["rows"]), flat(inspected["rows"])))
@@ -281,6 +283,19 @@ def table(question, model, cells, agreements):
         yield f"| {peer.name} | " + " | ".join(row) + " |"
 
 
+def summary(cells, agreements):
+    """Markdown: each peer beside Posterity at one context; the README quotes it."""
+    yield f"| {MODELS['default']}, {SHORT} tokens | Posterity | the nearest | | largest disagreement |"
+    yield "|---|---|---|---|---|"
+    for peer in PEERS:
+        ours, key = OURS[peer.question], (peer.label, "default", SHORT)
+        if peer is not ours and peer.longest >= SHORT:
+            mine, theirs = shown(cells.get((ours.label, "default", SHORT))), shown(cells.get(key))
+            off = agreements.get(key)
+            row = (IN_SHORT[peer.question], mine, peer.name, theirs, "" if off is None else f"{off:.0e}")
+            yield "| " + " | ".join(row) + " |"
+
+
 def page(cells, agreements):
     """docs/peers.md, line by line."""
     versions = {}
@@ -296,7 +311,11 @@ def page(cells, agreements):
     threads = sorted({cell["threads"] for cell in cells.values() if "threads" in cell})
     days = sorted({cell["date"] for cell in cells.values()})
     where = "; ".join(sorted({cell["machine"] for cell in cells.values()}))
-    yield f"{where}; {', '.join(map(str, threads))} threads; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+    load = max((cell["load"] for cell in cells.values() if "load" in cell), default=float("nan"))
+    yield f"{where}; threads: {', '.join(map(str, threads))}; {' to '.join(dict.fromkeys((days[0], days[-1])))};"
+    yield f"load average of the machine before a cell at most {load:.1f}"
+    yield ""
+    yield from summary(cells, agreements)
     for question, title in QUESTIONS.items():
         yield from ("", f"## {title}", "", "| | what |", "|---|---|")
         yield from (f"| {peer.name} | {peer.what} |" for peer in PEERS if peer.question == question)
@@ -359,7 +378,10 @@ def main():
         if asked.again or not place(peer, model, context).with_suffix(".json").exists():
             cell = run(peer, model, context, asked.memory)
             print(f"{model}, {context} tokens, {peer.label}: {shown(cell)}", flush=True)
-    lines = list(page(*finished()))
+    found = finished()
+    if not found[0]:
+        raise SystemExit("no cell is finished: leave --table out")
+    lines = list(page(*found))
     (ROOT / "docs" / "peers.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

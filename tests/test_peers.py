@@ -12,7 +12,7 @@ from reference import allowed_pairs, by_lag, dense_account, dense_attention
 
 BENCH = Path(__file__).parent.parent / "bench"
 CELL = {"seconds": 2.5, "estimated": False, "peak": 3e9, "loaded": 1e9, "threads": 2, "versions": {"torch": "2.13.0"}}
-CELL |= {"date": "2026-11-25", "machine": "a processor, 2 cores"}
+CELL |= {"load": 0.5, "date": "2026-11-25", "machine": "a processor, 2 cores"}
 
 
 def module(file, monkeypatch):
@@ -51,6 +51,7 @@ def test_the_page_shows_every_cell_in_its_row_and_column(peers):
     assert lens[4] == "out of memory (6 GB)"
     assert any("torch 2.13.0" in line for line in lines)
     assert any("a processor, 2 cores" in line for line in lines)
+    assert "load average of the machine before a cell at most 0.5" in lines
 
 
 def test_the_page_names_every_peer_with_what_it_measures(peers):
@@ -65,6 +66,7 @@ def test_disagreement_is_relative_to_the_largest_credit_of_its_own_layer(peers):
     ours = np.array([[100.0, 1.0], [0.5, 0.1], [0.0, 0.0]])
     theirs = ours + np.array([[1.0, 0.0], [0.0, 0.1], [0.0, 0.0]])
     assert peers.disagreement(theirs, ours) == pytest.approx(0.2)
+    assert peers.disagreement(theirs[..., [1]], ours, [1]) == pytest.approx(0.2)  # also where only some were timed
 
 
 def test_single_losses_are_compared_at_the_positions_that_were_timed(peers):
@@ -78,8 +80,19 @@ def test_single_losses_are_compared_at_the_positions_that_were_timed(peers):
     }
     assert peers.agreement(found, {"own": own, "whole": whole}, None) == 0
     found["own"] = found["own"] + [[[0, 0.4], [0, 0]]]
-    assert peers.agreement(found, {"own": own, "whole": whole}, None) == pytest.approx(0.4)  # of the later part, all 1
+    # of the later part, which is 1 everywhere
+    assert peers.agreement(found, {"own": own, "whole": whole}, None) == pytest.approx(0.4)
     assert peers.agreement(found, None, None) is None
+
+
+def test_the_readme_quotes_the_page_of_peers():
+    readme, page = ((BENCH.parent / name).read_text().splitlines() for name in ("README.md", "docs/peers.md"))
+    quoted = [
+        line for line in readme if "| TransformerLens |" in line or "| Captum |" in line or "| autograd |" in line
+    ]
+    assert len(quoted) == 3
+    for line in quoted:
+        assert line in page
 
 
 def test_requirements_are_pinned_exactly_and_torch_stands_first(peers):
