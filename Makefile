@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow check bench picture reproduce audit clean
+.PHONY: help demo test test-slow check bench bench-peers picture reproduce audit clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -39,6 +39,9 @@ check: $(VENV)/tested  ## format, lint, types, tests, docs
 bench: $(VENV)/tested  ## the table of the README: time and memory beside a plain training step
 	$(BIN)/python bench/bench.py
 
+bench-peers: $(VENV)/tested  ## docs/peers.md: the same questions to TransformerLens, Captum and plain autograd
+	$(BIN)/python bench/peers.py
+
 picture: demo $(VENV)/tested  ## the picture of the README, from demo/report.html
 	$(BIN)/python bench/picture.py
 
@@ -49,4 +52,4 @@ audit: $(VENV)/tested  ## the tables of docs/audit.md: does each clause of the i
 	$(BIN)/python bench/audit.py
 
 clean:  ## remove what make has made
-	rm -rf $(VENV) demo dist reproduce audits
+	rm -rf $(VENV) demo dist reproduce audits .peers

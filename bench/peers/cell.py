@@ -1,0 +1,90 @@
+"""What the scripts of all peers share: inputs, clock, peak memory, results. They run in environments of their own.
+
+python bench/peers/with_PEER.py MODEL_FOLDER IDS.npy OUTPUT.npz SECONDS [QUANTITY]
+"""
+
+import json
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+SAMPLE = 8  # losses that are timed where all of them would take too long
+AGAIN = 60  # seconds: what takes less is done twice, and the second pass is timed
+
+
+def main(measure, *packages):
+    """Run `measure(folder, model, ids, budget, *quantity)`: arrays, seconds, and whether these are estimated."""
+    folder, ids, output, budget, *quantity = sys.argv[1:]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    ids = torch.from_numpy(np.load(ids))[None]
+    loaded = peak()
+    arrays, seconds, estimated = measure(folder, model, ids, float(budget), *quantity)
+    np.savez(output, **arrays)
+    found = {"seconds": seconds, "estimated": estimated, "peak": peak(), "loaded": loaded}
+    found["versions"] = {name: version(name) for name in (*packages, "torch", "transformers")}
+    found["threads"] = torch.get_num_threads()
+    Path(output).with_suffix(".json").write_text(json.dumps(found))
+
+
+def peak():
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed(work):
+    """(result, seconds) of a second pass, or of the first if that took long."""
+    started = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - started
+    if seconds < AGAIN:
+        del result
+        started = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - started
+    return result, seconds
+
+
+def who_pays(prepare, length, budget):
+    """Own credit, whole credit and the rows of single losses, with one call of `gradients` per loss.
+
+    `prepare()` gives the whole gradients [key of layer 0, value of layer 0, key of layer 1, ...], each (position, dim),
+    and `gradients(t)`: the same of the loss read at position t alone, perhaps of positions 0 to t only.
+    """
+    started = time.perf_counter()
+    whole, gradients = prepare()
+    before, losses = time.perf_counter() - started, length - 1
+    middle = sorted({int((k + 0.5) * losses / SAMPLE) for k in range(SAMPLE)})
+    started = time.perf_counter()
+    rows = {t: credits(gradients(t), whole) for t in middle}
+    seconds = (time.perf_counter() - started) / len(middle) * losses
+    estimated = before + seconds > budget
+    if not estimated:
+        rest = [t for t in range(losses) if t not in rows]
+        rows |= {t: credits(gradients(t), whole) for t in rest}
+        seconds = time.perf_counter() - started
+    positions = sorted(rows)
+    by_loss = np.stack([rows[t] for t in positions])  # loss, layer and written, position
+    by_loss = by_loss.reshape(len(positions), -1, 2, length)
+    arrays = {
+        "positions": np.array(positions),
+        "rows": by_loss,  # loss, layer, written, position
+        "own": np.stack([row[..., t] for t, row in zip(positions, by_loss, strict=True)], -1),
+        "whole": credits(whole, whole).reshape(-1, 2, length)[..., positions],
+    }
+    return arrays, before + seconds, estimated
+
+
+def credits(single, whole):
+    """Inner products of one loss's gradients with the whole ones: (layer and written, position), 0 past the end."""
+    length = len(whole[0])
+    found = np.zeros((len(whole), length), np.float32)
+    for row, one, all_ in zip(found, single, whole, strict=True):
+        row[: len(one)] = (one * all_[: len(one)]).sum(-1).numpy()
+    return found

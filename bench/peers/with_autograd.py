@@ -1,0 +1,28 @@
+"""Plain autograd: one forward pass, then one backward pass per loss to the keys and values of all layers."""
+
+import torch
+from cell import main, who_pays
+
+
+def losses(folder, model, ids, budget):
+    layers = [one for x in model.model.layers for one in (x.self_attn.k_proj, x.self_attn.v_proj)]
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+    def prepare():
+        written = []
+        hooks = [layer.register_forward_hook(lambda module, inputs, output: written.append(output)) for layer in layers]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        for hook in hooks:
+            hook.remove()
+        each = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+
+        def gradients(loss):
+            return [x[0] for x in torch.autograd.grad(loss, written, retain_graph=True)]
+
+        return gradients(each.sum()), lambda t: gradients(each[t])
+
+    return who_pays(prepare, ids.shape[1], budget)
+
+
+if __name__ == "__main__":
+    main(losses)

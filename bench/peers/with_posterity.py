@@ -1,0 +1,38 @@
+"""Posterity: what the peers are compared with, through its public functions."""
+
+import numpy as np
+from cell import main, timed
+
+import posterity
+
+
+def measured(folder, model, ids, budget, quantity):
+    arrays, seconds = timed(lambda: QUANTITIES[quantity](model, ids))
+    return arrays, seconds, False
+
+
+def lags(model, ids):
+    result = posterity.measure(model, None, ids, context=ids.shape[1], lags="all", weights=False, progress=False)
+    return {"credit": result.credit.sum("head").transpose("layer", "stream", "lag").values}
+
+
+def losses(model, ids):
+    result = posterity.measure(
+        model, None, ids, context=ids.shape[1], lags="self", weights=False, losses=True, progress=False
+    )
+    credit = result.loss_credit.sum("head").transpose("part", "layer", "written", "position")
+    return {"own": credit.sel(part="own").values, "whole": credit.sum("part").values}
+
+
+def inspect(model, ids):
+    result = posterity.inspect(model, None, ids[0], progress=False)
+    rows = result.inspect_credit.transpose("loss_position", "layer", "written", "position").values[:-1]
+    at = np.arange(len(rows))
+    own = np.stack([rows[t, ..., t] for t in at], -1)
+    return {"rows": rows, "positions": at, "own": own, "whole": rows.sum(0)[..., at]}
+
+
+QUANTITIES = {"lags": lags, "losses": losses, "inspect": inspect}
+
+if __name__ == "__main__":
+    main(measured)
