@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from posterity.errors import InputError
+from posterity.errors import InputError, one_line
 
 DOCUMENTS = 16
 
@@ -503,5 +503,5 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _stop(message: str, code: int, error: BaseException) -> None:
-    typer.echo(f"posterity: {' '.join(message.split())}", err=True)
+    typer.echo(f"posterity: {one_line(message)}", err=True)
     raise typer.Exit(code) from error

@@ -92,9 +92,10 @@ def _rendered(loaded: list[xr.Dataset]) -> str:
             "command (--beside) to see them side by side"
         )
     if kinds == {"comparison"}:
+        from posterity import comparison
         from posterity.report.compared import render as render_comparison
 
-        return render_comparison(loaded[0])
+        return render_comparison(comparison.check(loaded[0]))
     from posterity.report.audited import render as render_audit
 
     return render_audit(outcome.check(loaded[0]))
