@@ -54,6 +54,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA w
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
 Field = Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out broken lines of .jsonl files, and say how many.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]
 Page = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")]
@@ -79,6 +82,7 @@ def measure(
         bool | None, typer.Option("--weights/--no-weights", help="Split the weights' gradients.  [default: weights]")
     ] = None,
     field: Field = "text",
+    skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -108,7 +112,8 @@ def measure(
     names = names if folders else text or []
     if len(folders) > 1 and "-" in names:
         raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
-    texts = corpus.sources(names, field)
+    skipped = corpus.Skipped() if skip_broken else None
+    texts = corpus.sources(names, field, skipped)
     given = _given(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
         horizons=_numbers(horizons),
@@ -121,10 +126,12 @@ def measure(
         )
 
     if folders:
-        result = steps.over_steps({step: measured(one, corpus.sources(names, field)) for step, one in folders.items()})
+        result = steps.over_steps(
+            {step: measured(one, corpus.sources(names, field, skipped)) for step, one in folders.items()}
+        )
     else:
         result = measured(model, texts)
-    _hand_over(result, output, report)
+    _hand_over(result, output, report, skipped)
 
 
 @app.command()
@@ -210,10 +217,20 @@ def _assigned(given: list[str] | None) -> dict[str, float] | None:
     return found or None
 
 
-def _hand_over(result: Any, output: Path | None, report: Path | None) -> None:
+def _told_of(skipped: Any) -> dict[str, int]:
+    """Say on stderr which lines were skipped, if that was asked for, and return their number as an attribute."""
+    if skipped is None:
+        return {}
+    typer.echo(one_line(str(skipped)), err=True)
+    return {"skipped_lines": skipped.total}
+
+
+def _hand_over(result: Any, output: Path | None, report: Path | None, skipped: Any = None) -> None:
     """Write what was asked for and print the table."""
     import posterity
 
+    if skipped is not None:
+        result = result.assign_attrs(_told_of(skipped))
     if output is not None:
         posterity.save(result, output)
     if report is not None:
@@ -262,6 +279,7 @@ def train(
         ),
     ] = None,
     seed: Seed = None,
+    skip_broken: SkipBroken = False,
 ) -> None:
     """Train under a horizon.
 
@@ -275,7 +293,7 @@ def train(
             model=model, data=None if data is None else tuple(data), horizon=horizon, cut=cut, steps=steps, batch=batch,
             streams=None if streams is None else tuple(one.strip() for one in streams.split(",")),
             layers=_numbers(layers, "layers", "0,1,-1"), context=context, rate=rate, warmup=warmup, width=width,
-            depth=depth, heads=heads, seed=seed, task=_assigned(task),
+            depth=depth, heads=heads, seed=seed, task=_assigned(task), skip_broken=skip_broken or None,
         )
     )  # fmt: skip
     folder = runs.train(output, settings, monitor=monitor, **_given(save_every=save_every, keep=keep))
@@ -319,6 +337,7 @@ def fold(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
     field: Field = "text",
+    skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -335,12 +354,13 @@ def fold(
     if model is not None and output.resolve() == Path(model).resolve():
         raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")
     folded.checked_folder(output)
+    skipped = corpus.Skipped() if skip_broken else None
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     found = posterity.fold(
-        loaded.model, loaded.tokenizer, corpus.sources(text or [], field),
+        loaded.model, loaded.tokenizer, corpus.sources(text or [], field, skipped),
         **_given(budget=budget, context=context, limit=documents, batch=batch),
     )  # fmt: skip
-    known = {**found.record(), **_provenance(loaded)}
+    known = {**found.record(), **_provenance(loaded), **_told_of(skipped)}
     folded.save_folded(loaded.model, loaded.tokenizer, found.by_layer, output, known)
     typer.echo(str(found))
     again = loading.load_model(str(output), dtype, device)
@@ -369,6 +389,7 @@ def audit(
         list[str] | None, typer.Option(metavar="MODEL", help="Another model, side by side; may be repeated.")
     ] = None,
     field: Field = "text",
+    skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -394,7 +415,8 @@ def audit(
         rows=_numbers(rows, "rows", "4,8"), seed=seed,
     )  # fmt: skip
     folders, names = steps.checkpoints([model, *(text or [])] if model else [])
-    texts = corpus.sources(names if folders else text or [], field)
+    skipped = corpus.Skipped() if skip_broken else None
+    texts = corpus.sources(names if folders else text or [], field, skipped)
     wanted = {f"step {step}": one for step, one in folders.items()} or {"": model}
     loaded = {
         name: loading.load_model(one, dtype, device, revision, trust_remote_code)
@@ -406,7 +428,7 @@ def audit(
         {name: one.model for name, one in loaded.items()}, {name: one.tokenizer for name, one in loaded.items()},
         texts, quick=quick, control=control, attrs=_provenance(first), **given,
     )  # fmt: skip
-    _hand_over(result, output, report)
+    _hand_over(result, output, report, skipped)
 
 
 @app.command()

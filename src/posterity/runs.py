@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -39,7 +40,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 import posterity
 from posterity import corpus, loading
-from posterity.errors import InputError
+from posterity.errors import InputError, one_line
 from posterity.hook import FOLDED
 from posterity.horizon import parse
 from posterity.monitor import Monitor
@@ -79,6 +80,7 @@ class Settings:
     heads: int = 4
     seed: int = 0
     task: dict[str, float] = field(default_factory=dict)  # numbers of a built-in task, such as {"chance": 0.1}
+    skip_broken: bool = False  # leave out broken lines of .jsonl files
 
     def __post_init__(self):
         """Check what can be checked without the model."""
@@ -123,6 +125,7 @@ class Data:
     vocabulary: int
     context: int
     tokenizer: Any = None
+    skipped: corpus.Skipped | None = None
 
     @property
     def digest(self) -> str:
@@ -165,14 +168,15 @@ def prepare(settings: Settings, tokenizer: Any = None) -> Data:
         rows = ((train, task.labels(train)), (held_out, task.labels(held_out)))
         return Data(*rows, getattr(task, "vocabulary", 64), task.length)
     named = () if settings.data == ("text",) else settings.data
-    texts = [(name, _read(document)) for name, document in corpus.sources(named)]
+    skipped = corpus.Skipped() if settings.skip_broken else None
+    texts = [(name, _read(document)) for name, document in corpus.sources(named, skipped=skipped)]
     first, last = _split(texts)
     tokenizer = tokenizer or _tokenizer([text for _, text in first])
     rows = []
     for part in (first, last):
         ids = torch.stack([window.ids for window in corpus.windows(part, tokenizer, settings.context)])
         rows.append((ids, ids))
-    return Data(rows[0], rows[1], len(tokenizer), settings.context, tokenizer)
+    return Data(rows[0], rows[1], len(tokenizer), settings.context, tokenizer, skipped)
 
 
 def _split(texts: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -286,6 +290,12 @@ def train(
         raise InputError(f"expected a model whose heads all attend; {settings.model} runs folded: train the plain one")
     data = prepare(settings, None if loaded is None else loaded.tokenizer)
     known = {**json.loads(json.dumps(asdict(settings))), "data_digest": data.digest}
+    if data.skipped is None:
+        known.pop("skip_broken")  # the run of before there was this setting is the same run
+    else:
+        known["skipped_lines"] = data.skipped.total
+        if progress:
+            print(one_line(str(data.skipped)), file=sys.stderr)
     _same_run(folder, known)
     if (folder / "metrics.json").exists():
         return folder
