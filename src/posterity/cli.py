@@ -298,7 +298,7 @@ def train(
     )  # fmt: skip
     folder = runs.train(output, settings, monitor=monitor, **_given(save_every=save_every, keep=keep))
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"trained: {folder}")
+        typer.echo(one_line(f"trained: {folder}"))
 
 
 @app.command()
@@ -364,7 +364,7 @@ def fold(
     folded.save_folded(loaded.model, loaded.tokenizer, found.by_layer, output, known)
     typer.echo(str(found))
     again = loading.load_model(str(output), dtype, device)
-    typer.echo(f"written and loaded again: {output}, loss {found.verify(again.model):.4f} as measured")
+    typer.echo(one_line(f"written and loaded again: {output}, loss {found.verify(again.model):.4f} as measured"))
 
 
 @app.command()

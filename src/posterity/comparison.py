@@ -18,12 +18,13 @@ import xarray as xr
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posterity import loading, netcdf
 from posterity.attention import working
-from posterity.errors import InputError
+from posterity.errors import InputError, readable
 from posterity.measure import progress_bar
 from posterity.result import writable, write_whole
 from posterity.runs import FILE, Data, Settings, prepare
@@ -259,7 +260,7 @@ def page(compared: xr.Dataset, path: str | Path) -> None:
 
 def cells(one: xr.Dataset) -> tuple[str, str, str, str]:
     """What is shown of one arm of `gaps`: its name, seeds, loss and gap; no gap for the plain runs."""
-    arm = str(one.arm.values)
+    arm = readable(str(one.arm.values))
     gap = "" if arm == VANILLA else told(float(one.gap), float(one.gap_error), "+")
     return arm, str(int(one.seeds)), told(float(one.loss), float(one.loss_error)), gap
 
@@ -279,10 +280,10 @@ def table(compared: xr.Dataset, console: Console | None = None) -> None:
         shown.add_column(name, justify="left" if not name else "right", overflow="fold")
     for arm in found.arm.values:
         one = found.sel(arm=arm)
-        shown.add_row(*cells(one))
+        shown.add_row(*map(Text, cells(one)))
     console = console or Console(highlight=False)
     console.print(shown)
     rows = compared.sizes["document"]
     several = int(found.seeds.max()) > 1
     seeds = "and the seeds" if several else "(one seed: what another would change is not in it)"
-    console.print(f"Losses in {units}; ± is one standard error over {rows} held-out rows {seeds}.")
+    console.print(Text(f"Losses in {units}; ± is one standard error over {rows} held-out rows {seeds}."))

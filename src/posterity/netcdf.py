@@ -23,7 +23,8 @@ WORDS = 64  # in one attribute, read at a time in one variable
 
 
 def packed(dataset: xr.Dataset) -> bytes:
-    """The file of a Dataset: compressed, every chunk with a checksum, the whole with a seal."""
+    """The file of a Dataset: texts made readable, compressed, every chunk with a checksum, the whole with a seal."""
+    dataset = _plain(dataset)
     zlib = {"zlib": True, "complevel": 4, "fletcher32": True, "_FillValue": None}
     encoding = {name: zlib for name, one in dataset.variables.items() if one.dtype.kind in "if" and one.ndim}
     data = bytes(dataset.to_netcdf(engine="h5netcdf", encoding=encoding))
