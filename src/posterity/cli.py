@@ -178,17 +178,25 @@ def _check_writable(output: Path | None, report: Path | None = None, reads: Iter
     """
     from posterity.result import writable
 
-    taken = {Path(one).resolve(): "is read here" for one in reads if str(one)}
+    taken = {_real(one): "is read here" for one in reads if str(one)}
     for kind, path in (("result", output), ("page", report)):
         if path is not None:
-            if path.resolve() in taken:
-                raise InputError(f"cannot write {path}: it {taken[path.resolve()]}; choose another file for the output")
-            taken[path.resolve()] = "is the other output"
+            if _real(path) in taken:
+                raise InputError(f"cannot write {path}: it {taken[_real(path)]}; choose another file for the output")
+            taken[_real(path)] = "is the other output"
             writable(path)
             if path.is_file() and path.stat().st_size:
                 with path.open("rb") as file:
                     if not file.read(16).lower().startswith(STARTS[kind].lower()):
                         raise InputError(f"cannot write {path}: what is there is no {kind}; choose another file")
+
+
+def _real(path: Any) -> str:
+    """Where a path leads; itself if it leads nowhere (a zero byte: pathlib would raise, as for a loop of links)."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:
+        return str(path)
 
 
 def _provenance(loaded: Any) -> dict[str, Any]:
@@ -351,7 +359,7 @@ def fold(
     import posterity
     from posterity import corpus, folded, loading
 
-    if model is not None and output.resolve() == Path(model).resolve():
+    if model is not None and _real(output) == _real(model):
         raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")
     folded.checked_folder(output)
     skipped = corpus.Skipped() if skip_broken else None

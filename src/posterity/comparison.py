@@ -73,7 +73,7 @@ def read_run(folder: str | Path) -> Run:
             name: tuple(x) if isinstance(x, list) else x for name, x in known.items() if name in names
         }
         run = Run(path, Settings(**given), known["data_digest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: expected the folder of a run of `posterity train`, but its {FILE} cannot be read ({error}); "
             "check the path"

@@ -90,6 +90,8 @@ def save_folded(model: nn.Module, tokenizer: Any, heads: Heads, folder: Path, kn
 
 def checked_folder(folder: str | os.PathLike[str]) -> Path:
     """Say before the work whether a folded model can be written to a folder; returns its real path."""
+    if "\0" in os.fspath(folder):
+        raise InputError(f"{folder}: expected a folder that can be made: a name holds no zero byte; choose another")
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
         raise InputError(f"{folder}: expected a folder for the folded model; it is a file: choose another")

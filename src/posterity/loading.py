@@ -121,13 +121,13 @@ def _place(name: str | None, revision: str | None) -> Place:
         file = _default_file()
         place = Place(str(_converted(file, DEFAULT, _sha256(file))), DEFAULT, _default_version())
     elif name.lower().endswith(".gguf"):
-        file = Path(name).expanduser()
+        file = Path(os.path.expanduser(name))
         if not file.is_file():
             raise InputError(f"expected a GGUF file; there is no file {name}: check the path")
         digest = _sha256(file)
         place = Place(str(_converted(file, name, digest)), name, f"sha256:{digest}")
     elif os.path.lexists(os.path.expanduser(name)):
-        place = Place(folders.checked(Path(name).expanduser()), name, "")
+        place = Place(folders.checked(Path(os.path.expanduser(name))), name, "")
     else:
         commit = _hub_commit(name, revision)
         return Place(name, name, commit or revision or "", commit or revision)

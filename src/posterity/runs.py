@@ -283,6 +283,8 @@ def train(
         InputError: A wrong setting; a folder that holds another run or something else; a loss that is not finite.
     """
     folder = Path(output)
+    if "\0" in str(folder):
+        raise InputError(f"{folder}: expected a folder that can be made: a name holds no zero byte; choose another")
     _check_data(settings)
     scratch = settings.task_name is not None or settings.model in _types()
     loaded = None if scratch else loading.load_model(settings.model, "float32")
@@ -388,7 +390,7 @@ def last_checkpoint(folder: Path) -> str | None:
     for one in folder.glob("checkpoint-*"):
         try:
             whole.append((json.loads((one / "trainer_state.json").read_text())["global_step"], str(one)))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return max(whole)[1] if whole else None
 
@@ -398,7 +400,12 @@ def _same_run(folder: Path, known: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder for the run; it is a file: choose another")
     if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)  # another process of this run may have been faster
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # another process of this run may have been faster
+        except OSError as error:
+            raise InputError(
+                f"{folder}: expected a folder that can be made; {error.strerror}: choose another"
+            ) from error
         return
     try:
         before = json.loads((folder / FILE).read_text())
@@ -406,7 +413,7 @@ def _same_run(folder: Path, known: dict[str, Any]) -> None:
         if any(folder.iterdir()):
             raise InputError(f"{folder}: expected a new folder or that of a run, but it holds something else") from None
         return
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise InputError(f"{folder}: expected the folder of a run, but its {FILE} is damaged: choose another folder")

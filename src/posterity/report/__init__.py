@@ -73,8 +73,10 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
     sources = [result] if isinstance(result, (xr.Dataset, str, os.PathLike)) else list(result)
     if not sources:
         raise InputError("expected at least one result for the report, but none came; pass a result or a file")
-    files = [Path(one).resolve() for one in sources if isinstance(one, (str, os.PathLike))]
-    if path is not None and Path(path).resolve() in files:
+    files = [
+        os.path.realpath(one) for one in sources if isinstance(one, (str, os.PathLike)) and "\0" not in os.fspath(one)
+    ]
+    if path is not None and os.path.realpath(path) in files:
         raise InputError(
             f"the page would take the place of the result {path}: choose another path, such as report.html"
         )
