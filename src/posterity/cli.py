@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from posterity.errors import InputError
+from posterity.errors import InputError, one_line
 
 DOCUMENTS = 16
 OTHERS_WAIT = 5  # seconds
@@ -59,6 +59,9 @@ Device = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
 Field = Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out broken lines of .jsonl files, and say how many.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]
 Page = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")]
@@ -87,6 +90,7 @@ def measure(
         bool | None, typer.Option("--weights/--no-weights", help="Split the weights' gradients.  [default: weights]")
     ] = None,
     field: Field = "text",
+    skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -118,7 +122,8 @@ def measure(
     names = names if folders else text or []
     if len(folders) > 1 and "-" in names:
         raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
-    texts = corpus.sources(names, field)
+    skipped = corpus.Skipped() if skip_broken else None
+    texts = corpus.sources(names, field, skipped)
     unfinished = _Unfinished(output, resume)
     if unfinished.is_done():
         return
@@ -136,11 +141,14 @@ def measure(
 
     if folders:
         result = steps.over_steps(
-            {step: measured(one, corpus.sources(names, field), f"step-{step}") for step, one in folders.items()}
+            {
+                step: measured(one, corpus.sources(names, field, skipped), f"step-{step}")
+                for step, one in folders.items()
+            }
         )
     else:
         result = measured(model, texts)
-    _hand_over(result, output, report, unfinished)
+    _hand_over(result, output, report, skipped, unfinished)
 
 
 @app.command()
@@ -188,17 +196,25 @@ def _check_writable(output: Path | None, report: Path | None = None, reads: Iter
     """
     from posterity.result import writable
 
-    taken = {Path(one).resolve(): "is read here" for one in reads if str(one)}
+    taken = {_real(one): "is read here" for one in reads if str(one)}
     for kind, path in (("result", output), ("page", report)):
         if path is not None:
-            if path.resolve() in taken:
-                raise InputError(f"cannot write {path}: it {taken[path.resolve()]}; choose another file for the output")
-            taken[path.resolve()] = "is the other output"
+            if _real(path) in taken:
+                raise InputError(f"cannot write {path}: it {taken[_real(path)]}; choose another file for the output")
+            taken[_real(path)] = "is the other output"
             writable(path)
             if path.is_file() and path.stat().st_size:
                 with path.open("rb") as file:
                     if not file.read(16).lower().startswith(STARTS[kind].lower()):
                         raise InputError(f"cannot write {path}: what is there is no {kind}; choose another file")
+
+
+def _real(path: Any) -> str:
+    """Where a path leads; itself if it leads nowhere (a zero byte: pathlib would raise, as for a loop of links)."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:
+        return str(path)
 
 
 def _provenance(loaded: Any) -> dict[str, Any]:
@@ -281,11 +297,23 @@ class _Unfinished:
         return self.folder is not None and self.folder.exists()
 
 
-def _hand_over(result: Any, output: Path | None, report: Path | None, unfinished: _Unfinished | None = None) -> None:
+def _told_of(skipped: Any) -> dict[str, int]:
+    """Say on stderr which lines were skipped, if that was asked for, and return their number as an attribute."""
+    if skipped is None:
+        return {}
+    typer.echo(one_line(str(skipped)), err=True)
+    return {"skipped_lines": skipped.total}
+
+
+def _hand_over(
+    result: Any, output: Path | None, report: Path | None, skipped: Any = None, unfinished: _Unfinished | None = None
+) -> None:
     """Write what was asked for and print the table."""
     import posterity
 
     if unfinished is None or unfinished.processes.first:
+        if skipped is not None:
+            result = result.assign_attrs(_told_of(skipped))
         if output is not None:
             posterity.save(result, output)
         if report is not None:
@@ -342,6 +370,7 @@ def train(
         ),
     ] = None,
     seed: Seed = None,
+    skip_broken: SkipBroken = False,
 ) -> None:
     """Train under a horizon.
 
@@ -355,12 +384,12 @@ def train(
             model=model, data=None if data is None else tuple(data), horizon=horizon, cut=cut, steps=steps, batch=batch,
             streams=None if streams is None else tuple(one.strip() for one in streams.split(",")),
             layers=_numbers(layers, "layers", "0,1,-1"), context=context, rate=rate, warmup=warmup, width=width,
-            depth=depth, heads=heads, seed=seed, task=_assigned(task),
+            depth=depth, heads=heads, seed=seed, task=_assigned(task), skip_broken=skip_broken or None,
         )
     )  # fmt: skip
     folder = runs.train(output, settings, monitor=monitor, **_given(save_every=save_every, keep=keep))
     if _rank() == "0":
-        typer.echo(f"trained: {folder}")
+        typer.echo(one_line(f"trained: {folder}"))
 
 
 @app.command()
@@ -399,6 +428,7 @@ def fold(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
     field: Field = "text",
+    skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -413,19 +443,20 @@ def fold(
     import posterity
     from posterity import corpus, folded, loading
 
-    if model is not None and output.resolve() == Path(model).resolve():
+    if model is not None and _real(output) == _real(model):
         raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")
     folded.checked_folder(output)
+    skipped = corpus.Skipped() if skip_broken else None
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     found = posterity.fold(
-        loaded.model, loaded.tokenizer, corpus.sources(text or [], field),
+        loaded.model, loaded.tokenizer, corpus.sources(text or [], field, skipped),
         **_given(budget=budget, context=context, limit=documents, batch=batch),
     )  # fmt: skip
-    known = {**found.record(), **_provenance(loaded)}
+    known = {**found.record(), **_provenance(loaded), **_told_of(skipped)}
     folded.save_folded(loaded.model, loaded.tokenizer, found.by_layer, output, known)
     typer.echo(str(found))
     again = loading.load_model(str(output), dtype, device)
-    typer.echo(f"written and loaded again: {output}, loss {found.verify(again.model):.4f} as measured")
+    typer.echo(one_line(f"written and loaded again: {output}, loss {found.verify(again.model):.4f} as measured"))
 
 
 @app.command()
@@ -450,6 +481,7 @@ def audit(
         list[str] | None, typer.Option(metavar="MODEL", help="Another model, side by side; may be repeated.")
     ] = None,
     field: Field = "text",
+    skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -479,7 +511,8 @@ def audit(
         rows=_numbers(rows, "rows", "4,8"), seed=seed,
     )  # fmt: skip
     folders, names = steps.checkpoints([model, *(text or [])] if model else [])
-    texts = corpus.sources(names if folders else text or [], field)
+    skipped = corpus.Skipped() if skip_broken else None
+    texts = corpus.sources(names if folders else text or [], field, skipped)
     wanted = {f"step {step}": one for step, one in folders.items()} or {"": model}
     loaded = {
         name: loading.load_model(one, dtype, device, revision, trust_remote_code)
@@ -492,7 +525,7 @@ def audit(
         texts, quick=quick, control=control, attrs=_provenance(first), state=unfinished.folder,
         processes=unfinished.processes, **given,
     )  # fmt: skip
-    _hand_over(result, output, report, unfinished)
+    _hand_over(result, output, report, skipped, unfinished)
 
 
 @app.command()
@@ -619,7 +652,7 @@ def _stop(message: str, code: int, error: BaseException) -> None:
 
 
 def _say(message: str) -> None:
-    typer.echo(f"posterity: {' '.join(message.split())}", err=True)
+    typer.echo(f"posterity: {one_line(message)}", err=True)
 
 
 def _rank() -> str:

@@ -6,6 +6,7 @@ same batches, same rows to judge by. What the horizon cost, in nats a position (
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,12 +18,13 @@ import xarray as xr
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from posterity import loading
+from posterity import loading, netcdf
 from posterity.attention import working
-from posterity.errors import InputError
+from posterity.errors import InputError, readable
 from posterity.measure import progress_bar
 from posterity.result import writable, write_whole
 from posterity.runs import FILE, Data, Settings, prepare
@@ -31,6 +33,11 @@ from posterity.tasks import Regressor
 ARM = ("horizon", "cut", "streams", "layers")  # what may differ between runs that are compared, with the seed
 BATCH = 16
 KIND = "comparison"
+VANILLA = "vanilla"  # the arm of the plain runs
+FORM = {  # dimensions and kinds of numbers
+    "loss": (("run", "document", "position"), "f"), "folder": (("run",), "UO"), "arm": (("run",), "UO"),
+    "seed": (("run",), "iu"), "document": (("document",), "iu"), "position": (("position",), "iu"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Run:
         """The horizon in words; its streams and layers if it is not in force everywhere."""
         one = self.settings
         if one.horizon == "full":
-            return "vanilla"
+            return VANILLA
         streams = "" if set(one.streams) == {"key", "value"} else f", {one.streams[0]}s only"
         layers = "" if one.layers is None else f", layers {' '.join(map(str, one.layers))}"
         return f"{one.horizon}, cut at {'k and v' if one.cut == 'kv' else 'hidden'}{streams}{layers}"
@@ -66,7 +73,7 @@ def read_run(folder: str | Path) -> Run:
             name: tuple(x) if isinstance(x, list) else x for name, x in known.items() if name in names
         }
         run = Run(path, Settings(**given), known["data_digest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: expected the folder of a run of `posterity train`, but its {FILE} cannot be read ({error}); "
             "check the path"
@@ -124,7 +131,7 @@ def compare(folders: Sequence[str | Path], *, progress: bool = True) -> xr.Datas
                 f"{' and '.join(sorted(found))}"
             )
     named = [(run.arm, run.settings.seed) for run in runs]
-    plain = {seed for arm, seed in named if arm == "vanilla"}
+    plain = {seed for arm, seed in named if arm == VANILLA}
     for arm, seed in named:
         if named.count((arm, seed)) > 1:
             raise InputError(f"expected each run once; {arm} with seed {seed} came twice")
@@ -161,12 +168,12 @@ def gaps(compared: xr.Dataset) -> xr.Dataset:
     squared standard errors, over documents (of the mean over seeds) and over seeds (of the mean over documents; left
     out with one seed). `seeds` (arm).
     """
-    arms = list(dict.fromkeys(["vanilla", *map(str, compared.arm.values)]))
+    arms = list(dict.fromkeys([VANILLA, *map(str, compared.arm.values)]))
     rows: dict[str, list] = {name: [] for name in ("loss", "gap", "gap_by_position")}
     errors: dict[str, list] = {name: [] for name in rows}
     seeds = []
     plain = {int(seed): compared.loss[at].values for at, seed in enumerate(compared.seed.values)
-             if str(compared.arm.values[at]) == "vanilla"}  # fmt: skip
+             if str(compared.arm.values[at]) == VANILLA}  # fmt: skip
     for arm in arms:
         at = [index for index, other in enumerate(compared.arm.values) if str(other) == arm]
         loss = compared.loss.values[at]  # seed, document, position
@@ -192,37 +199,69 @@ def _error(values: np.ndarray) -> np.ndarray:
     return np.sqrt(total) if max(values.shape[:2]) > 1 else total * math.nan
 
 
-def save(compared: xr.Dataset, path: str | Path) -> None:
-    """Write a comparison as netCDF, whole or not at all. Raises InputError."""
-    write_whole(writable(path), bytes(compared.to_netcdf(engine="h5netcdf")))
+def save(compared: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Write a comparison as compressed netCDF, whole or not at all; returns the path. Raises InputError."""
+    target = writable(path)
+    write_whole(target, netcdf.packed(check(compared)))
+    return Path(path)
 
 
-def load(path: str | Path) -> xr.Dataset:
+def load(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read a comparison into memory and close the file. InputError for anything else."""
-    try:
-        with xr.open_dataset(path, engine="h5netcdf", cache=False) as file:
-            compared = file.load()
-        sound = compared.loss.dims == ("run", "document", "position") and compared.loss.dtype.kind == "f"
-        sound = sound and all(compared[name].dims == ("run",) for name in ("folder", "arm", "seed"))
-        sound = sound and {"data", "steps"} <= set(compared.attrs)
-    except Exception:  # a damaged file can fail anywhere inside HDF5, h5netcdf and xarray
-        sound = False
-    if not sound:
-        raise InputError(f"{path}: expected a comparison of `posterity compare`, but it is damaged; compare again")
+    return loaded(netcdf.read(path), path)
+
+
+def loaded(found: xr.Dataset, path: str | os.PathLike[str]) -> xr.Dataset:
+    """The comparison that `netcdf.read` found in a file. InputError as `load`."""
+    flaw = _flaw(found)
+    if flaw is not None:
+        raise InputError(
+            f"{path}: expected a comparison of `posterity compare`, but it is damaged ({flaw}); compare again"
+        )
+    return found
+
+
+def check(compared: xr.Dataset) -> xr.Dataset:
+    """Return a comparison; InputError says what is wrong with it."""
+    flaw = _flaw(compared)
+    if flaw is not None:
+        raise InputError(f"expected a comparison as posterity.comparison.compare returns it, but {flaw}; compare again")
     return compared
+
+
+def _flaw(compared: xr.Dataset) -> str | None:
+    """The first thing wrong, as half a sentence; None if nothing is."""
+    for name, (dims, kinds) in FORM.items():
+        if name not in compared.variables:
+            return f"it has no {name!r}"
+        if compared[name].dims != dims or compared[name].dtype.kind not in kinds:
+            return f"{name!r} is {compared[name].dtype} by {', '.join(map(str, compared[name].dims)) or 'nothing'}"
+    if 0 in compared.sizes.values():
+        return "it holds nothing"
+    missing = {"data", "steps"} - set(compared.attrs) or {"units"} - set(compared.loss.attrs)
+    if missing:
+        return f"it does not say its {min(missing)}"
+    if np.isinf(compared.loss.values).any():
+        return "a loss is infinite"
+    runs = [(str(arm), int(seed)) for arm, seed in zip(compared.arm.values, compared.seed.values, strict=True)]
+    plain = {seed for arm, seed in runs if arm == VANILLA}
+    if len(set(runs)) < len(runs) or not {seed for _, seed in runs} <= plain:
+        return "not every run has one plain run of its seed beside it"
+    return None
 
 
 def page(compared: xr.Dataset, path: str | Path) -> None:
     """Write a comparison as a page, whole or not at all. Raises InputError."""
     from posterity.report.compared import render
 
-    write_whole(writable(path), render(compared).encode())
+    target = writable(path)
+    write_whole(target, render(check(compared)).encode())
 
 
 def cells(one: xr.Dataset) -> tuple[str, str, str, str]:
     """What is shown of one arm of `gaps`: its name, seeds, loss and gap; no gap for the plain runs."""
-    arm = str(one.arm.values)
-    gap = "" if arm == "vanilla" else told(float(one.gap), float(one.gap_error), "+")
+    arm = readable(str(one.arm.values))
+    gap = "" if arm == VANILLA else told(float(one.gap), float(one.gap_error), "+")
     return arm, str(int(one.seeds)), told(float(one.loss), float(one.loss_error)), gap
 
 
@@ -234,16 +273,17 @@ def told(value: float, error: float, sign: str = "") -> str:
 
 def table(compared: xr.Dataset, console: Console | None = None) -> None:
     """Print loss and gap of every arm."""
+    check(compared)
     found, units = gaps(compared), compared.loss.attrs["units"]
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in ("", "seeds", "held-out loss", "myopia gap"):
         shown.add_column(name, justify="left" if not name else "right", overflow="fold")
     for arm in found.arm.values:
         one = found.sel(arm=arm)
-        shown.add_row(*cells(one))
+        shown.add_row(*map(Text, cells(one)))
     console = console or Console(highlight=False)
     console.print(shown)
     rows = compared.sizes["document"]
     several = int(found.seeds.max()) > 1
     seeds = "and the seeds" if several else "(one seed: what another would change is not in it)"
-    console.print(f"Losses in {units}; ± is one standard error over {rows} held-out rows {seeds}.")
+    console.print(Text(f"Losses in {units}; ± is one standard error over {rows} held-out rows {seeds}."))

@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from posterity.errors import InputError
 
 CHUNK = 1 << 20  # bytes read at a time
+LINE = 1 << 26  # bytes of the longest line of a .jsonl file
 # Cutting a text at white space can change the few tokens before the cut; so many are thrown away to be sure.
 MARGIN = 64
 
@@ -36,6 +37,27 @@ class Window:
     ids: Int64[Tensor, "context"]
     text: str
     index: int
+
+
+@dataclass(eq=False)
+class Skipped:
+    """Lines of .jsonl files that hold no document and were left out: their number and the first, by file."""
+
+    lines: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, path: str, number: int) -> None:
+        """Count a line."""
+        count, first = self.lines.get(path, (0, number))
+        self.lines[path] = count + 1, min(first, number)
+
+    @property
+    def total(self) -> int:
+        """How many, over all files."""
+        return sum(count for count, _ in self.lines.values())
+
+    def __str__(self) -> str:
+        said = (f"{count} broken of {path} (the first is line {first})" for path, (count, first) in self.lines.items())
+        return f"skipped lines: {', '.join(said) or 'none'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +131,20 @@ def default_text() -> tuple[str, str]:
     return f"pydoc topics of Python {platform.python_version()}", "\n\n".join(topics[key] for key in sorted(topics))
 
 
-def sources(args: Iterable[str], field: str = "text") -> Iterator[tuple[str, str | Stream]]:
+def sources(
+    args: Iterable[str], field: str = "text", skipped: Skipped | None = None
+) -> Iterator[tuple[str, str | Stream]]:
     """Return named documents for the TEXT arguments of the command line; for none of them, the default text.
 
     An argument is a UTF-8 file, `-` for standard input, a `.jsonl` file (one document in `field` of each line), or
     a dataset `name`, `name:config` or `name:config:split` of the datasets library (split "train" unless said).
     All arguments are opened here, so that a wrong one is found before the work; they are read later, as far as needed.
+    With `skipped`, a line of a .jsonl file that holds no document is noted there and left out.
 
     Raises:
         InputError: for a missing, empty, binary or unreadable file, a broken line, an unknown field or dataset.
     """
-    opened = [_open(arg, field) for arg in args]
+    opened = [_open(arg, field, skipped) for arg in args]
     return chain.from_iterable(opened) if opened else iter([default_text()])
 
 
@@ -227,14 +252,18 @@ def _text_ids(name: str, document: str | Stream, tokenizer: Any, wanted: int | N
     while True:
         text, whole = _grow(text, pieces, size)
         head = text if whole else text[: _edge(text, size)]
-        try:
-            head.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{name}: expected Unicode text; character {error.start} is half of a pair") from None
+        _check_unicode(head, name)
         ids = _encode(tokenizer, head) if head else []
         if whole or (wanted is not None and len(ids) >= wanted + MARGIN):
             return torch.tensor(ids[:wanted], dtype=torch.int64)
         size *= 2
+
+
+def _check_unicode(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: expected Unicode text; character {error.start} is half of a pair") from None
 
 
 def _grow(text: str, pieces: Iterator[str], size: int) -> tuple[str, bool]:
@@ -259,24 +288,23 @@ def _edge(text: str, size: int) -> int:
 # Command-line arguments to documents
 
 
-def _open(arg: str, field: str) -> Iterator[tuple[str, str | Stream]]:
+def _open(arg: str, field: str, skipped: Skipped | None) -> Iterator[tuple[str, str | Stream]]:
     if arg == "-":
         return iter([("standard input", Stream(lambda: _decode(sys.stdin.buffer, "standard input")))])
     if os.path.isdir(arg):
         raise InputError(f"expected a text file; {arg} is a folder: name the files in it")
     if os.path.exists(arg):
-        _check_file(arg)
-        return _json_lines(arg, field) if arg.lower().endswith(".jsonl") else iter([(arg, Stream(lambda: _read(arg)))])
+        if os.path.isfile(arg) and os.path.getsize(arg) == 0:
+            raise InputError(f"expected text; {arg} is empty: give another file")
+        if arg.lower().endswith(".jsonl"):
+            return _json_lines(arg, field, skipped)
+        if os.path.isfile(arg):  # a pipe can be read only once, so it is left alone
+            next(_read(arg), None)
+        return iter([(arg, Stream(lambda: _read(arg)))])
     is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,2}", arg)
     if not is_name or arg.lower().endswith(".jsonl") or mimetypes.guess_type(arg)[0]:
         raise InputError(f"expected a file, '-' or the name of a dataset; there is no file {arg}: check the path")
     return _rows(arg, _open_dataset(arg), field)
-
-
-def _check_file(path: str) -> None:
-    """Read the beginning of a regular file; a pipe can be read only once, so it is left alone."""
-    if os.path.isfile(path) and next(_read(path), None) is None:
-        raise InputError(f"expected text; {path} is empty: give another file")
 
 
 def _read(path: str) -> Iterator[str]:
@@ -310,24 +338,43 @@ def _decode(file: BinaryIO, name: str) -> Iterator[str]:
             return
 
 
-def _json_lines(path: str, field: str) -> Iterator[tuple[str, str]]:
+def _json_lines(path: str, field: str, skipped: Skipped | None) -> Iterator[tuple[str, str]]:
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield (
-                        f"{path}:{number}",
-                        _field(_parse(line, f"{path}, line {number}"), field, f"{path}, line {number}"),
-                    )
+            for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
+                if len(line) > LINE:
+                    raise InputError(f"{path}, line {number}: expected at most {LINE >> 20} MB in a line: split it")
+                if not line.strip():
+                    continue
+                try:
+                    place = f"{path}, line {number}"
+                    document = _field(_parse(line, place), field, place)
+                except InputError:
+                    if skipped is None:
+                        raise
+                    skipped.add(path, number)
+                    continue
+                yield f"{path}:{number}", document
     except OSError as error:
         raise InputError(f"expected a file that can be read; {path}: {error.strerror or error}") from error
 
 
 def _parse(line: bytes, place: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: expected one JSON object in UTF-8; {error}: mend or remove the line") from None
+        raise InputError(
+            f"{place}: expected one JSON object in UTF-8; {error}: mend or remove the line, or leave out broken ones "
+            "(--skip-broken)"
+        ) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ: of two equal ones nobody could say which is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
 
 
 def _field(row: Any, field: str, place: str) -> str:
@@ -337,18 +384,18 @@ def _field(row: Any, field: str, place: str) -> str:
         raise InputError(f"{place}: expected the field {field!r}; got {', '.join(map(str, row))}: choose with --field")
     if not isinstance(row[field], str):
         raise InputError(f"{place}: expected text in the field {field!r}; got {_kind(row[field])}: choose with --field")
+    _check_unicode(row[field], place)
     return row[field]
 
 
 def _open_dataset(arg: str) -> Iterable[Any]:
     import datasets
-    from datasets.exceptions import DatasetsError
 
     name, config, split = [*arg.split(":"), "", ""][:3]
     try:
         return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (OSError, ValueError, ImportError, DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # a name that is no dataset, or a broken one, can fail anywhere inside datasets
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"expected a file or a dataset; {arg} is no file, and as a dataset: {reason}") from error
 
 

@@ -1,17 +1,22 @@
 """Results, audits and comparisons as files: one way in, one way out."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import xarray as xr
 
+from posterity import netcdf
 from posterity import result as results
 from posterity.audit import outcome
+from posterity.errors import InputError
 
 
 def save(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Write a result or an audit as compressed netCDF, whole or not at all; returns the path. Raises InputError."""
+    """Write a result, an audit or a comparison as netCDF, whole or not at all; returns the path. Raises InputError."""
+    if results.kind(result) == "comparison":
+        from posterity import comparison
+
+        return comparison.save(result, path)
     return outcome.save(result, path) if outcome.is_audit(result) else results.save(result, path)
 
 
@@ -21,11 +26,12 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
     Raises:
         InputError: It is none, or not whole and sound.
     """
-    kind = None
-    with suppress(Exception), xr.open_dataset(os.path.realpath(path), engine="h5netcdf", cache=False) as file:
-        kind = results.kind(file)
+    found = netcdf.read(path)
+    kind = results.kind(found)
     if kind == "comparison":
         from posterity import comparison
 
-        return comparison.load(os.fspath(path))
-    return outcome.load(path) if kind == outcome.KIND else results.load(path)
+        return comparison.loaded(found, path)
+    if kind not in ("", outcome.KIND):
+        raise InputError(f"{path}: expected a result, an audit or a comparison of posterity; it is of kind {kind!r}")
+    return outcome.loaded(found, path) if kind else results.loaded(found, path)

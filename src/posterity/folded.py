@@ -90,6 +90,8 @@ def save_folded(model: nn.Module, tokenizer: Any, heads: Heads, folder: Path, kn
 
 def checked_folder(folder: str | os.PathLike[str]) -> Path:
     """Say before the work whether a folded model can be written to a folder; returns its real path."""
+    if "\0" in os.fspath(folder):
+        raise InputError(f"{folder}: expected a folder that can be made: a name holds no zero byte; choose another")
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
         raise InputError(f"{folder}: expected a folder for the folded model; it is a file: choose another")
@@ -109,18 +111,32 @@ def run_as_saved(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
     file = Path(folder) / FILE
     if not file.is_file():
         if given := getattr(model.config.get_text_config(decoder=True), FOLDED, None):  # saved again by transformers
-            _switch(model, given)
+            try:
+                numbers = {module.layer_idx: number for number, module in enumerate(attention_modules(model))}
+                keep_folded(model, {numbers[layer]: some for layer, some in _listed(given).items()})
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{folder}: its {FOLDED} in config.json is damaged: fold it again") from error
         return
     try:
         data = json.loads(file.read_text())
         version = data["version"]
-        named = data["heads"] if version == VERSION else {}
-        heads = {int(number): [int(head) for head in some] for number, some in named.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        heads = _listed(data["heads"]) if version == VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: expected the heads of a folded model, but it is damaged: fold it again") from error
     if version != VERSION:
         raise InputError(f"{file} is of version {version}; this is posterity for version {VERSION}: fold it again")
     keep_folded(model, heads)
+
+
+def _listed(named: Any) -> dict[int, list[int]]:
+    """Heads by number of the layer, as JSON holds them. ValueError or TypeError for anything else."""
+    if not isinstance(named, dict):
+        raise TypeError("expected heads by layer")
+    heads = {int(number): list(some) for number, some in named.items()}
+    every = [*heads, *(head for some in heads.values() for head in some)]
+    if len(heads) < len(named) or any(type(one) is not int or one < 0 for one in every):
+        raise ValueError("expected whole numbers of layers and heads")
+    return heads
 
 
 def keep_folded(model: PreTrainedModel, heads: Heads) -> None:

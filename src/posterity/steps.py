@@ -25,10 +25,10 @@ def checkpoints(names: Sequence[str]) -> tuple[dict[int, str], list[str]]:
     Raises:
         InputError: A folder does not say its step, or two say the same.
     """
-    folders = list(itertools.takewhile(_holds_model, (Path(name).expanduser() for name in names)))
+    folders = list(itertools.takewhile(_holds_model, (Path(os.path.expanduser(name)) for name in names)))
     used = len(folders)
     if used == 0 and names:
-        folders, used = [one for one in Path(names[0]).expanduser().glob("checkpoint-*") if _holds_model(one)], 1
+        folders, used = [one for one in Path(os.path.expanduser(names[0])).glob("checkpoint-*") if _holds_model(one)], 1
     elif used == 1:
         folders = []
     found: dict[int, str] = {}

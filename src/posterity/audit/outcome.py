@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from posterity import netcdf
 from posterity.audit.clause import FAILS, HOLDS, MIXED, REFUSED, Clause, Finding
 from posterity.errors import InputError
 from posterity.result import kind, plain, writable, write_whole
@@ -90,32 +91,21 @@ def check(audit: xr.Dataset) -> xr.Dataset:
 def save(audit: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """Write an audit as compressed netCDF, whole or not at all; returns the path. Raises InputError."""
     target = writable(path)
-    check(audit)
-    packed = {"zlib": True, "complevel": 4, "fletcher32": True, "_FillValue": None}
-    encoding = {name: packed for name, one in audit.variables.items() if one.dtype.kind in "if" and one.ndim}
-    write_whole(target, bytes(audit.to_netcdf(engine="h5netcdf", encoding=encoding)))
+    write_whole(target, netcdf.packed(check(audit)))
     return Path(path)
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read an audit into memory and close the file. InputError for anything that is not whole and sound."""
-    try:
-        with xr.open_dataset(
-            os.path.realpath(path), engine="h5netcdf", decode_times=False, mask_and_scale=False, cache=False
-        ) as file:
-            if file.nbytes > 2000 * os.path.getsize(path):  # zlib packs at most 1032 to 1
-                raise ValueError(f"it claims {file.nbytes / 1e9:.1f} GB of numbers that are not in it")
-            audit = file.load()
-        flaw = _flaw(audit)
-    except Exception as error:  # a damaged file can fail anywhere inside HDF5, h5netcdf and xarray
-        flaw = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return loaded(netcdf.read(path), path)
+
+
+def loaded(found: xr.Dataset, path: str | os.PathLike[str]) -> xr.Dataset:
+    """The audit that `netcdf.read` found in a file. InputError as `load`."""
+    flaw = _flaw(found)
     if flaw is not None:
-        raise InputError(f"{path}: expected an audit of posterity, but {flaw[:200]}; run `posterity audit` again")
-    for name, one in audit.variables.items():
-        if one.dtype.kind in "UO":
-            words = np.array([plain(text) for text in one.values.ravel()], dtype=str).reshape(one.shape)
-            audit[name] = one.dims, words, one.attrs
-    return audit.assign_attrs({str(name): plain(value) for name, value in audit.attrs.items()})
+        raise InputError(f"{path}: expected an audit of posterity, but {flaw}; run `posterity audit` again")
+    return found
 
 
 def _flaw(audit: xr.Dataset) -> str | None:

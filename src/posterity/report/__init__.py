@@ -5,6 +5,8 @@ import hashlib
 import html
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +40,9 @@ from posterity.summary import (
 Source = xr.Dataset | str | os.PathLike[str]
 EXTREMES = 5  # heads shown at each end of the ranking
 TEXTS = 12  # texts shown by name
+MARKS = 4  # on one letter
+_LETTERS = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]+"
+RIGHT_TO_LEFT = re.compile(rf"{_LETTERS}(?:\W+{_LETTERS})*")  # words in a row
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,10 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
     sources = [result] if isinstance(result, (xr.Dataset, str, os.PathLike)) else list(result)
     if not sources:
         raise InputError("expected at least one result for the report, but none came; pass a result or a file")
-    files = [Path(one).resolve() for one in sources if isinstance(one, (str, os.PathLike))]
-    if path is not None and Path(path).resolve() in files:
+    files = [
+        os.path.realpath(one) for one in sources if isinstance(one, (str, os.PathLike)) and "\0" not in os.fspath(one)
+    ]
+    if path is not None and os.path.realpath(path) in files:
         raise InputError(
             f"the page would take the place of the result {path}: choose another path, such as report.html"
         )
@@ -92,9 +99,10 @@ def _rendered(loaded: list[xr.Dataset]) -> str:
             "command (--beside) to see them side by side"
         )
     if kinds == {"comparison"}:
+        from posterity import comparison
         from posterity.report.compared import render as render_comparison
 
-        return render_comparison(loaded[0])
+        return render_comparison(comparison.check(loaded[0]))
     from posterity.report.audited import render as render_audit
 
     return render_audit(outcome.check(loaded[0]))
@@ -104,21 +112,21 @@ def render(loaded: list[xr.Dataset]) -> str:
     """The page as one string of HTML."""
     last = [steps.latest(one) for one in loaded]
     names = labels(last)
-    shown = [
+    results_shown = [
         {"name": name, **_words(one), "tables": tables(over_steps)}
         for name, one, over_steps in zip(names, last, loaded, strict=True)
     ]
-    data = [{"name": name, **charts(one)} for name, one in zip(names, loaded, strict=True)]
+    data = [{"name": shown(name), **charts(one)} for name, one in zip(names, loaded, strict=True)]
     glass = any(one["glass"] for one in data)
     scripts = [plotly_script(), asset("script.js"), *([asset("glass.js")] if glass else [])]
     return (
         page_environment()
         .get_template("template.html.j2")
         .render(
-            results=shown,
+            results=results_shown,
             streams=results.STREAMS,
             weights=any(one["weights"] for one in data),
-            has={name for one in shown for name in one["tables"]},
+            has={name for one in results_shown for name in one["tables"]},
             glass=glass,
             style=Markup(asset("style.css") + (asset("glass.css") if glass else "")),
             scripts=[Markup(code) for code in scripts],
@@ -132,10 +140,21 @@ def page_environment() -> Environment:
     """What fills the templates of this package: everything is escaped, and nothing may be missing."""
     environment = Environment(
         loader=PackageLoader("posterity.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: shown(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters["tied"] = lambda text: text.replace("± ", "±\u00a0").replace(" %", "\u00a0%")
     return environment
+
+
+def shown(text: str) -> str:
+    """A text as a page can show it: right-to-left letters turn nothing else around, and marks cover nothing else."""
+    marks, signs = 0, []
+    for sign in text:
+        kind = unicodedata.category(sign)
+        marks = marks + 1 if kind[0] == "M" else 0
+        if marks <= MARKS:
+            signs.append("\ufffd" if kind in ("Cc", "Cf", "Cs") and sign not in "\n\t" else sign)
+    return RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", "".join(signs))
 
 
 def policy(scripts: list[str]) -> str:

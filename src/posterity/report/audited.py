@@ -7,9 +7,11 @@ import xarray as xr
 from markupsafe import Markup
 
 from posterity.audit import CLAUSES
-from posterity.audit.clause import Chart, View
+from posterity.audit.clause import REFUSED, Chart, View
 from posterity.audit.table import NOTE, rows
+from posterity.errors import InputError
 from posterity.report import asset, escaped_json, page_environment, plotly_script, policy
+from posterity.report import shown as as_shown
 from posterity.result import plain
 
 
@@ -19,9 +21,8 @@ def render(audit: xr.Dataset) -> str:
     views = {model: View(audit, model) for model in models}
     clauses, charts = [], []
     for at, number in enumerate(audit.clause.values.tolist()):
-        clause = next(one for one in CLAUSES if one.number == number)
         shown = []
-        drawn = {model: clause.draw(view) for model, view in views.items()}
+        drawn = {model: _pictures(audit, view, at) for model, view in views.items()}
         for pictures in zip_longest(*drawn.values()):  # the same picture of every model side by side
             for model, chart in zip(models, pictures, strict=True):
                 if chart is not None:
@@ -46,5 +47,25 @@ def render(audit: xr.Dataset) -> str:
     )  # fmt: skip
 
 
+def _pictures(audit: xr.Dataset, view: View, at: int) -> list[Chart]:
+    """The pictures of a clause, the one at this place.
+
+    Raises:
+        InputError: Something that it was measured by is missing or has another form.
+    """
+    number = int(audit.clause[at])
+    clause = next((one for one in CLAUSES if one.number == number), None)
+    try:
+        assert clause is not None, "there is no such clause"
+        return list(clause.draw(view))
+    except (LookupError, AttributeError, ValueError, TypeError, AssertionError) as error:  # as xarray and numpy put it
+        if (audit.verdict[:, at] == REFUSED).all():
+            return []
+        raise InputError(
+            f"expected an audit with all that it measured, but clause {number} cannot be drawn ({error}): audit again"
+        ) from error
+
+
 def _drawn(chart: Chart) -> dict[str, Any]:
-    return {"traces": chart.traces, "x": chart.x, "y": chart.y, "layout": chart.layout}
+    traces = [{**trace, "name": as_shown(str(trace.get("name") or ""))} for trace in chart.traces]
+    return {"traces": traces, "x": as_shown(chart.x), "y": as_shown(chart.y), "layout": chart.layout}

@@ -7,7 +7,7 @@ import xarray as xr
 from markupsafe import Markup
 
 from posterity.comparison import cells, gaps, told
-from posterity.report import asset, escaped_json, page_environment, plotly_script, policy
+from posterity.report import asset, escaped_json, page_environment, plotly_script, policy, shown
 
 
 def render(compared: xr.Dataset) -> str:
@@ -24,9 +24,9 @@ def render(compared: xr.Dataset) -> str:
         )
     ]
     data = {
-        "units": units,
+        "units": shown(units),
         "arms": [
-            {"name": str(arm), "gap": _plain(gap), "error": _plain(error)}
+            {"name": shown(str(arm)), "gap": _plain(gap), "error": _plain(error)}
             for arm, gap, error in zip(
                 others.arm.values, others.gap_by_position.values, others.gap_by_position_error.values, strict=True
             )
