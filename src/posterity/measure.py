@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from posterity import corpus
 from posterity.account import account
-from posterity.attention import working
 from posterity.errors import InputError
 from posterity.estimate import estimate
-from posterity.losses import Payers, Sending
-from posterity.models import first_device, language_model
+from posterity.losses import Payers
+from posterity.models import language_model
+from posterity.sending import Head, Sending
 
 
 def measure(
@@ -87,9 +87,10 @@ def measure(
         contextlib.ExitStack() as stack,
     ):
         payers = Payers(model, ledger.watch, losses, horizons, parameters) if asked else None
+        head = Head(model)
         if progress:
             passes = 0 if payers is None else len(payers.passes)
-            line = estimate(inner, windows[0].ids, len(windows), batch, weights, run, passes)
+            line = estimate(inner, windows[0].ids, len(windows), batch, weights, head, passes)
             Console(stderr=True).print(line)
             ledger.clear()
         if payers is not None:
@@ -101,7 +102,7 @@ def measure(
                 names = [f"{window.text} #{window.index}" for window in some]
                 ledger.place = f" in window {', '.join(names)}"
                 ids = torch.stack([window.ids for window in some])
-                summed, send = _passes(model, ids, payers)
+                summed, send = _passes(model, ids, head, payers)
                 for loss, name in zip(summed, names, strict=True):
                     if not loss.isfinite():
                         raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
@@ -122,22 +123,10 @@ def measure(
         return ledger.result([window.text for window in windows], payers, **known | dict(attrs or {}))
 
 
-def run(model: nn.Module, ids: Tensor) -> Tensor:
-    """Sum of the losses of each window, in nats, with its graph."""
-    ids = ids.to(first_device(language_model(model)))
-    logits = model(input_ids=ids, use_cache=False).logits
-    targets = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1).to(logits.device)
-    logits = logits.to(working(logits.dtype)).flatten(0, 1)
-    return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).sum(1)
-
-
-def _passes(model: nn.Module, ids: Tensor, payers: Payers | None) -> tuple[Tensor, Callable[[], None]]:
+def _passes(model: nn.Module, ids: Tensor, head: Head, payers: Payers | None) -> tuple[Tensor, Callable[[], None]]:
     """The losses of each window, and what sends them back."""
-    if payers is None:
-        losses = run(model, ids)
-        return losses, lambda: losses.sum().backward()
-    sending = Sending(model, run, ids)
-    return sending.losses, lambda: payers.send(sending)
+    sending = Sending(model, ids, head)
+    return sending.losses, sending.backward if payers is None else lambda: payers.send(sending)
 
 
 def _growing(horizons: Sequence[int]) -> tuple[int, ...]:
