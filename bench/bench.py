@@ -6,6 +6,7 @@ python bench/bench.py payers     own and later losses, the horizon curve, and on
 python bench/bench.py naive      the same lag profile with eager attention and everything kept
 python bench/bench.py long       a two-layer model at long contexts
 python bench/bench.py context    memory on SmolLM2-135M up to 8192 tokens, beside what was estimated (12 GB)
+python bench/bench.py precision  bfloat16, float16 and autocast beside float32, on SmolLM2-135M
 python bench/bench.py monitor    training with a Monitor at its default
 """
 
@@ -37,15 +38,17 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.trainer_callback import PrinterCallback
 
-from posterity import Monitor, Trainer, corpus, loading, runs
+from posterity import Monitor, Trainer, corpus, derived, loading, runs
 from posterity.account import account
 from posterity.estimate import estimate
 from posterity.ledger import Bins, self_part, tally
 from posterity.losses import Payers
-from posterity.measure import frozen
+from posterity.measure import frozen, measure
+from posterity.models import watched
 from posterity.sending import Head, Sending, run
 
 ROUNDS = 5
+PRECISIONS = {"float32": torch.float32, "autocast": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LABELS = {
     "plain": "plain training step (all parameter gradients, sdpa)",
     "frozen": "plain step, frozen parameters",
@@ -373,6 +376,78 @@ def observed(query, key, value, grad, context):
     return time.perf_counter() - started
 
 
+def precision(length=128):
+    """Each precision in a process of its own: what float32 says, and how far the others are from it."""
+    table = Table("SmolLM2-135M", "float32", "autocast", "bfloat16", "float16")
+    table.title = f"Two windows of {length} tokens: shares in per cent, with the largest difference from float32"
+    found = {name: alone("in_precision", name, length) for name in PRECISIONS}
+    for label, right in found["float32"]["shares"].items():
+        cells = []
+        for name in PRECISIONS:
+            pooled, by_layer = found[name]["shares"][label]
+            off = max(abs(x - y) for x, y in zip(pooled, right[0], strict=True))
+            most = max(abs(x - y) for x, y in zip(by_layer, right[1], strict=True))
+            shown = " ".join(f"{100 * x:.2f}" for x in pooled[:3])
+            cells.append(shown if name == "float32" else f"{shown}\n± {100 * off:.2f}, a layer {100 * most:.2f}")
+        table.add_row(label, *cells)
+    for label in (
+        "loss, nats per token",
+        "balance",
+        "entries of dq, dk, dv that are 0, %",
+        "of them not in float32, %",
+    ):
+        table.add_row(label, *(found[name][label] for name in PRECISIONS))
+    console.print(table)
+
+
+def in_precision(name, length):
+    """Shares and what became zero, in one precision."""
+    loaded = loading.load_model(None)
+    model, length = loaded.model.to(PRECISIONS[name]), int(length)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast")
+    documents = [corpus.default_text()]
+    with autocast:
+        asked = {"context": length, "limit": 2, "losses": True, "horizons": (8,), "progress": False}
+        result = measure(model, loaded.tokenizer, documents, **asked)
+        zero = zeros(model, corpus.windows(documents, loaded.tokenizer, length, 1)[0].ids[None])
+    shares = {
+        "self: query, key, value": lambda by: derived.shares(result, by).share.sel(side="self"),
+        "credit by lag (bins 0, 1, 2 of queries)": lambda by: derived.profile(result, by).share,
+        "weights, self: W_Q, W_K, W_V": lambda by: derived.weights(result, by).share,
+        "own loss: key, value": lambda by: derived.who_pays(result, by).share.sel(part="own"),
+        "left at h = 8: query, key, value": lambda by: derived.horizon_curve(result, by).share,
+    }
+    pair = [[one.values.ravel().tolist() for one in (of(()), of(("layer",)))] for of in shares.values()]
+    here = zero.float().mean().item()
+    new = "" if name == "float32" else f"{100 * (zero & ~exact_zeros(length)).float().mean().item():.3f}"
+    return {
+        "shares": dict(zip(shares, pair, strict=True)),
+        "loss, nats per token": f"{float(result.loss.mean()):.4f}",
+        "balance": f"{float(derived.balance(result).max()):.1e}",
+        "entries of dq, dk, dv that are 0, %": f"{100 * here:.3f}",
+        "of them not in float32, %": new,
+    }
+
+
+def exact_zeros(length):
+    """Which entries are 0 in float32: the last position has no loss and the first nothing to choose."""
+    loaded = loading.load_model(None)
+    ids = corpus.windows([corpus.default_text()], loaded.tokenizer, length, 1)[0].ids[None]
+    return zeros(loaded.model, ids)
+
+
+def zeros(model, ids):
+    """Which entries of the gradients of queries, keys and values are 0, in all layers."""
+    found = []
+
+    def observe(layer, back, project):
+        found.extend((x == 0).flatten() for x in (back.grad_query, back.grad_key, back.grad_value))
+
+    with frozen(model), watched(model, observe):
+        Sending(model, ids, Head(model)).backward()
+    return torch.cat(found)
+
+
 class Timed(Monitor):
     """A Monitor that keeps how long each measurement took."""
 
@@ -426,21 +501,20 @@ class Clock(TrainerCallback):
         self.took.append(time.perf_counter() - self.started)
 
 
+ALONE = (  # what runs in a process of its own
+    "peak", "profile", "two_layers", "two_layers_paid", "two_layers_sliding", "whole_context", "in_precision",
+)  # fmt: skip
+
+
 def main():
     torch.manual_seed(0)
     wanted = sys.argv[1:]
-    if wanted and wanted[0] in (
-        "peak",
-        "profile",
-        "two_layers",
-        "two_layers_paid",
-        "two_layers_sliding",
-        "whole_context",
-    ):
+    if wanted and wanted[0] in ALONE:
         print(json.dumps(globals()[wanted[0]](*wanted[1:])))
         return
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} rounds in turns")
-    tables = {"steps": steps, "payers": payers, "naive": naive, "long": long, "context": context, "monitor": monitor}
+    tables = (steps, payers, naive, long, context, precision, monitor)
+    tables = {table.__name__: table for table in tables}
     for name in wanted or tables:
         tables[name]()
 
