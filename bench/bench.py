@@ -5,17 +5,21 @@ python bench/bench.py steps      ratio to a plain training step on SmolLM2-135M
 python bench/bench.py payers     own and later losses, the horizon curve, and one backward pass per position
 python bench/bench.py naive      the same lag profile with eager attention and everything kept
 python bench/bench.py long       a two-layer model at long contexts
+python bench/bench.py context    memory on SmolLM2-135M up to 8192 tokens, beside what was estimated (12 GB)
+python bench/bench.py precision  bfloat16, float16 and autocast beside float32, on SmolLM2-135M
 python bench/bench.py monitor    training with a Monitor at its default
 """
 
 import contextlib
 import json
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,19 +30,25 @@ from transformers import (
     AttentionMaskInterface,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers.masking_utils import eager_mask
 from transformers.trainer_callback import PrinterCallback
 
-from posterity import Monitor, Trainer, corpus, loading, runs
+from posterity import Monitor, Trainer, corpus, derived, loading, runs
 from posterity.account import account
+from posterity.estimate import estimate
 from posterity.ledger import Bins, self_part, tally
-from posterity.losses import Payers, Sending
-from posterity.measure import frozen, run
+from posterity.losses import Payers
+from posterity.measure import frozen, measure
+from posterity.models import watched
+from posterity.sending import Head, Sending, run
 
 ROUNDS = 5
+PRECISIONS = {"float32": torch.float32, "autocast": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LABELS = {
     "plain": "plain training step (all parameter gradients, sdpa)",
     "frozen": "plain step, frozen parameters",
@@ -77,11 +87,15 @@ def mode(name, model):
             ledger = stack.enter_context(account(model, "octaves", name == "losses"))
             payers = Payers(model, ledger.watch, losses, horizons, False, ledger.sums)
             stack.enter_context(payers.watching())
-            yield lambda ids: payers.send(Sending(model, run, ids))
+            head = Head(model)
+            yield lambda ids: payers.send(Sending(model, ids, head))
             return
-        if name != "frozen":
-            stack.enter_context(account(model, "self" if name == "self" else "octaves", name == "weights"))
-        yield lambda ids: run(model, ids).sum().backward()
+        if name == "frozen":
+            yield lambda ids: run(model, ids).sum().backward()
+            return
+        stack.enter_context(account(model, "self" if name == "self" else "octaves", name == "weights"))
+        head = Head(model)
+        yield lambda ids: Sending(model, ids, head).backward()
 
 
 def timed(step, ids):
@@ -166,7 +180,12 @@ def peak(name, context):
 
 
 def resident():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak memory of this process. A child's ru_maxrss begins at its parent's, so Linux is asked another way."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def alone(*arguments):
@@ -255,28 +274,25 @@ def eager_profile(model, ids):
 
 
 def long():
-    table = Table(
-        "context", "step: s", "of it accounts: s", "fused attention fwd+bwd: s", "accounts / fused", "peak GB"
+    table = Table("context", "step: s", "accounts / fused", "peak GB", "KB a token")
+    for kind in ("window of 512", "who pays"):
+        for column in (f"{kind}: s", "peak GB", "KB a token"):
+            table.add_column(column)
+    table.title = (
+        "Two layers of 9 heads of 64, everything by lag and the weights; the same with a sliding window; "
+        "with own and later losses and two horizons"
     )
-    for column in ("KB a token", "who pays: s", "peak GB", "KB a token"):
-        table.add_column(column)
-    table.title = "Two layers of 9 heads of 64, everything by lag; then with own and later losses and two horizons"
     before = None
-    for context in (2048, 4096, 8192, 16384):
-        paid = alone("two_layers_paid", context)
-        found = {"context": context, **alone("two_layers", context), **{f"paid {name}": paid[name] for name in paid}}
-        table.add_row(
-            str(context),
-            f"{found['step']:.1f}",
-            f"{found['accounts']:.1f}",
-            f"{found['fused']:.1f}",
-            f"{found['accounts'] / found['fused']:.2f}",
-            f"{found['peak'] / 1e9:.2f}",
-            per_token(before, found, "peak"),
-            f"{found['paid step']:.1f}",
-            f"{found['paid peak'] / 1e9:.2f}",
-            per_token(before, found, "paid peak"),
-        )
+    for context in (2048, 4096, 8192, 16384, 32768):
+        found = {"context": context, **alone("two_layers", context)}
+        for kind in ("sliding", "paid"):
+            found |= {f"{kind} {name}": x for name, x in alone(f"two_layers_{kind}", context).items()}
+        row = [str(context), f"{found['step']:.1f}", f"{found['accounts'] / found['fused']:.2f}"]
+        row += [f"{found['peak'] / 1e9:.2f}", per_token(before, found, "peak")]
+        for kind in ("sliding", "paid"):
+            row += [f"{found[f'{kind} step']:.1f}", f"{found[f'{kind} peak'] / 1e9:.2f}"]
+            row.append(per_token(before, found, f"{kind} peak"))
+        table.add_row(*row)
         before = found
     console.print(table)
     console.print("accounts: self part and sweep of one layer, beside the fused forward and backward pass of one layer")
@@ -296,18 +312,25 @@ def two_layers_paid(context):
     return {"step": seconds, "peak": resident()}
 
 
-def small(context):
-    config = LlamaConfig(
+def two_layers_sliding(context):
+    model, ids = small(int(context), MistralForCausalLM, MistralConfig, sliding_window=512)
+    with mode("weights", model) as step:
+        seconds = timed(step, ids)
+    return {"step": seconds, "peak": resident()}
+
+
+def small(context, model=LlamaForCausalLM, config=LlamaConfig, **changes):
+    made = config(
         vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=context,
+        num_key_value_heads=3, max_position_embeddings=context, **changes,
     )  # fmt: skip
-    return LlamaForCausalLM(config), torch.randint(1024, (1, context))
+    return model(made), torch.randint(1024, (1, context))
 
 
 def two_layers(context):
     context = int(context)
     model, ids = small(context)
-    with mode("lags", model) as step:
+    with mode("weights", model) as step:
         seconds = timed(step, ids)
     used = resident()
     query, key, value = (nn.Parameter(torch.randn(1, 9, context, 64)) for _ in range(3))
@@ -322,6 +345,27 @@ def two_layers(context):
     return {"step": seconds, "accounts": statistics.median(accounts), "fused": statistics.median(fused), "peak": used}
 
 
+def context():
+    table = Table("context", "step: s", "peak GB", "estimate GB", "logits at once would be GB")
+    table.title = "SmolLM2-135M, one window, everything with the weights"
+    for length in (512, 2048, 8192):
+        found = alone("whole_context", length)
+        logits = 4 * 4 * 49152 * length / 1e9
+        table.add_row(str(length), f"{found['step']:.0f}", f"{found['peak'] / 1e9:.2f}", found["said"], f"{logits:.1f}")
+    console.print(table)
+
+
+def whole_context(length):
+    """What `posterity measure` says before it starts, and what comes true."""
+    model, ids = window(int(length))
+    with frozen(model), account(model) as ledger:
+        head = Head(model)
+        said = estimate(model, ids[0], 1, 1, True, head, 0)
+        ledger.clear()
+        seconds = timed(lambda ids: Sending(model, ids, head).backward(), ids)
+    return {"step": seconds, "peak": resident(), "said": re.search(r"and ([\d.]+) GB", said)[1]}
+
+
 def observed(query, key, value, grad, context):
     from posterity import attention
 
@@ -330,6 +374,78 @@ def observed(query, key, value, grad, context):
     started = time.perf_counter()
     tally(seen[0], self_part(seen[0]), Bins.of("octaves", context))
     return time.perf_counter() - started
+
+
+def precision(length=128):
+    """Each precision in a process of its own: what float32 says, and how far the others are from it."""
+    table = Table("SmolLM2-135M", "float32", "autocast", "bfloat16", "float16")
+    table.title = f"Two windows of {length} tokens: shares in per cent, with the largest difference from float32"
+    found = {name: alone("in_precision", name, length) for name in PRECISIONS}
+    for label, right in found["float32"]["shares"].items():
+        cells = []
+        for name in PRECISIONS:
+            pooled, by_layer = found[name]["shares"][label]
+            off = max(abs(x - y) for x, y in zip(pooled, right[0], strict=True))
+            most = max(abs(x - y) for x, y in zip(by_layer, right[1], strict=True))
+            shown = " ".join(f"{100 * x:.2f}" for x in pooled[:3])
+            cells.append(shown if name == "float32" else f"{shown}\n± {100 * off:.2f}, a layer {100 * most:.2f}")
+        table.add_row(label, *cells)
+    for label in (
+        "loss, nats per token",
+        "balance",
+        "entries of dq, dk, dv that are 0, %",
+        "of them not in float32, %",
+    ):
+        table.add_row(label, *(found[name][label] for name in PRECISIONS))
+    console.print(table)
+
+
+def in_precision(name, length):
+    """Shares and what became zero, in one precision."""
+    loaded = loading.load_model(None)
+    model, length = loaded.model.to(PRECISIONS[name]), int(length)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast")
+    documents = [corpus.default_text()]
+    with autocast:
+        asked = {"context": length, "limit": 2, "losses": True, "horizons": (8,), "progress": False}
+        result = measure(model, loaded.tokenizer, documents, **asked)
+        zero = zeros(model, corpus.windows(documents, loaded.tokenizer, length, 1)[0].ids[None])
+    shares = {
+        "self: query, key, value": lambda by: derived.shares(result, by).share.sel(side="self"),
+        "credit by lag (bins 0, 1, 2 of queries)": lambda by: derived.profile(result, by).share,
+        "weights, self: W_Q, W_K, W_V": lambda by: derived.weights(result, by).share,
+        "own loss: key, value": lambda by: derived.who_pays(result, by).share.sel(part="own"),
+        "left at h = 8: query, key, value": lambda by: derived.horizon_curve(result, by).share,
+    }
+    pair = [[one.values.ravel().tolist() for one in (of(()), of(("layer",)))] for of in shares.values()]
+    here = zero.float().mean().item()
+    new = "" if name == "float32" else f"{100 * (zero & ~exact_zeros(length)).float().mean().item():.3f}"
+    return {
+        "shares": dict(zip(shares, pair, strict=True)),
+        "loss, nats per token": f"{float(result.loss.mean()):.4f}",
+        "balance": f"{float(derived.balance(result).max()):.1e}",
+        "entries of dq, dk, dv that are 0, %": f"{100 * here:.3f}",
+        "of them not in float32, %": new,
+    }
+
+
+def exact_zeros(length):
+    """Which entries are 0 in float32: the last position has no loss and the first nothing to choose."""
+    loaded = loading.load_model(None)
+    ids = corpus.windows([corpus.default_text()], loaded.tokenizer, length, 1)[0].ids[None]
+    return zeros(loaded.model, ids)
+
+
+def zeros(model, ids):
+    """Which entries of the gradients of queries, keys and values are 0, in all layers."""
+    found = []
+
+    def observe(layer, back, project):
+        found.extend((x == 0).flatten() for x in (back.grad_query, back.grad_key, back.grad_value))
+
+    with frozen(model), watched(model, observe):
+        Sending(model, ids, Head(model)).backward()
+    return torch.cat(found)
 
 
 class Timed(Monitor):
@@ -385,14 +501,20 @@ class Clock(TrainerCallback):
         self.took.append(time.perf_counter() - self.started)
 
 
+ALONE = (  # what runs in a process of its own
+    "peak", "profile", "two_layers", "two_layers_paid", "two_layers_sliding", "whole_context", "in_precision",
+)  # fmt: skip
+
+
 def main():
     torch.manual_seed(0)
     wanted = sys.argv[1:]
-    if wanted and wanted[0] in ("peak", "profile", "two_layers", "two_layers_paid"):
+    if wanted and wanted[0] in ALONE:
         print(json.dumps(globals()[wanted[0]](*wanted[1:])))
         return
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} rounds in turns")
-    tables = {"steps": steps, "payers": payers, "naive": naive, "long": long, "monitor": monitor}
+    tables = (steps, payers, naive, long, context, precision, monitor)
+    tables = {table.__name__: table for table in tables}
     for name in wanted or tables:
         tables[name]()
 

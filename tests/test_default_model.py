@@ -11,7 +11,8 @@ from spy import spied
 
 import posterity
 from posterity import corpus, derived, loading
-from posterity.measure import frozen, run
+from posterity.measure import frozen
+from posterity.sending import run
 
 pytestmark = pytest.mark.slow
 POSTERITY = [sys.executable, "-m", "posterity"]

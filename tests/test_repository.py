@@ -13,6 +13,7 @@ PACKAGE = ROOT / "src" / "posterity"
 TORCH = {"torch", "jaxtyping"}  # jaxtyping: shapes in the signatures, nothing at run time
 OUTSIDE = {  # what each module may import beside the standard library and the modules named in INSIDE
     "errors": set(),
+    "spans": TORCH,
     "mask": TORCH,
     "horizon": TORCH,
     "attention": TORCH,
@@ -27,6 +28,7 @@ OUTSIDE = {  # what each module may import beside the standard library and the m
     "hook": TORCH | {"transformers"},
     "leaks": TORCH | {"transformers"},
     "models": TORCH | {"transformers"},
+    "sending": TORCH,
     "losses": TORCH | {"numpy"},
     "inspect": TORCH | {"numpy", "xarray"},
     "loading": TORCH | {"transformers", "huggingface_hub", "rich", "safetensors", "gguf"},
@@ -60,7 +62,8 @@ OUTSIDE = {  # what each module may import beside the standard library and the m
 }
 INSIDE = {
     "errors": set(),
-    "mask": {"errors"},
+    "spans": set(),
+    "mask": {"errors", "spans"},
     "horizon": {"errors"},
     "attention": {"errors", "horizon", "mask"},
     "sweep": {"attention", "mask"},
@@ -72,7 +75,8 @@ INSIDE = {
     "hook": {"attention", "errors", "horizon", "mask", "replay", "weights"},
     "leaks": {"hook", "replay"},
     "models": {"errors", "hook", "horizon", "leaks", "replay"},
-    "losses": {"attention", "errors", "hook", "horizon", "ledger", "models", "sums", "weights"},
+    "sending": {"attention", "models", "replay"},
+    "losses": {"attention", "errors", "hook", "horizon", "ledger", "models", "sending", "sums", "weights"},
     "corpus": {"errors"},
     "linear": {"attention", "errors"},
     "loading": {"errors", "folded", "folder"},

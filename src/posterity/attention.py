@@ -184,7 +184,7 @@ class _Attention(torch.autograd.Function):
         grad_sinks = None
         if sinks is not None:
             weight = torch.exp(sinks[:, None] - lse)
-            grad_sinks = -(weight * (grad_output * output).sum(-1)).sum((0, 2)).to(sinks.dtype)
+            grad_sinks = -(weight * dot(grad_output, output)).sum((0, 2)).to(sinks.dtype)
         grads, beyond = ([None if x is None else group_sum(x, groups) for x in some] for some in (grads, beyond))
         return grad_query, *grads, grad_sinks, *beyond, None
 
@@ -263,8 +263,11 @@ def _fused_forward(query, key, value, sinks, options):
 
 
 def _fused_backward(grad_output, query, key, value, output, lse, options):
+    """In the working precision: in half precision the kernel adds its blocks up in half precision, so that the gradient
+    at a key with many readers loses more, the longer the context; and it is no faster."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return fused(grad_output, query, key, value, output, lse, 0.0, True, scale=options.scale)
+    given = (x.to(working(x.dtype)) for x in (grad_output, query, key, value, output))
+    return [x.to(query.dtype) for x in fused(*given, lse, 0.0, True, scale=options.scale)]
 
 
 def _block_forward(query, key, value, sinks, options):
@@ -295,7 +298,7 @@ def _block_forward(query, key, value, sinks, options):
 def _block_backward(grad_output, query, key, value, output, lse, options, weights=(None, None)):
     """The four sums at the top of this file, one block of scores at a time; `weights`: factors by lag for dk, dv."""
     grads = [torch.zeros_like(x, dtype=working(x.dtype)) for x in (query, key, value)]
-    delta = (grad_output * output).sum(-1, keepdim=True, dtype=lse.dtype)
+    delta = dot(grad_output, output)[..., None]
     for rows, tiles in options.mask.tiles(query.shape[2], key.shape[2], query.device):
         query_i, grad_i = query[:, :, rows].to(lse.dtype), grad_output[:, :, rows].to(lse.dtype)
         for tile in tiles:

@@ -1,16 +1,27 @@
 """What a run will take, said before it starts: from a trial with the first few tokens of the first window."""
 
 import time
-from collections.abc import Callable
+from weakref import WeakSet
 
 import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posterity.sending import CHUNK, Head, Sending
 from posterity.weights import projection_parameters
 
 TRIAL_TOKENS = 128
+# Beside what autograd keeps: the inputs of attention modules, and what the allocator cannot use again; on the default
+# model (`bench.py context`) 0.9 times what autograd keeps at 512 tokens, 1.3 at 2048, 1.45 at 8192.
+_ALLOWANCE = 1.35
+
+
+class _Saved:
+    """A tensor that autograd keeps for the backward pass, for as long as it does."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
 
 
 def estimate(
@@ -19,40 +30,43 @@ def estimate(
     windows: int,
     batch: int,
     weights: bool,
-    run: Callable[..., Tensor],
+    head: Head,
     passes: int,
 ) -> str:
-    """One line: memory and time of a run over windows as long as `ids`; `run` gives the losses of a batch;
-    `passes` more backward passes are counted as half of the trial each.
+    """One line: memory and time of a run over windows as long as `ids`; `passes` more backward passes are counted as
+    half of the trial each.
 
     Activations are counted on the trial and grow linearly with the tokens. Time is that of the trial for every token;
     attention's quadratic part is left out, so long contexts take longer.
     """
     trial = ids[None, :TRIAL_TOKENS]
-    parameters = {x.untyped_storage().data_ptr(): x.numel() * x.element_size() for x in model.parameters()}
-    saved: dict[int, int] = {}
+    now = sum(x.numel() * x.element_size() for x in model.parameters())
+    if all(x.device.type == "cpu" for x in model.parameters()):
+        now = psutil.Process().memory_info().rss  # the model, and Python with its libraries
+    parameters = {x.untyped_storage().data_ptr() for x in model.parameters()}
+    kept: WeakSet[_Saved] = WeakSet()
 
-    def note(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+    def note(x: Tensor) -> _Saved:
+        saved = _Saved(x)
+        kept.add(saved)
+        return saved
 
     started = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        losses = run(model, trial)
-    losses.sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved.tensor):
+        sending = Sending(model, trial, head)
+    storages = [saved.tensor.untyped_storage() for saved in kept]  # of the body, where the head is passed apart
+    activations = sum({x.data_ptr(): x.nbytes() for x in storages if x.data_ptr() not in parameters}.values())
+    sending.backward()
+    model.zero_grad()
     seconds = (time.perf_counter() - started) / trial.numel() * windows * len(ids)
     seconds *= 1 + passes / 2
-    activations = sum(size for place, size in saved.items() if place not in parameters) / trial.numel()
-    # Beside what is saved, the backward pass of the loss holds two gradients as large as the logits.
-    logits = 2 * 4 * model.config.get_text_config().vocab_size
-    passing = batch * len(ids) * (activations + logits)
+    # Beside what is kept, the loss of a chunk holds its logits, their log-softmax and the gradients of both.
+    at_once = min(batch * len(ids) * head.vocabulary, CHUNK) if head.apart else batch * len(ids) * head.vocabulary
+    passing = _ALLOWANCE * batch * len(ids) * activations / trial.numel() + 4 * 4 * at_once
     sums = 0
     if weights:
         split = {id(x): x.numel() * 4 for module in _attentions(model) for x in projection_parameters(module).values()}
         sums = 2 * sum(split.values())
-    now = sum(parameters.values())
-    if all(x.device.type == "cpu" for x in model.parameters()):
-        now = psutil.Process().memory_info().rss  # the model, and Python with its libraries
     total = now + passing + sums
     return (
         f"{windows} window{'s'[: windows - 1]} of {len(ids)} tokens: about {_clock(seconds)} and {total / 1e9:.1f} GB "

@@ -19,8 +19,9 @@ from posterity.attention import attention
 from posterity.errors import InputError
 from posterity.folded import mask_of, pass_own_values
 from posterity.hook import Attending, Layer, Watch
-from posterity.measure import frozen, progress_bar, run
+from posterity.measure import frozen, progress_bar
 from posterity.models import first_device, language_model, watching
+from posterity.sending import run
 
 Head = tuple[int, int]  # number of the attention layer, query head
 Windows = Sequence[Int64[Tensor, " position"]]

@@ -12,9 +12,10 @@ from posterity import corpus
 from posterity.attention import Backward, group_sum, working
 from posterity.errors import InputError
 from posterity.hook import Layer
-from posterity.measure import frozen, measure, progress_bar, run, seeded
+from posterity.measure import frozen, measure, progress_bar, seeded
 from posterity.models import first_device, language_model, refuse_other_paths, watched
 from posterity.result import extended
+from posterity.sending import run
 
 LONGEST = 256  # tokens: the matrices have tokens^2 numbers for every layer
 

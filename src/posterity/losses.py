@@ -10,7 +10,6 @@ Under `Discount(1 - 1/h)` losses at distance d count (1 - 1/h)^d: what remains f
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,41 +19,14 @@ from torch import Tensor, nn
 from posterity.attention import Backward, dot, working
 from posterity.errors import InputError
 from posterity.hook import Layer, Observer, Watch
-from posterity.horizon import Discount, Full
+from posterity.horizon import Discount
 from posterity.ledger import self_part
 from posterity.models import language_model, refuse_other_paths
+from posterity.sending import Sending
 from posterity.sums import Sums
 from posterity.weights import Projections, norms
 
 OWN = 1  # the horizon whose discount is 0: nothing but the own loss
-
-
-class Sending:
-    """The losses of one forward pass, sent back several times; the language-model head is passed only once."""
-
-    def __init__(self, model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], ids: Tensor):
-        """Run the model; `losses` are those of each window."""
-        self._ends: list[tuple[Tensor, Tensor]] = []
-        head: Any = language_model(model).get_output_embeddings()
-
-        def end(_module: nn.Module, args: tuple) -> tuple:
-            self._ends.append((args[0], args[0].detach().requires_grad_()))
-            return self._ends[-1][1], *args[1:]
-
-        hook = head.register_forward_pre_hook(end)
-        try:
-            self.losses = run(model, ids)
-        finally:
-            hook.remove()
-
-    def start(self) -> None:
-        """From the losses to the input of the head."""
-        self.losses.sum().backward()
-
-    def backward(self, again: bool) -> None:
-        """From the input of the head to the embeddings; `again`: another one will follow."""
-        tensors, leaves = zip(*self._ends, strict=True)
-        torch.autograd.backward(tensors, [leaf.grad for leaf in leaves], retain_graph=again)
 
 
 class Payers:
@@ -93,10 +65,7 @@ class Payers:
 
     def send(self, sending: Sending) -> None:
         """All backward passes of one forward pass; the first is the ordinary one, which every observer gets."""
-        self._reset({})
-        with self.watch.sending((Full(), Full()), self._early):
-            sending.start()
-        head = self._gradients()
+        head = self._gradients()  # of the parameters behind its input, which the later passes do not reach
         with self._hidden.taking("whole"):
             sending.backward(again=True)
         whole = self._gradients()
@@ -114,6 +83,7 @@ class Payers:
             self._hidden.add()
         for layer, rows in self._curve.items() if self.horizons else ():
             self.sums.note(f"{layer}/horizon_by_document", torch.stack(rows, -1))
+        self._reset({})
         self._whole.clear()
 
     def variables(self) -> dict[str, np.ndarray]:
@@ -153,9 +123,6 @@ class Payers:
         if self.parameters:
             found["parameter"] = [name for name, _ in _owners(self.model)]
         return found
-
-    def _early(self, layer: Layer, back: Backward, project: object) -> None:
-        raise InputError(f"the loss reaches layer {layer} past the language-model head: who pays cannot be said")
 
     def _keep(self, layer: Layer, back: Backward, project: object) -> None:
         if layer in self._whole:

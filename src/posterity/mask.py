@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posterity.errors import InputError
+from posterity.spans import Span
 
 # Rows and columns of a block. On a CPU the block must fit the caches; elsewhere few large operations win.
 BLOCK = {"cpu": (128, 512)}
@@ -76,13 +77,35 @@ class Mask:
         if wanted not in self._tiles:
             height = BLOCK.get(device.type, LARGE)[0]
             blocks = [slice(top, min(top + height, queries)) for top in range(0, queries, height)]
-            self._tiles[wanted] = [(rows, list(self._row(rows, keys - queries, keys, device))) for rows in blocks]
+            possible = None if self.plain else self._possible(blocks, keys - queries, keys, device)
+            self._tiles[wanted] = [
+                (rows, list(self._row(rows, keys - queries, keys, device, None if possible is None else possible[at])))
+                for at, rows in enumerate(blocks)
+            ]
         return self._tiles[wanted]
 
-    def _row(self, rows: slice, offset: int, keys: int, device: torch.device) -> Iterator[Tile]:
+    def _possible(self, blocks: list[slice], offset: int, keys: int, device: torch.device) -> list[list[bool]] | None:
+        """For each row of blocks, which of its blocks may hold edges by the bounds of the rule; None if not known."""
+        width = BLOCK.get(device.type, LARGE)[1]
+        tops = torch.tensor([[rows.start] for rows in blocks], device=device) + offset
+        bottoms = torch.tensor([[rows.stop - 1] for rows in blocks], device=device) + offset
+        lefts = torch.arange(0, keys, width, device=device)[None]
+        try:
+            edges = self.allowed(Span(tops, bottoms), Span(lefts, (lefts + width - 1).clamp(max=keys - 1)))  # type: ignore[misc]
+        except Exception:  # the rule does what has no bounds: every block is evaluated
+            return None
+        if not isinstance(edges, Span):
+            return None
+        return _four(edges.high, len(blocks), lefts.shape[1]).flatten(0, 1).any(0).tolist()
+
+    def _row(
+        self, rows: slice, offset: int, keys: int, device: torch.device, possible: list[bool] | None
+    ) -> Iterator[Tile]:
         width = BLOCK.get(device.type, LARGE)[1]
         last = offset + rows.stop  # keys from here on are later than every query of these rows
         for left in range(0, last if self.plain else keys, width):
+            if possible is not None and not possible[left // width]:
+                continue
             tile = Tile(rows, slice(left, min(left + width, last if left < last else keys)), offset, self.plain)
             if self.plain:
                 yield tile

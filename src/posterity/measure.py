@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 import posterity
 from posterity import corpus
 from posterity.account import Ledger, account
-from posterity.attention import working
 from posterity.errors import InputError
 from posterity.estimate import estimate
-from posterity.losses import Payers, Sending
-from posterity.models import first_device, language_model
+from posterity.losses import Payers
+from posterity.models import language_model
 from posterity.processes import Processes
 from posterity.resume import State, fingerprint
+from posterity.sending import Head, Sending
 
 
 def measure(
@@ -106,9 +106,10 @@ def measure(
         contextlib.ExitStack() as stack,
     ):
         payers = Payers(model, ledger.watch, losses, horizons, parameters, ledger.sums) if asked else None
+        head = Head(model)
         if shown:
             passes = 0 if payers is None else len(payers.passes)
-            line = estimate(inner, windows[0].ids, len(todo), batch, weights, run, passes)
+            line = estimate(inner, windows[0].ids, len(todo), batch, weights, head, passes)
             Console(stderr=True).print(line)
             ledger.clear()
         if payers is not None:
@@ -119,7 +120,7 @@ def measure(
             for start in range(0, len(todo), batch):
                 numbers = todo[start : start + batch]
                 torch.manual_seed(seed + numbers[0])  # the same, however the windows are shared out
-                _measure([windows[number] for number in numbers], model, payers, ledger)
+                _measure([windows[number] for number in numbers], model, head, payers, ledger)
                 run_state.add(ledger.sums, numbers)
                 advance(len(numbers), len(numbers) * context)
         run_state.finish(ledger.sums)
@@ -138,12 +139,12 @@ def measure(
         return processes.agreed(lambda: ledger.result(texts, payers, **known | dict(attrs or {})))
 
 
-def _measure(some: list[corpus.Window], model: nn.Module, payers: Payers | None, ledger: Ledger) -> None:
+def _measure(some: list[corpus.Window], model: nn.Module, head: Head, payers: Payers | None, ledger: Ledger) -> None:
     """Measure the windows of one batch."""
     names = [f"{window.text} #{window.index}" for window in some]
     ledger.place = f" in window {', '.join(names)}"
     ids = torch.stack([window.ids for window in some])
-    losses, send = _passes(model, ids, payers)
+    losses, send = _passes(model, ids, head, payers)
     for loss, name in zip(losses, names, strict=True):
         if not loss.isfinite():
             raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
@@ -153,22 +154,10 @@ def _measure(some: list[corpus.Window], model: nn.Module, payers: Payers | None,
     send()
 
 
-def run(model: nn.Module, ids: Tensor) -> Tensor:
-    """Sum of the losses of each window, in nats, with its graph."""
-    ids = ids.to(first_device(language_model(model)))
-    logits = model(input_ids=ids, use_cache=False).logits
-    targets = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1).to(logits.device)
-    logits = logits.to(working(logits.dtype)).flatten(0, 1)
-    return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).sum(1)
-
-
-def _passes(model: nn.Module, ids: Tensor, payers: Payers | None) -> tuple[Tensor, Callable[[], None]]:
+def _passes(model: nn.Module, ids: Tensor, head: Head, payers: Payers | None) -> tuple[Tensor, Callable[[], None]]:
     """The losses of each window, and what sends them back."""
-    if payers is None:
-        losses = run(model, ids)
-        return losses, lambda: losses.sum().backward()
-    sending = Sending(model, run, ids)
-    return sending.losses, lambda: payers.send(sending)
+    sending = Sending(model, ids, head)
+    return sending.losses, sending.backward if payers is None else lambda: payers.send(sending)
 
 
 def _growing(horizons: Sequence[int]) -> tuple[int, ...]:

@@ -21,9 +21,10 @@ from posterity.audit.clause import (
     mean_and_error,
 )
 from posterity.hook import Layer
-from posterity.measure import frozen, run
+from posterity.measure import frozen
 from posterity.models import watched
 from posterity.readers import KINDS, readers
+from posterity.sending import run
 
 
 def many_readers(subject: Subject) -> Finding:

@@ -30,8 +30,9 @@ from posterity.audit.clause import (
 from posterity.audit.patching import dense_edges
 from posterity.errors import InputError
 from posterity.hook import Attending, Layer, Watch
-from posterity.measure import frozen, run
+from posterity.measure import frozen
 from posterity.models import watched
+from posterity.sending import run
 
 LONGEST, SHORTEST = 256, 4
 SINK = 0.3  # mean attention to the first position from which on a head counts as a sink
