@@ -394,7 +394,7 @@ def precision(length=128):
         "loss, nats per token",
         "balance",
         "entries of dq, dk, dv that are 0, %",
-        "of them not in float32, %",
+        "of all entries, 0 here but not in float32, %",
     ):
         table.add_row(label, *(found[name][label] for name in PRECISIONS))
     console.print(table)
@@ -425,7 +425,7 @@ def in_precision(name, length):
         "loss, nats per token": f"{float(result.loss.mean()):.4f}",
         "balance": f"{float(derived.balance(result).max()):.1e}",
         "entries of dq, dk, dv that are 0, %": f"{100 * here:.3f}",
-        "of them not in float32, %": new,
+        "of all entries, 0 here but not in float32, %": new,
     }
 
 
