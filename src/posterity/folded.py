@@ -110,7 +110,8 @@ def run_as_saved(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
     """
     file = Path(folder) / FILE
     if not file.is_file():
-        if given := getattr(model.config.get_text_config(decoder=True), FOLDED, None):  # saved again by transformers
+        config = model.config.get_text_config(decoder=True)
+        if given := vars(config).pop(FOLDED, None):  # saved again by transformers; it does not run folded yet
             try:
                 numbers = {module.layer_idx: number for number, module in enumerate(attention_modules(model))}
                 keep_folded(model, {numbers[layer]: some for layer, some in _listed(given).items()})
