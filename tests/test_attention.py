@@ -165,3 +165,15 @@ def test_a_backward_pass_under_autocast_keeps_its_precision(rule):
             found.append(torch.autograd.grad(out, given, grad))
     assert all(map(torch.equal, *found))
     assert torch.equal(seen[0].grad_key, seen[1].grad_key)
+
+
+@pytest.mark.parametrize("late", [(0, 150), (3, 299), (127, 128), (130, 256), (298, 299)])
+def test_a_mask_with_a_single_later_key_is_refused_wherever_it_is(late):
+    query, later = late
+
+    def allowed(i, j):
+        return (j <= i) | ((i == query) & (j == later))
+
+    x = torch.randn(1, 1, 300, 4)
+    with pytest.raises(InputError, match="later keys"):
+        attention(x, x, x, mask=Mask(allowed))

@@ -110,7 +110,8 @@ class Mask:
             if self.plain:
                 yield tile
                 continue
-            allowed, causal = self._evaluate(tile, device), _causal(tile, device)
+            full = replace(tile, columns=slice(left, min(left + width, keys)))
+            allowed, causal = self._evaluate(full, device), _causal(full, device)
             if (allowed & ~causal).any():
                 raise InputError("the mask lets a query see later keys: only causal attention can be accounted for")
             if allowed.any():
