@@ -7,11 +7,13 @@ python bench/bench.py naive      the same lag profile with eager attention and e
 python bench/bench.py long       a two-layer model at long contexts
 python bench/bench.py context    memory on SmolLM2-135M up to 8192 tokens, beside what was estimated (12 GB)
 python bench/bench.py precision  bfloat16, float16 and autocast beside float32, on SmolLM2-135M
+python bench/bench.py sweep      the accounts of one layer beside torch's fused attention of the same layer
 python bench/bench.py monitor    training with a Monitor at its default
 """
 
 import contextlib
 import json
+import platform
 import re
 import resource
 import statistics
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,14 +41,16 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.trainer_callback import PrinterCallback
 
-from posterity import Monitor, Trainer, corpus, derived, loading, runs
+from posterity import Monitor, Trainer, attention, corpus, derived, loading, runs
 from posterity.account import account
 from posterity.estimate import estimate
+from posterity.fused import CPU
 from posterity.ledger import Bins, self_part, tally
 from posterity.losses import Payers
 from posterity.measure import frozen, measure
 from posterity.models import watched
 from posterity.sending import Head, Sending, run
+from posterity.sweep import Scratch
 
 ROUNDS = 5
 PRECISIONS = {"float32": torch.float32, "autocast": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,6 +69,13 @@ PAYERS = {
     **{f"curve {k}": f"everything but the weights, with a horizon curve of {k} points" for k in (1, 3, 9)},
 }
 WHO_PAYS = {"losses": (True, ()), "long": (True, (4, 64)), **{f"curve {k}": (False, HORIZONS[-k:]) for k in (1, 3, 9)}}
+SWEEPS = tuple(
+    (heads, groups, dim, context)
+    for context in (1024, 4096, 16384)
+    for heads, groups, dim in ((9, 3, 64), (9, 9, 64), (32, 32, 128))
+    if context * dim < 16384 * 128
+)
+SWEEP_ROUNDS = 9
 console = Console(width=130)
 
 
@@ -367,8 +379,6 @@ def whole_context(length):
 
 
 def observed(query, key, value, grad, context):
-    from posterity import attention
-
     seen = []
     attention(query, key, value, observe=seen.append).backward(grad)
     started = time.perf_counter()
@@ -448,6 +458,69 @@ def zeros(model, ids):
     return torch.cat(found)
 
 
+def sweep():
+    table = Table("heads", "key/value heads", "context", "fused forward and backward: s", "by octaves", "every lag")
+    table.add_column("five products alone")
+    table.title = "Accounts of one layer, float32: ratios to fused attention, forward and backward"
+    for heads, groups, dim, context in SWEEPS:
+        back = finished(heads, groups, dim, context)
+        kinds = {"fused": partial(fused, back), "products": partial(products, back)}
+        scratch = Scratch()
+        for lags in ("octaves", "all"):
+            kinds[lags] = partial(accounts, back, Bins.of(lags, context), scratch)
+        seconds = {name: [] for name in kinds}
+        for _ in range(SWEEP_ROUNDS + 1):
+            for name, run_ in kinds.items():
+                started = time.perf_counter()
+                run_()
+                seconds[name].append(time.perf_counter() - started)
+        ratios = [f"{paired(seconds[name], seconds['fused']):.2f}" for name in ("octaves", "all", "products")]
+        table.add_row(
+            f"{heads} of {dim}", str(groups), f"{context:,}", f"{statistics.median(seconds['fused'][1:]):.3f}", *ratios
+        )
+    console.print(table)
+    console.print(f"{cpu()}; medians of {SWEEP_ROUNDS} rounds in turns, ratios within a round")
+
+
+def cpu():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else platform.processor()
+
+
+def finished(heads, groups, dim, context):
+    """A backward pass of one layer, as the ledger gets it."""
+    seen, shapes = [], ((1, heads, context, dim), (1, groups, context, dim), (1, groups, context, dim))
+    out = attention(*(torch.randn(shape, requires_grad=True) for shape in shapes), observe=seen.append)
+    out.backward(torch.randn_like(out))
+    return seen[0]
+
+
+def fused(back):
+    key, value = back.repeat(back.key), back.repeat(back.value)
+    output, kept = CPU.forward(back.query, key, value, back.scale)
+    CPU.backward(back.grad_output, back.query, key, value, output, kept, back.scale)
+
+
+@torch.no_grad()
+def accounts(back, bins, scratch):
+    vars(back).pop("wholes", None)  # kept between calls
+    tally(back, self_part(back), bins, scratch)
+
+
+@torch.no_grad()
+def products(back):
+    """The matrix products of the sweep, nothing else: what no arrangement of it in PyTorch goes below."""
+    key, value = back.repeat(back.key)[0], back.repeat(back.value)[0]
+    pairs = ((back.query[0], key), (back.grad_output[0], value)) + 3 * ((back.grad_query[0], key),)
+    for head in range(0, len(key), torch.get_num_threads()):
+        some = slice(head, head + torch.get_num_threads())
+        for _, tiles in back.mask.tiles(key.shape[1], key.shape[1], key.device):
+            for tile in tiles:
+                for left, right in pairs:
+                    left[some, tile.rows] @ right[some, tile.columns].mT
+
+
 class Timed(Monitor):
     """A Monitor that keeps how long each measurement took."""
 
@@ -513,7 +586,7 @@ def main():
         print(json.dumps(globals()[wanted[0]](*wanted[1:])))
         return
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} rounds in turns")
-    tables = (steps, payers, naive, long, context, precision, monitor)
+    tables = (steps, payers, naive, long, sweep, context, precision, monitor)
     tables = {table.__name__: table for table in tables}
     for name in wanted or tables:
         tables[name]()

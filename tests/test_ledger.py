@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import by_lag, dense_account
+from reference import allowed_pairs, by_lag, dense_account
 from test_attention import DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
 
 from posterity.attention import attention
@@ -113,6 +113,72 @@ def test_float32_balances_to_rounding():
     for stream, leaf in enumerate((query, key, value)):
         whole = leaf.grad.double().square().sum()
         assert abs(ours.credit.sum((0, 1, 3))[stream] / whole - 1) < 1e-5
+
+
+def counted(context):
+    """Queries that score all keys alike, and a gradient of norm 1: the mass of a value's edge is its attention."""
+    query = torch.zeros(1, 2, context, 1, dtype=torch.double, requires_grad=True)
+    key = torch.ones(1, 1, context, 1, dtype=torch.double, requires_grad=True)
+    value = torch.zeros(1, 1, context, 1, dtype=torch.double, requires_grad=True)
+    return query, key, value, torch.ones(1, 2, context, 1, dtype=torch.double)
+
+
+@pytest.mark.parametrize("window", [None, 1, 200])
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 513, 700])
+def test_every_edge_is_counted_once_at_every_block_edge(length, window):
+    """Equal scores: query i gives each of its n edges the weight 1/n, so that lag by lag the sums are known."""
+    *given, grad = counted(length)
+    mask = Mask() if window is None else Mask(lambda query, key: (key <= query) & (query - key < window))
+    back = observed(*given, grad, mask=mask)
+    ours = tally(back, self_part(back), Bins.of("all", length))
+    edges = torch.arange(1, length + 1).clamp(max=window or length).double()
+    lag = torch.arange(length)
+    right = (1 / edges).flip(0).cumsum(0).flip(0) * (lag < (window or length))  # queries from `lag` on
+    torch.testing.assert_close(ours.attention, right.expand(1, 2, -1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.mass[:, :, 2], right.expand(1, 2, -1), rtol=1e-12, atol=0)
+    assert (ours.edges == (length - lag) * (lag < (window or length))).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_weights_too_small_for_float32_count_as_nothing(softcap):
+    """Scores hundreds below the largest, and queries that see nothing: no account is NaN, all equal float64's."""
+    torch.manual_seed(1)
+    wide = [30 * torch.randn(2, heads, 300, 8, dtype=torch.double) for heads in (4, 2, 2)]
+    padding = torch.arange(300)[None] >= torch.tensor([[0], [140]])
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        given = [x.to(dtype).requires_grad_() for x in wide]
+        grad = torch.ones(2, 4, 300, 8, dtype=dtype)
+        back = observed(*given, grad, mask=Mask(padding=padding), softcap=softcap)
+        found.append(tally(back, self_part(back), Bins.of("octaves", 300)))
+    # an error of one rounding in scores of size s is one of s roundings in the weights
+    bound = 32 * torch.finfo(torch.float32).eps * (30 if softcap else 0.7 * 30**2 * 8)
+    for name in ("credit", "mass", "attention"):
+        right, mine = (getattr(account, name) for account in found)
+        assert (mine - right).norm() <= bound * right.norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("heads", [1, 3, 5])
+def test_the_split_of_the_heads_over_threads_changes_nothing(threads, heads):
+    before = torch.get_num_threads()
+    length = 600  # blocks of one head fill a thread's part of the scratch
+    query, key, value, grad = (
+        torch.randn(1, heads, length, 4, dtype=torch.double, requires_grad=True) for _ in range(4)
+    )
+    back = observed(query, key, value, grad.detach())
+    try:
+        torch.set_num_threads(threads)
+        whole = tally(back, self_part(back), Bins.of("all", length))
+    finally:
+        torch.set_num_threads(before)
+    credit, mass, weight, *_ = dense_account(query, key, value, grad.detach(), 0.7, allowed_pairs(length))
+    for mine, right in (
+        (whole.credit, credit.movedim(0, 2)),
+        (whole.mass, mass.movedim(0, 2)),
+        (whole.attention, weight),
+    ):
+        torch.testing.assert_close(mine, by_lag(right), rtol=1e-10, atol=1e-10)
 
 
 def test_heads_with_different_masks_are_refused():

@@ -12,15 +12,15 @@ and backward, with do_i the gradient at o_i and D_i = do_i.o_i:
     dk_j = c sum_i ds_ij q_i  dq_i  = c sum_j ds_ij k_j
 
 Nothing of size N x N is ever held: the forward pass keeps the log-sum-exp `lse`, the backward pass recomputes one block
-of scores at a time (Dao 2023, arXiv 2307.08691). Plain causal attention on a CPU goes to torch's fused kernel.
+of scores at a time (Dao 2023, arXiv 2307.08691). Plain causal attention goes to torch's fused kernels (fused.py).
 
 Under a horizon (horizon.py) every edge's part of dk and dv carries a factor that depends on its lag; dq never does.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posterity.errors import InputError
+from posterity.fused import Kernel, kernel
 from posterity.horizon import Full, Rule, by_lag
 from posterity.mask import Mask, Tile
 
@@ -147,9 +148,13 @@ def _without_autocast(device: str) -> Iterator[torch.dtype | None]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, key_detached, value_detached, options):
-        run = _fused_forward if _fusable(query, key, value, sinks, options) else _block_forward
-        output, lse = run(query, key, value, sinks, options)
-        ctx.save_for_backward(query, key, value, sinks, output, lse)
+        fused = _fused(query, key, value, sinks, options)
+        if fused is None:
+            output, lse = _block_forward(query, key, value, sinks, options)
+            kept = lse, None, None
+        else:
+            output, kept = fused.forward(query, key, value, options.scale)
+        ctx.save_for_backward(query, key, value, sinks, output, *kept)
         ctx.options = options
         ctx.detached = key_detached is not None, value_detached is not None
         return output
@@ -162,23 +167,26 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, grad_output):
-        query, key, value, sinks, output, lse = ctx.saved_tensors
-        options, groups = ctx.options, key.shape[1]
+        query, key, value, sinks, output, *kept = ctx.saved_tensors
+        options, groups, lse = ctx.options, key.shape[1], kept[0][..., : query.shape[2]]
         weights = [by_lag(rule, key.shape[2], lse) for rule in options.horizon()]
         key_, value_ = (x.repeat_interleave(query.shape[1] // groups, 1) for x in (key, value))
         given: tuple = grad_output, query, key_, value_, output, lse, options
-        fused = _fusable(query, key, value, sinks, options)
+        fused = _fused(query, key, value, sinks, options)
+        whole = partial(_block_backward, *given)
+        if fused is not None:
+            whole = partial(fused.backward, *given[:5], kept, options.scale)
         limited = any(weight is not None for weight in weights)
         apart = ctx.detached if limited else (False, False)
-        (grad_query, *grads), (_, *wholes) = _grads(given, weights, fused, any(apart))
+        (grad_query, *grads), (_, *wholes) = _grads(given, weights, whole, any(apart))
         # What reaches the projections, the factors in it, and what of it passes the hidden state by.
-        kept = [whole if one else x for whole, x, one in zip(wholes, grads, apart, strict=True)]
+        reached = [whole if one else x for whole, x, one in zip(wholes, grads, apart, strict=True)]
         weights = [None if one else weight for weight, one in zip(weights, apart, strict=True)]
         beyond = [whole - x if one else None for whole, x, one in zip(wholes, grads, apart, strict=True)]
         if options.observe is not None:
             back = Backward(
                 query.detach(), key.detach(), value.detach(), output.detach(), lse.detach(), grad_output.detach(),
-                grad_query, kept[0], kept[1], options.scale, options.softcap, options.mask, weights[0], weights[1],
+                grad_query, reached[0], reached[1], options.scale, options.softcap, options.mask, *weights,
             )  # fmt: skip
             options.observe(back)
         grad_sinks = None
@@ -189,15 +197,20 @@ class _Attention(torch.autograd.Function):
         return grad_query, *grads, grad_sinks, *beyond, None
 
 
-def _grads(given: tuple, weights: list[Tensor | None], fused: bool, both: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """dq and each query head's own part of dk and dv, under the factors of a horizon; and, if `both`, without them."""
+def _grads(
+    given: tuple, weights: list[Tensor | None], whole: Callable[[], Sequence[Tensor]], both: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """dq and each query head's own part of dk and dv, under the factors of a horizon; and, if `both`, without them.
+
+    `whole` gives the latter.
+    """
     grad_output, query, key = given[:3]
     limited = any(weight is not None for weight in weights)
     alone = all(weight is None or not weight[1:].any() for weight in weights)  # self edges or everything
     blockwise = not alone or (limited and query.shape[2] != key.shape[2])
     wholes: list[Tensor] = []
     if both or not blockwise:
-        wholes = list(_fused_backward(*given) if fused else _block_backward(*given))
+        wholes = list(whole())
     if blockwise:
         grads = _block_backward(*given, weights=weights)
         return grads, wholes if both else grads
@@ -252,22 +265,9 @@ def group_sum(per_head: Float[Tensor, "batch head key dim"], groups: int) -> Flo
     return per_head if per_head.shape[1] == groups else per_head.unflatten(1, (groups, -1)).sum(2)
 
 
-def _fusable(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: _Options) -> bool:
+def _fused(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: _Options) -> Kernel | None:
     plain = options.mask.plain and options.softcap is None and sinks is None
-    return plain and query.device.type == "cpu" and query.shape[2:] == key.shape[2:] and key.shape == value.shape
-
-
-def _fused_forward(query, key, value, sinks, options):
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(query, key, value, 0.0, True, scale=options.scale)
-
-
-def _fused_backward(grad_output, query, key, value, output, lse, options):
-    """In the working precision: in half precision the kernel adds its blocks up in half precision, so that the gradient
-    at a key with many readers loses more, the longer the context; and it is no faster."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    given = (x.to(working(x.dtype)) for x in (grad_output, query, key, value, output))
-    return [x.to(query.dtype) for x in fused(*given, lse, 0.0, True, scale=options.scale)]
+    return kernel(query, key, value) if plain else None
 
 
 def _block_forward(query, key, value, sinks, options):

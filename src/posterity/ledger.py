@@ -66,7 +66,8 @@ class Bins:
 def _of_lags(bins: Bins, device: torch.device) -> Int[Tensor, " lag"]:
     """The number of each lag's bin."""
     widths = [last - first + 1 for first, last in zip(bins.first, bins.last, strict=True)]
-    return torch.arange(len(widths), device=device).repeat_interleave(torch.tensor(widths, device=device))
+    numbers, repeats = torch.arange(len(widths), device=device), torch.tensor(widths, device=device)
+    return numbers.repeat_interleave(repeats, output_size=sum(widths))  # else a GPU must be waited for
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,11 @@ def _unswept(back: Backward, part: SelfPart, by_position: Tensor) -> tuple[Tenso
 
 def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
     """Attention on the first key, padding left aside, summed over queries."""
-    length, starts = back.lse.shape[2], back.mask.starts(back.lse.shape[2])
-    at = torch.zeros(len(back.lse), dtype=torch.long, device=back.lse.device) if starts is None else starts
-    documents = torch.arange(len(at), device=at.device)
-    weight, _ = one_edge(back.query, back.repeat(back.key[documents, :, at, None]), back.lse, back)
-    for document, column in enumerate(at.tolist()):
+    length = back.lse.shape[2]
+    at = back.mask.first_columns(length) or [0] * len(back.lse)
+    key = torch.stack([x[:, column, None] for x, column in zip(back.key, at, strict=True)])
+    weight, _ = one_edge(back.query, back.repeat(key), back.lse, back)
+    for document, column in enumerate(at):
         first = Tile(slice(0, length), slice(column, column + 1), 0, back.mask.plain)
         back.mask.fill_(weight[document, ..., None], first, 0.0, document)
     return _read(weight, back).sum(-1, dtype=torch.float64)

@@ -3,7 +3,7 @@
 A mask knows its empty blocks (outside a sliding window, in another packed document): they cost nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -61,6 +61,7 @@ class Mask:
         self._edges: Tensor | None = None
         self._counted: Mask | None = None  # whose edges are counted, where they are not those of `allowed`
         self._tiles: dict[tuple, list[tuple[slice, list[Tile]]]] = {}
+        self._first_columns: dict[int, list[int]] = {}
 
     @property
     def plain(self) -> bool:
@@ -78,10 +79,11 @@ class Mask:
             height = BLOCK.get(device.type, LARGE)[0]
             blocks = [slice(top, min(top + height, queries)) for top in range(0, queries, height)]
             possible = None if self.plain else self._possible(blocks, keys - queries, keys, device)
-            self._tiles[wanted] = [
-                (rows, list(self._row(rows, keys - queries, keys, device, None if possible is None else possible[at])))
+            found = [
+                (rows, self._row(rows, keys - queries, keys, device, None if possible is None else possible[at]))
                 for at, rows in enumerate(blocks)
             ]
+            self._tiles[wanted] = found if self.plain else self._with_edges(found, keys, device)
         return self._tiles[wanted]
 
     def _possible(self, blocks: list[slice], offset: int, keys: int, device: torch.device) -> list[list[bool]] | None:
@@ -100,22 +102,36 @@ class Mask:
 
     def _row(
         self, rows: slice, offset: int, keys: int, device: torch.device, possible: list[bool] | None
-    ) -> Iterator[Tile]:
+    ) -> list[Tile]:
         width = BLOCK.get(device.type, LARGE)[1]
         last = offset + rows.stop  # keys from here on are later than every query of these rows
-        for left in range(0, last if self.plain else keys, width):
-            if possible is not None and not possible[left // width]:
-                continue
-            tile = Tile(rows, slice(left, min(left + width, last if left < last else keys)), offset, self.plain)
-            if self.plain:
-                yield tile
-                continue
-            full = replace(tile, columns=slice(left, min(left + width, keys)))
+        lefts = range(0, last if self.plain else keys, width)
+        columns = [slice(left, min(left + width, last if left < last else keys)) for left in lefts]
+        return [
+            Tile(rows, some, offset, self.plain) for at, some in enumerate(columns) if possible is None or possible[at]
+        ]
+
+    def _with_edges(
+        self, rows: list[tuple[slice, list[Tile]]], keys: int, device: torch.device
+    ) -> list[tuple[slice, list[Tile]]]:
+        """Leave out the blocks without edges. The answers come together: a GPU is waited for once."""
+        width, answers = BLOCK.get(device.type, LARGE)[1], []
+        for tile in (tile for _, tiles in rows for tile in tiles):
+            left = tile.columns.start
+            full = replace(tile, columns=slice(left, min(left + width, keys)))  # with the later keys, for `ahead`
             allowed, causal = self._evaluate(full, device), _causal(full, device)
-            if (allowed & ~causal).any():
-                raise InputError("the mask lets a query see later keys: only causal attention can be accounted for")
-            if allowed.any():
-                yield replace(tile, whole=bool((allowed == causal).all()))
+            answers.append(torch.stack(((allowed & ~causal).any(), allowed.any(), (allowed == causal).all())))
+        answer = iter(torch.stack(answers).tolist()) if answers else iter([])
+        found = []
+        for some, tiles in rows:
+            kept = []
+            for tile, (ahead, edges, whole) in zip(tiles, answer, strict=False):
+                if ahead:
+                    raise InputError("the mask lets a query see later keys: only causal attention can be accounted for")
+                if edges:
+                    kept.append(replace(tile, whole=whole))
+            found.append((some, kept))
+        return found
 
     def fill_(
         self, block: Float[Tensor, "*batch_head rows columns"], tile: Tile, value: float, document: int | None = None
@@ -161,6 +177,15 @@ class Mask:
         """Index of each document's first real token; None without padding."""
         readers = self.readers(queries)
         return None if readers is None else readers.int().argmax(1)
+
+    def first_columns(self, queries: int) -> list[int] | None:
+        """`starts` as numbers; a GPU is waited for once."""
+        starts = self.starts(queries)
+        if starts is None:
+            return None
+        if queries not in self._first_columns:
+            self._first_columns[queries] = starts.tolist()
+        return self._first_columns[queries]
 
     def edges(self, length: int, device: torch.device) -> Int[Tensor, "#batch lag"]:
         """How many pairs of each lag are edges with a reader, per head; computed once.

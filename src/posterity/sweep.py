@@ -15,9 +15,11 @@ from torch import Tensor
 from posterity.attention import Backward, dot
 from posterity.mask import Tile
 
-# Scratch for the blocks of a few heads: a CPU's last cache should hold it.
-_SCRATCH_BYTES = {"cpu": 10e6}
+# Scratch for the blocks of a few heads. On a CPU a thread's part should nearly fit its own cache, which other cores
+# do not share: the passes over a block are slow beyond it.
+_SCRATCH_BYTES = {"cpu": 2.5e6}  # for each thread
 _SCRATCH_LARGE = 256e6
+_LOG2_E = math.log2(math.e)
 
 
 def sweep(back: Backward, scratch: "Scratch | None" = None) -> Float[Tensor, "seven batch head lag"]:
@@ -29,65 +31,87 @@ def sweep(back: Backward, scratch: "Scratch | None" = None) -> Float[Tensor, "se
     scratch = Scratch() if scratch is None else scratch
     batch, heads, length = back.lse.shape
     device = back.lse.device
-    out = torch.zeros(7, batch, heads, length, dtype=torch.float64, device=device)
     tiles = [tile for _, row in back.mask.tiles(length, length, device) for tile in row]
     tiles.sort(key=lambda tile: tile.shape)
     if not tiles:
-        return out
-    per_head = _Blocks.COUNT * max(height * (height + width) for height, width in (tile.shape for tile in tiles))
-    budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_LARGE) / (per_head * back.lse.element_size())
-    parts = min(heads, -(-heads // max(1, int(budget))))
+        return torch.zeros(7, batch, heads, length, dtype=torch.float64, device=device)
+    height, width = (max(sizes) for sizes in zip(*(tile.shape for tile in tiles), strict=True))
+    # The largest lag first, as in the blocks: index `length - lag`. Beyond lag 0: what blocks hold of key > query.
+    sums = torch.zeros(7, batch, heads, 1 + length + height + width, dtype=torch.float64, device=device)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    budget = threads * _SCRATCH_BYTES.get(device.type, _SCRATCH_LARGE)
+    some = max(threads, int(budget / (_Blocks.COUNT * height * (height + width) * back.lse.element_size())))
     for document in range(batch):
-        for some in torch.arange(heads).tensor_split(parts):
-            _sweep_heads(back, document, slice(int(some[0]), int(some[-1]) + 1), tiles, out, scratch)
-    return out
+        for first in range(0, heads, some):
+            _sweep_heads(back, document, slice(first, min(first + some, heads)), tiles, sums, scratch)
+    by_lag = sums[..., 1 : length + 1].flip(-1)
+    by_lag[:2] *= back.scale  # so far of ds_ij, without the scale of the scores
+    by_lag[3:5] *= back.scale
+    return by_lag
+
+
+def edges_(
+    weight: Float[Tensor, "head rows columns"],
+    score: Float[Tensor, "head rows columns"],
+    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    columns: tuple[Tensor, Tensor],
+    back: Backward,
+) -> None:
+    """Write a_ij and slope (do_i.v_j - D_i) of a block, the mask left aside: a_ij times the second is ds_ij.
+
+    `rows` are q, do, lse and D of the queries, the last two with a width of 1; `columns` are k and v.
+    """
+    query, grad, lse, delta = rows
+    key, value = columns
+    torch.baddbmm(delta.expand_as(score), grad, value.mT, beta=-1, out=score)
+    # Powers of 2: exp takes three times longer, and thirty times where it underflows.
+    if back.softcap is None:
+        torch.baddbmm(lse.expand_as(weight), query, key.mT, beta=-_LOG2_E, alpha=back.scale * _LOG2_E, out=weight)
+    else:
+        torch.baddbmm(weight, query, key.mT, beta=0, alpha=back.scale / back.softcap, out=weight).tanh_()
+        score.mul_(1 - weight * weight)
+        weight.mul_(back.softcap * _LOG2_E).sub_(lse, alpha=_LOG2_E)
+    weight.exp2_()
 
 
 def _sweep_heads(
-    back: Backward, document: int, heads: slice, tiles: list[Tile], out: Tensor, scratch: "Scratch"
+    back: Backward, document: int, heads: slice, tiles: list[Tile], sums: Tensor, scratch: "Scratch"
 ) -> None:
-    """Add the diagonals of all tiles to `out`, for a few heads of one document."""
+    """Add the diagonals of all tiles to `sums`, for a few heads of one document."""
     part = _Operands(back, document, heads)
-    smallest = math.log(torch.finfo(back.lse.dtype).tiny)
+    length = part.query.shape[1]
     for shape, group in groupby(tiles, lambda tile: tile.shape):
         blocks = scratch.blocks(len(part.query), *shape, part.query)
         weight, score, credit = blocks.tiles
         sheared_weight, sheared_score, sheared_credit = blocks.sheared
+        diagonals = blocks.diagonals
         for tile in group:
             i, j = (slice(None), tile.rows), (slice(None), tile.columns)
-            torch.bmm(part.query1[i], part.key1[j].mT, out=weight)
-            torch.bmm(part.grad1[i], part.value1[j].mT, out=score)
-            if back.softcap is not None:
-                weight.div_(back.softcap).tanh_()
-                score.mul_(1 - weight * weight)
-                weight.mul_(back.softcap).sub_(part.lse[i])
-            weight.clamp_(min=smallest).exp_()  # exp takes 30 times longer where it underflows
+            rows = part.query[i], part.grad[i], part.lse[i], part.delta[i]
+            edges_(weight, score, rows, (part.key[j], part.value[j]), back)
             back.mask.fill_(weight, tile, 0.0, document)
             score.mul_(weight)
-            sums = []  # in the order of the result
-            for left, right, factor in (
-                (part.grad_query, part.key, score),
-                (part.query, part.grad_key, score),
-                (part.grad, part.grad_value, weight),
+            for stream, (left, right, factor) in enumerate(
+                (
+                    (part.grad_query, part.key, score),
+                    (part.query, part.grad_key, score),
+                    (part.grad, part.grad_value, weight),
+                )
             ):
                 torch.bmm(left[i], right[j].mT, out=credit)
                 credit.mul_(factor)
-                sums.append(sheared_credit.sum(1, keepdim=True))
+                torch.sum(sheared_credit, 1, out=diagonals[stream])
             score.abs_()
-            key_mass = part.query_norm[..., tile.rows] @ sheared_score
+            torch.bmm(part.query_norm[..., tile.rows], sheared_score, out=diagonals[4, :, None])
             score.mul_(part.key_norm[..., tile.columns])
-            sums += [sheared_score.sum(1, keepdim=True), key_mass, part.readers[..., tile.rows] @ sheared_weight]
-            first = tile.lag - shape[1]  # of the sums, once flipped; those below 0 hold nothing
-            by_lag = torch.cat(sums, 1).transpose(0, 1).flip(-1)[..., max(0, -first) : out.shape[-1] - first]
-            first = max(0, first)
-            out[:, document, heads, first : first + by_lag.shape[-1]] += by_lag
+            torch.sum(sheared_score, 1, out=diagonals[3])
+            torch.bmm(part.readers[..., tile.rows], sheared_weight, out=diagonals[5:].transpose(0, 1))
+            at = length - tile.lag - shape[0]
+            sums[:, document, heads, at : at + diagonals.shape[-1]] += diagonals
 
 
 class _Operands:
-    """The factors of the products of a few heads, each (head, position, width).
-
-    The scale is in the queries; lse and D = do.o ride along as one more column, so that a product subtracts them.
-    """
+    """The factors of the products of a few heads, each (head, position, width)."""
 
     def __init__(self, back: Backward, document: int, heads: slice):
         dtype, share = back.lse.dtype, back.query.shape[1] // back.key.shape[1]
@@ -100,30 +124,17 @@ class _Operands:
         def shared(x: Tensor) -> Tensor:
             return x[document, groups].to(dtype).repeat_interleave(share, 0)[within]
 
-        def beside(x: Tensor, column: Tensor | float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-            """`factor` x with one more column, and with zeros up to a multiple of 8 (65 numbers take longer than 72);
-            and `factor` x alone, as a view."""
-            width = x.shape[-1]
-            made = x.new_zeros(*x.shape[:-1], width + 1 + -(width + 1) % 8)
-            torch.mul(x, factor, out=made[..., :width])
-            made[..., width] = column
-            return made, made[..., :width]
-
-        self.lse = own(back.lse)
-        grad = own(back.grad_output)
-        lse = self.lse.clamp(max=1e30) if back.softcap is None else 0.0
-        self.query1, self.query = beside(own(back.query), -lse, back.scale)
-        self.key1, self.key = beside(shared(back.key), 1.0)
-        self.grad1, self.grad = beside(grad, -dot(grad, own(back.output)))
-        self.value1, _ = beside(shared(back.value), 1.0)
-        self.grad_query = back.scale * own(back.grad_query)
-        self.grad_key, self.grad_value = (own(x) for x in back.wholes[1:])
-        self.key_norm = back.scale * self.key.norm(dim=-1)[:, None]
+        self.query, self.grad, self.lse = own(back.query), own(back.grad_output), own(back.lse)[..., None]
+        self.delta = dot(self.grad, own(back.output))[..., None]
+        self.key, self.value = shared(back.key), shared(back.value)
+        self.grad_query, self.grad_key, self.grad_value = (own(x) for x in back.wholes)
+        self.key_norm = self.key.norm(dim=-1)[:, None]
         self.query_norm = self.query.norm(dim=-1)[:, None]
-        readers = back.mask.readers(self.lse.shape[1])
-        reader = torch.ones_like(self.lse) if readers is None else readers[document].to(dtype).expand_as(self.lse)
-        self.readers = torch.stack((grad.norm(dim=-1), reader), 1)
-        self.lse = self.lse[..., None]
+        readers = back.mask.readers(self.query.shape[1])
+        reader = torch.ones_like(self.delta[..., 0])
+        if readers is not None:
+            reader = readers[document].to(dtype).expand_as(reader)
+        self.readers = torch.stack((self.grad.norm(dim=-1), reader), 1)
 
 
 class Scratch:
@@ -147,7 +158,8 @@ class Scratch:
 class _Blocks:
     """Three blocks of a few heads, each readable in two ways: `tiles` by query and key, `sheared` along its diagonals.
 
-    Column d of `sheared` is one diagonal, the largest lag first; its row r belongs to row r of the tile.
+    Column d of `sheared` is one diagonal, the largest lag first; its row r belongs to row r of the tile. `diagonals`
+    takes seven sums of each.
     """
 
     COUNT = 3
@@ -158,3 +170,4 @@ class _Blocks:
         memory = [like.new_zeros(heads, size) for _ in range(self.COUNT)]
         self.tiles = [x.as_strided((heads, height, width), (size, stride, 1), height) for x in memory]
         self.sheared = [x.as_strided((heads, height, stride + 1), (size, stride + 1, 1)) for x in memory]
+        self.diagonals = like.new_empty(7, heads, stride + 1)
