@@ -154,9 +154,9 @@ def test_cuda_where_there_is_none_is_refused(folder):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (BartConfig(), "bart, an encoder-decoder"),
-        (T5Config(), "t5, an encoder-decoder"),
-        (BertConfig(), "bert, a masked language model whose attention is not causal"),
+        (BartConfig(vocab_size=300), "bart, an encoder-decoder"),
+        (T5Config(vocab_size=300), "t5, an encoder-decoder"),
+        (BertConfig(vocab_size=300), "bert, a masked language model whose attention is not causal"),
         (ViTConfig(), "vit, which predicts no next token"),
     ],
 )
