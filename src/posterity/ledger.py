@@ -166,7 +166,10 @@ def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
     length, starts = back.lse.shape[2], back.mask.starts(back.lse.shape[2])
     at = torch.zeros(len(back.lse), dtype=torch.long, device=back.lse.device) if starts is None else starts
     documents = torch.arange(len(at), device=at.device)
-    weight, _ = one_edge(back.query, back.repeat(back.key[documents, :, at, None]), back.lse, back)
+    bias = back.bias
+    if bias is not None:
+        bias = bias.expand(len(at), -1, -1, length)[documents, :, :, at]
+    weight, _ = one_edge(back.query, back.repeat(back.key[documents, :, at, None]), back.lse, back, bias)
     for document, column in enumerate(at.tolist()):
         first = Tile(slice(0, length), slice(column, column + 1), 0, back.mask.plain)
         back.mask.fill_(weight[document, ..., None], first, 0.0, document)

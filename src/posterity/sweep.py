@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posterity.attention import Backward, dot
+from posterity.attention import Backward, bias_block, dot
 from posterity.mask import Tile
 
 # Scratch for the blocks of a few heads: a CPU's last cache should hold it.
@@ -61,6 +61,8 @@ def _sweep_heads(
                 weight.div_(back.softcap).tanh_()
                 score.mul_(1 - weight * weight)
                 weight.mul_(back.softcap).sub_(part.lse[i])
+            if back.bias is not None:
+                weight.add_(part.bias(bias_block(back.bias, tile)))
             weight.clamp_(min=smallest).exp_()  # exp takes 30 times longer where it underflows
             back.mask.fill_(weight, tile, 0.0, document)
             score.mul_(weight)
@@ -124,6 +126,12 @@ class _Operands:
         reader = torch.ones_like(self.lse) if readers is None else readers[document].to(dtype).expand_as(self.lse)
         self.readers = torch.stack((grad.norm(dim=-1), reader), 1)
         self.lse = self.lse[..., None]
+        self._document, self._heads = document, heads
+
+    def bias(self, block: Tensor) -> Tensor:
+        """What these heads of this document have of a bias."""
+        block = block[self._document if len(block) > 1 else 0]
+        return block[self._heads] if len(block) > 1 else block
 
 
 class Scratch:
