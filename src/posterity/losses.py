@@ -75,7 +75,7 @@ class Payers:
         self._parts: dict[Layer, list[Tensor]] = {layer: [] for layer in watch.layers}
         self._sums: dict[Layer, Tensor] = {}
         self._curve: dict[Layer, list[list[Tensor]]] = {layer: [] for layer in watch.layers}
-        self._hidden = _Hidden(self.model, watch.layers)
+        self._hidden = _Hidden(self.model, watch)
         self._modules: list[list[Tensor]] = []
 
     @property
@@ -111,7 +111,7 @@ class Payers:
             if horizon == OWN and self.parameters:
                 self._modules.append(_by_module(self.model, whole, self._gradients()))
         if self.losses:
-            self._hidden.add()
+            self._hidden.add(next(iter(self._whole.values())).lse)
         self._whole.clear()
 
     def variables(self) -> dict[str, np.ndarray]:
@@ -206,13 +206,13 @@ def _products(
 class _Hidden:
     """Gradients of the hidden states at the input of each layer: the module that holds the attention module."""
 
-    def __init__(self, model: nn.Module, layers: tuple[Layer, ...]):
-        self.layers = layers
+    def __init__(self, model: nn.Module, watch: Watch):
+        self.watch, self.layers = watch, watch.layers
         self.grads: dict[str, dict[Layer, Tensor]] = {"whole": {}, "own": {}}
         self.name: str | None = None
         self.total: Tensor | None = None
         self.windows: list[Tensor] = []
-        self.modules = {layer: holder(model, layer.name) for layer in layers}
+        self.modules = {layer: holder(model, layer.name) for layer in watch.layers}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -236,16 +236,13 @@ class _Hidden:
         finally:
             self.name = None
 
-    def add(self) -> None:
-        """Squared norms and inner product of the own and the later part, by position."""
+    def add(self, like: Float[Tensor, "window head position"]) -> None:
+        """Squared norms and inner product of the own and the later part, by position; NaN where none was seen."""
         rows = []
-        known = next(iter(self.grads["whole"].values()), None)
-        if known is None:
-            raise InputError("the input of no layer was seen: its gradient cannot be split")
         for layer in self.layers:
             whole, own = (self.grads[name].get(layer) for name in ("whole", "own"))
             if whole is None or own is None:
-                rows.append(known.new_full((len(known), 3, known.shape[1]), torch.nan, dtype=torch.float64))
+                rows.append(like.new_full((len(like), 3, like.shape[2]), torch.nan, dtype=torch.float64))
                 continue
             whole, own = (x.to(working(x.dtype)) for x in (whole, own))
             later = whole - own
@@ -265,7 +262,7 @@ class _Hidden:
     def _mark(self, layer: Layer) -> Callable:
         def mark(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
-            if x is None or x.dim() != 3 or not x.requires_grad:
+            if x is None or x.dim() != 3 or not x.requires_grad or not self.watch.comes(layer):
                 return
 
             def take(grad: Tensor) -> None:
