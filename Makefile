@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow check bench bench-peers picture reproduce audit clean
+.PHONY: help demo test test-slow check bench bench-peers picture reproduce models audit clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -47,6 +47,9 @@ picture: demo $(VENV)/tested  ## the picture of the README, from demo/report.htm
 
 reproduce: $(VENV)/tested  ## what training under a horizon costs, beside the published figures: docs/reproduce.png
 	$(BIN)/python bench/reproduce.py
+
+models: $(VENV)/tested  ## docs/models.md: what happens with every model type of transformers (4 minutes)
+	$(BIN)/python bench/models.py
 
 audit: $(VENV)/tested  ## the tables of docs/audit.md: does each clause of the idea hold on the default model?
 	$(BIN)/python bench/audit.py

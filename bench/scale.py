@@ -1,8 +1,8 @@
 """`python bench/scale.py`: what a run takes on larger machines, computed from what is measured on this one.
 
-Measured here: the bytes that autograd keeps for a token (counted, on small models of the same architecture: exact), and
-the part of the processor's speed that a measured window reaches (SmolLM2-135M). The rest is arithmetic, printed with its
-formulas; nothing of it was run on a GPU. `--write` puts the tables into docs/clusters.md.
+Measured here: the bytes that autograd keeps for a token (counted on small models of the same architecture, exact), and
+the part of the processor's speed that a measured window reaches (SmolLM2-135M). The rest is arithmetic; nothing of it
+was run on a GPU. `--write` puts the tables into docs/clusters.md.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import mode, window
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import mode, window
 from posterity.account import account
 from posterity.measure import frozen
 from posterity.sending import CHUNK, Head, Sending
@@ -80,7 +80,7 @@ def formula(dtype):
         two, one = (kept_by_autograd(hidden, inner, heads, groups, dim, layers, dtype) for layers in (3, 2))
         rows.append((hidden, inner, heads * dim, groups * dim, heads, 1))
         bytes_.append(two - one)
-    found, left, *_ = np.linalg.lstsq(np.array(rows, float), np.array(bytes_), rcond=None)
+    found, *_ = np.linalg.lstsq(np.array(rows, float), np.array(bytes_), rcond=None)
     assert np.abs(np.array(rows) @ found - bytes_).max() < 1, "the formula does not fit"
     return found
 
@@ -99,7 +99,7 @@ def parameters(shape, tied):
 
 
 def flops(shape, context):
-    """Of a token: products with weights (forward, and backward to the inputs), fused attention, the sweep over edges."""
+    """Of a token: products with weights (forward, backward to the inputs), fused attention, the sweep over edges."""
     layers, edges = shape["layers"], context / 2
     projections = 4 * parameters(shape, tied=True)
     product = 2 * edges * shape["heads"] * shape["dim"] * layers
@@ -147,8 +147,8 @@ def tables():
         "| | |",
         "|---|---|",
         f"| products of matrices alone | {best / 1e9:.0f} GFLOP/s |",
-        f"| forward and backward, frozen | {plain / 512 * 1e3:.2f} ms a token: {100 * model_share:.0f} % of that speed |",
-        f"| the accounts beside it | {(whole - plain) / 512 * 1e3:.2f} ms a token: {100 * sweep_share:.0f} % of that speed |",
+        f"| forward and backward, frozen | {plain / 0.512:.2f} ms a token: {100 * model_share:.0f} % of that speed |",
+        f"| the accounts beside it | {(whole - plain) / 0.512:.2f} ms a token: {100 * sweep_share:.0f} % of it |",
         f"| activations kept, float32 | {activations(SHAPES['SmolLM2-135M'], singles) / 1e6:.2f} MB a token |",
         "",
         f"Computed for bfloat16 and windows of {CONTEXT:,} tokens, one at a time:",
@@ -168,7 +168,8 @@ def tables():
         slow = (projections + fused) / (model_share * H100["bfloat16"]) + sweep / (sweep_share * H100["float32"])
         cells.append(
             (gigabytes(weights), gigabytes(kept), gigabytes(logits), gigabytes(sums), gigabytes(split),
-             gigabytes(weights + kept + logits + sums), f"{projections / 1e9:,.0f} + {fused / 1e9:,.0f} + {sweep / 1e9:,.0f} GFLOP",
+             gigabytes(weights + kept + logits + sums),
+             " + ".join(f"{x / 1e9:,.0f}" for x in (projections, fused, sweep)) + " GFLOP",
              f"{1 / slow:,.0f}", f"{1e6 * slow / 3600:.1f} h")
         )  # fmt: skip
     labels = (

@@ -18,26 +18,29 @@ def allowed_pairs(length, window=None, documents=None, padding=None):
     return allowed if padding is None else allowed & padding[:, None, None, :]
 
 
-def dense_attention(query, key, value, scale, allowed, softcap=None, sinks=None):
+def dense_attention(query, key, value, scale, allowed, softcap=None, sinks=None, bias=None):
     """Attention as written in the textbooks; returns (output, scores before the soft-cap, weights)."""
     share = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
     score = scale * (query @ key.mT)
     capped = score if softcap is None else softcap * torch.tanh(score / softcap)
+    capped = capped if bias is None else capped + bias
     capped = capped.masked_fill(~allowed, -torch.inf)
     if sinks is not None:
-        capped = torch.cat([capped, sinks[None, :, None, None].expand(*capped.shape[:3], 1)], -1)
+        sinks = sinks[None, :, None] if sinks.dim() == 1 else sinks
+        capped = torch.cat([capped, sinks[..., None].expand(*capped.shape[:3], 1)], -1)
     exponent = torch.exp(capped - capped.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
     weight = exponent / exponent.sum(-1, keepdim=True).clamp(min=torch.finfo(exponent.dtype).tiny)
     weight = weight[..., : key.shape[2]]
     return weight @ value, score, weight
 
 
-def dense_account(query, key, value, grad, scale, allowed, softcap=None, sinks=None, readers=None):
+def dense_account(query, key, value, grad, scale, allowed, softcap=None, sinks=None, readers=None, bias=None):
     """Every edge's term in full: credit and mass (stream, batch, head, query, key), weights, and the gradients."""
     leaves = [x.detach().double().requires_grad_() for x in (query, key, value)]
     sinks = None if sinks is None else sinks.detach().double()
-    output, score, weight = dense_attention(*leaves, scale, allowed, softcap, sinks)
+    bias = None if bias is None else bias.detach().double()
+    output, score, weight = dense_attention(*leaves, scale, allowed, softcap, sinks, bias)
     score.retain_grad()
     output.backward(grad.double())
     share = query.shape[1] // key.shape[1]

@@ -83,6 +83,86 @@ def test_gradcheck(length, contiguous, name):
     assert torch.autograd.gradcheck(run, (query, key, value, sinks))
 
 
+BIASES = {  # of a batch of two and so many positions
+    "whole": lambda length: (2, HEADS, length, length),
+    "by head and key": lambda length: (1, HEADS, 1, length),
+    "by document and query": lambda length: (2, 1, length, 1),
+    "one number": lambda length: (1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("shape", BIASES)
+@pytest.mark.parametrize(("name", "softcap"), [("plain", None), ("plain", 1.5), ("left padding", None)])
+@pytest.mark.parametrize("horizon", [Full(), Discount(0.5)])
+@pytest.mark.usefixtures("small_blocks")
+def test_a_bias_and_sinks_of_each_query_have_the_gradients_of_dense_attention(length, shape, name, softcap, horizon):
+    """A horizon is about keys and values: it leaves the gradient of a bias, of sinks and of queries as it is."""
+    query, key, value, _ = leaves(length)
+    bias, sinks = (torch.randn(size).double().requires_grad_() for size in (BIASES[shape](length), (2, HEADS, length)))
+    mask, allowed, _ = mask_case(name, length)
+    ours = attention(
+        query, key, value, 0.7, mask=mask, softcap=softcap, sinks=sinks, bias=bias, horizon=lambda: (horizon, horizon)
+    )
+    dense = dense_attention(query, key, value, 0.7, allowed, softcap, sinks, bias)[0]
+    torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
+    inputs = (query, sinks, bias, *((key, value) if horizon == Full() else ()))
+    grad = torch.randn_like(ours)
+    for mine, right in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(dense, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 9])
+@pytest.mark.parametrize("shape", BIASES)
+@pytest.mark.usefixtures("small_blocks")
+def test_gradcheck_with_a_bias(length, shape):
+    query, key, value, _ = leaves(length)
+    bias, sinks = (torch.randn(size).double().requires_grad_() for size in (BIASES[shape](length), (2, HEADS, length)))
+
+    def run(query, key, value, sinks, bias):
+        return attention(query, key, value, softcap=2.0, sinks=sinks, bias=bias)
+
+    assert torch.autograd.gradcheck(run, (query, key, value, sinks, bias))
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    query, key, value, _ = leaves(5)
+    with pytest.raises(InputError, match=r"broadcasts to \[2, 4, 5, 5\]; got \[2, 3, 5, 5\]"):
+        attention(query, key, value, bias=torch.zeros(2, 3, 5, 5).double())
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+@pytest.mark.parametrize("name", ["plain", "window", "left padding"])
+@pytest.mark.usefixtures("small_blocks")
+def test_chosen_keys_are_the_only_edges(length, groups, size, name):
+    mask, allowed, readers = mask_case(name, length)
+    chosen = torch.randint(-1, -(-length // size), (2, groups, length, 3))
+    blocks = torch.arange(length) // size
+    seen = (chosen[..., None] == blocks).any(3).repeat_interleave(HEADS // groups, 1) & allowed
+    query, key, value, _ = leaves(length)
+    limited = mask.among(chosen, HEADS, size)
+    ours = attention(query, key, value, 0.7, mask=limited)
+    torch.testing.assert_close(ours, dense_attention(query, key, value, 0.7, seen)[0], rtol=1e-10, atol=1e-12)
+    counted = allowed[:, 0]
+    if readers is not None:
+        counted = counted & readers[:, :, None]
+    lags = torch.stack([counted.diagonal(-lag, 1, 2).sum(-1) for lag in range(length)], -1)
+    assert (limited.edges(length, query.device) == lags).all()
+    blind = ~seen.any(-1) if readers is None else ~seen.any(-1) & readers[:, None]
+    assert limited.blind(length, length, query.device) == blind.any()
+
+
+def test_a_mask_can_be_taken_whole_and_not_in_part():
+    mask = Mask()
+    assert mask[:, :, 0:, :] is mask
+    for index in ((slice(None), 0), (slice(None), slice(None), slice(-99, None)), 0):
+        with pytest.raises(TypeError, match="logits_to_keep=0"):
+            mask[index]
+
+
 @pytest.mark.parametrize("length", [1, 100, 129, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plain_attention_equals_scaled_dot_product_attention(length, dtype):

@@ -43,6 +43,8 @@ def given(shape_q=(2, 6, 40, 16), groups=2, dim_v=None, dtype=torch.float32, dev
 class Context:
     """What torch hands to a Function; its two passes are called by hand."""
 
+    needs_input_grad = (True, True, True, True, False)
+
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors
 
@@ -52,7 +54,7 @@ def passed(leaves, softcap=None, sinks=None, rule=Full()):  # noqa: B008
     found, context = [], Context()
     options = _Options(leaves[0].shape[-1] ** -0.5, softcap, Mask(), lambda: (rule, rule), found.append)
     with Seen() as seen:
-        out = _Attention.forward(context, *leaves, sinks, None, None, options)
+        out = _Attention.forward(context, *leaves, sinks, None, None, None, options)
         grads = _Attention._backward(context, torch.ones_like(out))[:3]
     return seen.names, out, grads, found[0]
 
@@ -93,7 +95,7 @@ def test_an_old_gpu_goes_block_by_block(monkeypatch):
 @pytest.mark.usefixtures("fake")
 def test_a_mask_a_cap_or_sinks_go_block_by_block():
     assert passed(given(), softcap=2.0)[0] == []
-    assert passed(given(), sinks=torch.zeros(6, device="meta"))[0] == []
+    assert passed(given(), sinks=torch.zeros(1, 6, 1, device="meta"))[0] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])

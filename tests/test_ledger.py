@@ -3,12 +3,13 @@
 import pytest
 import torch
 from reference import allowed_pairs, by_lag, dense_account
-from test_attention import DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
+from test_attention import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
 
 from posterity.attention import attention
 from posterity.errors import InputError
 from posterity.ledger import Bins, self_part, tally
 from posterity.mask import Mask
+from posterity.readers import readers
 
 
 def observed(query, key, value, grad, **options):
@@ -52,6 +53,33 @@ def test_every_account_equals_the_dense_one(length, name, softcap, sinks, dim_v)
         same(ours.credit.sum((1, 3))[:, stream], right.square().sum((1, 2, 3)))
     # the elementwise self part is lag 0 of the sweep
     same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("shape", BIASES)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("name", ["plain", "left padding"])
+@pytest.mark.usefixtures("small_blocks")
+def test_every_account_under_a_bias_equals_the_dense_one(length, shape, softcap, name):
+    query, key, value, _ = leaves(length)
+    bias, sinks = torch.randn(BIASES[shape](length)).double(), torch.randn(2, HEADS, length).double()
+    grad = torch.randn(2, HEADS, length, DIM_V, dtype=torch.double)
+    mask, allowed, real = mask_case(name, length)
+    back = observed(query, key, value, grad, mask=mask, softcap=softcap, sinks=sinks, bias=bias)
+    credit, mass, weight, *_ = dense_account(query, key, value, grad, 0.7, allowed, softcap, sinks, real, bias)
+    part = self_part(back)
+    ours = tally(back, part, Bins.of("all", length))
+
+    def same(mine, right):
+        torch.testing.assert_close(mine, right.to(mine.dtype), rtol=1e-10, atol=1e-12)
+
+    starts = [0, 0] if real is None else real.int().argmax(1).tolist()
+    same(ours.credit, by_lag(credit).movedim(0, 2))
+    same(ours.mass, by_lag(mass).movedim(0, 2))
+    same(ours.attention, by_lag(weight))
+    same(ours.attention_first, torch.stack([weight[d, :, :, start].sum(-1) for d, start in enumerate(starts)]))
+    same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0])
+    same(readers(back)[0].nan_to_num(), (weight.sum(-2).square() / weight.square().sum(-2)).nan_to_num())
 
 
 @pytest.mark.parametrize("name", MASKS)

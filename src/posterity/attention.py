@@ -2,7 +2,7 @@
 
 For one head, with scale c (design: docs/method.md):
 
-    s_ij = c q_i.k_j          (soft-capped where the model does so)
+    s_ij = c q_i.k_j          (soft-capped where the model does so, then with the model's own bias b_ij if it has one)
     a_ij = exp(s_ij - lse_i)  over the edges (i, j) the mask allows
     o_i  = sum_j a_ij v_j
 
@@ -56,6 +56,7 @@ class Backward:
     mask: Mask
     key_weight: Float[Tensor, " lag"] | None = None
     value_weight: Float[Tensor, " lag"] | None = None
+    bias: Float[Tensor, "#batch #head #query #key"] | None = None
 
     def repeat(self, grouped: Float[Tensor, "batch group *rest"]) -> Float[Tensor, "batch head *rest"]:
         """Give each query head its own copy of what its group shares."""
@@ -76,6 +77,7 @@ class _Options:
     mask: Mask
     horizon: Callable[[], tuple[Rule, Rule]]
     observe: Callable[[Backward], None] | None
+    bias: Tensor | None = None
 
 
 def _full() -> tuple[Rule, Rule]:
@@ -90,12 +92,13 @@ def attention(
     *,
     mask: Mask | None = None,
     softcap: float | None = None,
-    sinks: Float[Tensor, " head"] | None = None,
+    sinks: Float[Tensor, " head"] | Float[Tensor, "batch head query"] | None = None,
+    bias: Float[Tensor, "_ _ _ _"] | None = None,
     horizon: Callable[[], tuple[Rule, Rule]] = _full,
     detached: tuple[Tensor | None, Tensor | None] = (None, None),
     observe: Callable[[Backward], None] | None = None,
 ) -> Float[Tensor, "batch head query dim_v"]:
-    """Causal attention, differentiable once in query, key, value and sinks, in memory linear in the length.
+    """Causal attention, differentiable once in query, key, value, sinks and bias, in memory linear in the length.
 
     Under autocast it takes what fused attention takes there: everything but float64 in autocast's type.
 
@@ -106,7 +109,8 @@ def attention(
         scale: Factor on the scores; 1/sqrt(dim) by default.
         mask: Which pairs are edges; plain causal by default.
         softcap: Scores become softcap * tanh(scores / softcap).
-        sinks: One extra logit per head that takes weight and gives no value.
+        sinks: One extra logit per head, or per query, that takes weight and gives no value.
+        bias: Added to the scores after scale and soft-cap; one of full size is N x N memory of the caller's own.
         horizon: Asked in each backward pass for the rules of keys and of values.
         detached: Key and value once more (their numbers are not used): they get the gradient that the horizon takes
             from `key` and `value`.
@@ -124,14 +128,21 @@ def attention(
         )
     if queries > keys:
         raise InputError(f"attention expects at least as many keys as queries; got {queries} queries, {keys} keys")
+    whole = batch, heads, queries, keys
+    if bias is not None and (bias.dim() != 4 or any(x not in (1, y) for x, y in zip(bias.shape, whole, strict=True))):
+        raise InputError(f"attention expects a bias that broadcasts to {[*whole]}; got {[*bias.shape]}")
+    if sinks is not None and sinks.dim() == 1:
+        sinks = sinks[None, :, None]
     factor = dim**-0.5 if scale is None else float(scale)
-    options = _Options(factor, softcap or None, mask or Mask(), horizon, observe)
+    options = _Options(
+        factor, softcap or None, mask or Mask(), horizon, observe, None if bias is None else bias.detach()
+    )
     with _without_autocast(query.device.type) as kind:
         given = [
             x if x is None or kind is None or x.dtype == torch.float64 else x.to(kind)
             for x in (query, key, value, *detached)
         ]
-        return _Attention.apply(*given[:3], sinks, *given[3:], options)
+        return _Attention.apply(*given[:3], sinks, bias, *given[3:], options)
 
 
 @contextlib.contextmanager
@@ -147,14 +158,14 @@ def _without_autocast(device: str) -> Iterator[torch.dtype | None]:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sinks, key_detached, value_detached, options):
+    def forward(ctx, query, key, value, sinks, bias, key_detached, value_detached, options):
         fused = _fused(query, key, value, sinks, options)
         if fused is None:
             output, lse = _block_forward(query, key, value, sinks, options)
             kept = lse, None, None
         else:
             output, kept = fused.forward(query, key, value, options.scale)
-        ctx.save_for_backward(query, key, value, sinks, output, *kept)
+        ctx.save_for_backward(query, key, value, sinks, bias, output, *kept)
         ctx.options = options
         ctx.detached = key_detached is not None, value_detached is not None
         return output
@@ -167,18 +178,19 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, grad_output):
-        query, key, value, sinks, output, *kept = ctx.saved_tensors
+        query, key, value, sinks, bias, output, *kept = ctx.saved_tensors
         options, groups, lse = ctx.options, key.shape[1], kept[0][..., : query.shape[2]]
         weights = [by_lag(rule, key.shape[2], lse) for rule in options.horizon()]
         key_, value_ = (x.repeat_interleave(query.shape[1] // groups, 1) for x in (key, value))
         given: tuple = grad_output, query, key_, value_, output, lse, options
+        grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[4] else None
         fused = _fused(query, key, value, sinks, options)
-        whole = partial(_block_backward, *given)
+        whole = partial(_block_backward, *given, grad_bias=grad_bias)
         if fused is not None:
             whole = partial(fused.backward, *given[:5], kept, options.scale)
         limited = any(weight is not None for weight in weights)
         apart = ctx.detached if limited else (False, False)
-        (grad_query, *grads), (_, *wholes) = _grads(given, weights, whole, any(apart))
+        (grad_query, *grads), (_, *wholes) = _grads(given, weights, whole, any(apart), grad_bias)
         # What reaches the projections, the factors in it, and what of it passes the hidden state by.
         reached = [whole if one else x for whole, x, one in zip(wholes, grads, apart, strict=True)]
         weights = [None if one else weight for weight, one in zip(weights, apart, strict=True)]
@@ -186,23 +198,30 @@ class _Attention(torch.autograd.Function):
         if options.observe is not None:
             back = Backward(
                 query.detach(), key.detach(), value.detach(), output.detach(), lse.detach(), grad_output.detach(),
-                grad_query, reached[0], reached[1], options.scale, options.softcap, options.mask, *weights,
+                grad_query, reached[0], reached[1], options.scale, options.softcap, options.mask,
+                weights[0], weights[1], options.bias,
             )  # fmt: skip
             options.observe(back)
         grad_sinks = None
         if sinks is not None:
-            weight = torch.exp(sinks[:, None] - lse)
-            grad_sinks = -(weight * dot(grad_output, output)).sum((0, 2)).to(sinks.dtype)
+            weight = torch.exp(sinks - lse)
+            grad_sinks = -(weight * dot(grad_output, output)).sum_to_size(sinks.shape).to(sinks.dtype)
         grads, beyond = ([None if x is None else group_sum(x, groups) for x in some] for some in (grads, beyond))
-        return grad_query, *grads, grad_sinks, *beyond, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_query, *grads, grad_sinks, grad_bias, *beyond, None
 
 
 def _grads(
-    given: tuple, weights: list[Tensor | None], whole: Callable[[], Sequence[Tensor]], both: bool
+    given: tuple,
+    weights: list[Tensor | None],
+    whole: Callable[[], Sequence[Tensor]],
+    both: bool,
+    grad_bias: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """dq and each query head's own part of dk and dv, under the factors of a horizon; and, if `both`, without them.
 
-    `whole` gives the latter.
+    `whole` gives the latter, and adds the gradient of the bias, which has no factor, to `grad_bias`.
     """
     grad_output, query, key = given[:3]
     limited = any(weight is not None for weight in weights)
@@ -212,7 +231,7 @@ def _grads(
     if both or not blockwise:
         wholes = list(whole())
     if blockwise:
-        grads = _block_backward(*given, weights=weights)
+        grads = _block_backward(*given, weights=weights, grad_bias=None if wholes else grad_bias)
         return grads, wholes if both else grads
     if not limited:
         return wholes, wholes
@@ -234,7 +253,10 @@ def self_edges(
     options: "_Options | Backward",
 ) -> tuple[Float[Tensor, "batch head position"], Float[Tensor, "batch head position"]]:
     """a_ii and c ds_ii, elementwise: O(N d), no scores but the diagonal ones."""
-    weight, slope = one_edge(query, key, lse, options)
+    bias = options.bias
+    if bias is not None:
+        bias = bias.expand(-1, -1, query.shape[2], key.shape[2]).diagonal(key.shape[2] - query.shape[2], -2, -1)
+    weight, slope = one_edge(query, key, lse, options, bias)
     allowed = options.mask.diagonal(query.shape[2], key.shape[2], lse.device)
     if allowed is not None:
         weight = weight * allowed
@@ -246,12 +268,15 @@ def one_edge(
     key: Float[Tensor, "batch head #query dim"],
     lse: Float[Tensor, "batch head query"],
     options: "_Options | Backward",
+    bias: Float[Tensor, "#batch #head #query"] | None,
 ) -> tuple[Float[Tensor, "batch head query"], Float[Tensor, "batch head query"] | float]:
-    """Attention of each query on one key of its own, the mask left aside, and the slope of the soft-cap there."""
+    """Attention of each query on a key of its own under a bias, without the mask; and the slope of the soft-cap."""
     score, slope = options.scale * dot(query, key), 1.0
     if options.softcap is not None:
         tanh = torch.tanh(score / options.softcap)
         score, slope = options.softcap * tanh, 1 - tanh * tanh
+    if bias is not None:
+        score = score + bias
     return torch.exp(score - lse), slope
 
 
@@ -266,7 +291,7 @@ def group_sum(per_head: Float[Tensor, "batch head key dim"], groups: int) -> Flo
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: _Options) -> Kernel | None:
-    plain = options.mask.plain and options.softcap is None and sinks is None
+    plain = options.mask.plain and options.softcap is None and sinks is None and options.bias is None
     return kernel(query, key, value) if plain else None
 
 
@@ -278,7 +303,7 @@ def _block_forward(query, key, value, sinks, options):
     for rows, tiles in options.mask.tiles(query.shape[2], key.shape[2], query.device):
         top = lse.new_full((*query.shape[:2], rows.stop - rows.start, 1), -torch.inf)
         if sinks is not None:
-            top = top.maximum(sinks[:, None, None])
+            top = top.maximum((sinks if sinks.shape[2] == 1 else sinks[:, :, rows])[..., None])
         total = torch.zeros_like(top) if sinks is None else torch.ones_like(top)
         gathered = top.new_zeros(*top.shape[:3], value.shape[3])
         for tile in tiles:
@@ -295,8 +320,13 @@ def _block_forward(query, key, value, sinks, options):
     return output, lse
 
 
-def _block_backward(grad_output, query, key, value, output, lse, options, weights=(None, None)):
-    """The four sums at the top of this file, one block of scores at a time; `weights`: factors by lag for dk, dv."""
+def _block_backward(
+    grad_output, query, key, value, output, lse, options, weights=(None, None), grad_bias: Tensor | None = None
+):
+    """The four sums at the top of this file, one block of scores at a time; `weights`: factors by lag for dk, dv.
+
+    Adds ds_ij to `grad_bias`, summed where the bias is broadcast.
+    """
     grads = [torch.zeros_like(x, dtype=working(x.dtype)) for x in (query, key, value)]
     delta = dot(grad_output, output)[..., None]
     for rows, tiles in options.mask.tiles(query.shape[2], key.shape[2], query.device):
@@ -306,6 +336,9 @@ def _block_backward(grad_output, query, key, value, output, lse, options, weight
             score, slope = block_scores(query, key, tile, options)
             weight = score.sub_(lse[:, :, rows, None]).exp_()
             grad_score = (grad_i @ value[:, :, columns].to(lse.dtype).mT).sub_(delta[:, :, rows]).mul_(weight)
+            if grad_bias is not None:
+                part = bias_block(grad_bias, tile)
+                part += grad_score.sum_to_size(part.shape)
             grad_score.mul_(options.scale if slope is None else options.scale * slope)
             grads[0][:, :, rows] += grad_score @ key[:, :, columns].to(lse.dtype)
             for grad, edge, left, factor in zip(
@@ -333,7 +366,17 @@ def block_scores(
     if options.softcap is not None:
         tanh = torch.tanh(score / options.softcap)
         score, slope = options.softcap * tanh, 1 - tanh * tanh
+    if options.bias is not None:
+        score += bias_block(options.bias, tile)
     return options.mask.fill_(score, tile, -torch.inf), slope
+
+
+def bias_block(bias: Tensor, tile: Tile) -> Tensor:
+    """What a bias (or its gradient) is on one block: a view that broadcasts as the bias does."""
+    rows, columns = (
+        x if size > 1 else slice(None) for x, size in zip((tile.rows, tile.columns), bias.shape[2:], strict=True)
+    )
+    return bias[:, :, rows, columns]
 
 
 def working(dtype: torch.dtype) -> torch.dtype:

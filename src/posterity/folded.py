@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posterity.attention import attention
+from posterity.edges import WRITTEN, edges_and_bias
 from posterity.errors import InputError
-from posterity.hook import FOLDED, as_mask, folded_heads, register
+from posterity.hook import FOLDED, folded_heads, register
 from posterity.mask import Mask
 from posterity.models import check, first_device, language_model
 from posterity.replay import differ, rounding
@@ -148,6 +149,8 @@ def keep_folded(model: PreTrainedModel, heads: Heads) -> None:
     """
     from posterity.fold import folding  # which imports this module
 
+    if check(model).name == WRITTEN:
+        raise InputError(f"{type(model).__name__} computes with its mask: fold it inside a `with` of folding")
     modules, ids = attention_modules(model), torch.arange(1, 9, device=first_device(model))[None]
     ids %= model.config.get_text_config().vocab_size
     with torch.no_grad(), folding(model, heads):
@@ -242,7 +245,9 @@ def _folded_attention(
     """Attention for transformers: (batch, head, position, dim) in, (batch, position, head, dim) out."""
     if dropout:
         raise InputError("a folded model attends without dropout: set attention_dropout to 0, or call model.eval()")
-    mask = as_mask(module, attention_mask, is_causal)
+    mask, bias = edges_and_bias(module, query, key, attention_mask, is_causal, kwargs)
+    if bias is not None:
+        raise InputError("its attention adds a bias to the scores, which a folded model does not know")
 
     def attend(query: Tensor, key: Tensor, value: Tensor, rest: list[int]) -> Tensor:
         return attention(query, key, value, scaling, mask=mask_of(mask, rest), softcap=softcap)

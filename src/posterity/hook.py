@@ -1,23 +1,22 @@
 """What transformers calls: the attention function, the mask function, and the watch over a model's attention modules.
 
-This file, models.py and leaks.py are the only ones that know how transformers runs a model.
+This file, edges.py, models.py and leaks.py are the only ones that know how transformers runs a model.
 """
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, UserDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.masking_utils import causal_mask_function
 
 from posterity.attention import Backward, attention
+from posterity.edges import WRITTEN, edges_and_bias, in_backward, mask_function, written_mask
 from posterity.errors import InputError
 from posterity.horizon import Full, Rule
 from posterity.mask import Mask
@@ -26,11 +25,6 @@ from posterity.weights import Projections
 
 NAME = "posterity"
 FOLDED = "posterity_folded"  # of a config: which heads pass their own value on (folded.py), by `layer_idx`
-# Tensors that models pass on to every attention function; what they say is in the mask or in queries and keys already.
-HARMLESS = {
-    "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch",
-    "token_type_ids", "mm_token_type_ids",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ Replacement = Callable[[Layer, Attending], Tensor | None]
 def register(name: str = NAME, function: Callable | None = None) -> None:
     """Make the operator (or a function around it) known to transformers; a model uses it only when switched to it."""
     AttentionInterface.register(name, function or _attention_function)
-    AttentionMaskInterface.register(name, _mask_function)
+    AttentionMaskInterface.register(name, written_mask if name == WRITTEN else mask_function)
 
 
 watches: "WeakKeyDictionary[nn.Module, Watch | Recorder]" = WeakKeyDictionary()
@@ -96,7 +90,6 @@ def _attention_function(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention for transformers: (batch, head, position, dim) in, (batch, position, head, dim) out."""
@@ -105,80 +98,41 @@ def _attention_function(
             f"expected no attention dropout, got {dropout} in training mode, which makes the edges random: "
             "set attention_dropout (attn_pdrop in GPT-2) of the config to 0, or call model.eval()"
         )
-    if position_bias is not None:
-        raise InputError("its attention adds a position bias to the scores, which the operator does not know")
-    unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in HARMLESS]
-    if unknown:
-        raise InputError(f"it hands {', '.join(unknown)} to its attention, which the operator does not know")
-    mask = as_mask(module, attention_mask, is_causal)
+    if (capture := capturing(module)) is not None:
+        bias = kwargs.get("position_bias")
+        return capture(query, key, value, attention_mask if bias is None else bias), None
+    if (sinks := kwargs.pop("sinks", None)) is not None:  # one for each query: (batch, head, query, 1)
+        s_aux = sinks.squeeze(-1)
+    mask, bias = edges_and_bias(module, query, key, attention_mask, is_causal, kwargs)
     if folded := folded_heads(module):
         mask = mask.self_only(folded, query.shape[1])
-    if (capture := capturing(module)) is not None:
-        return capture(query, key, value), None
     watch = watches.get(module)
     if isinstance(watch, Recorder) and watch.cut:
-        watch.later += [x[:, :, 1:].detach() for x in (query, key, value)]
+        watch.passed(module, (query, key, value), bias)
         return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]), None
     if not isinstance(watch, Watch):
         if watch is not None:
-            watch.called(module)
-        output = attention(query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux)
+            watch.called(module, query, key)
+        output = attention(query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux, bias=bias)
         return output.transpose(1, 2).contiguous(), None
+    if watch.right_only and mask.padding is not None and not mask.padding[:, 0].all():
+        raise InputError(
+            "in this model what stands at padding reaches the tokens after it, whatever it is: put the padding on the "
+            "right"
+        )
     call = watch.called(module, query, key, value)
     if watch.replacement is not None:
+        if bias is not None:
+            raise InputError(f"{call.layer} adds a bias to the scores, which this measurement does not know")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         replaced = watch.replacement(call.layer, Attending(query, key, value, scale, mask, softcap, s_aux))
         if replaced is not None:
             return replaced.transpose(1, 2).contiguous(), None
     output = attention(
-        query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux,
+        query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux, bias=bias,
         horizon=call.rules, detached=call.detached, observe=call.report,
     )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
-
-
-@torch.compiler.disable
-def _mask_function(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs,
-) -> Mask:
-    """The mask function of transformers' interface: the rule itself instead of an N x N tensor."""
-    padding = None
-    if attention_mask is not None:
-        padding = attention_mask[:, kv_offset : kv_offset + kv_length]
-        padding = None if padding.all() else padding
-    first = kv_length - q_length  # what the operator takes as the position of query 0
-    aligned = isinstance(q_offset, int) and q_offset == first + kv_offset
-    if mask_function is causal_mask_function and aligned:
-        return Mask(padding=padding)
-    documents = torch.arange(batch_size, device=device)
-
-    def allowed(query: Tensor, key: Tensor) -> Tensor:
-        query, key = query - first + q_offset, key + kv_offset
-        if use_vmap:
-            edges = _pairwise(mask_function, documents, query, key)
-        else:
-            edges = mask_function(documents[:, None, None, None], documents[:1, None, None, None], query, key)
-        return edges if padding is None else edges & padding[documents[:, None, None, None], key - kv_offset]
-
-    return Mask(allowed, padding)
-
-
-def _pairwise(mask_function: Callable, documents: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A rule that takes single indices only, for all documents and pairs."""
-    query, key = torch.broadcast_tensors(query, key)
-    pairs = torch.vmap(lambda q, k, b: mask_function(b, b.new_zeros(()), q, k), in_dims=(0, 0, None))
-    with TransformGetItemToIndex():
-        edges = torch.vmap(pairs, in_dims=(None, None, 0))(query.flatten(), key.flatten(), documents)
-    return edges.view(len(documents), 1, *query.shape)
 
 
 def folded_heads(module: nn.Module) -> list[int]:
@@ -187,50 +141,49 @@ def folded_heads(module: nn.Module) -> list[int]:
     return folded.get(str(getattr(module, "layer_idx", None)), []) if folded else []
 
 
-def as_mask(module: nn.Module, given: Any, is_causal: bool | None) -> Mask:
-    """What a model hands over as its mask: ours, nothing, or a 4D tensor that the user made."""
-    if isinstance(given, Mask):
-        return given
-    if given is None:
-        if not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
-            raise InputError(f"{type(module).__name__} attends in both directions; only causal attention is measured")
-        return Mask()
-    if not isinstance(given, Tensor) or given.dim() != 4:
-        raise InputError(f"its attention mask is a {type(given).__name__} the operator does not know")
-    if given.dtype != torch.bool:
-        hidden = given <= torch.finfo(given.dtype).min / 2
-        if given.requires_grad or (given.masked_fill(hidden, 0) != 0).any():
-            raise InputError(
-                "its attention mask adds a bias to the scores; only masks that allow (0) or forbid (-inf, or "
-                "torch.finfo(dtype).min) are measured: pass a bool mask"
-            )
-        given = ~hidden
-    heads, length = torch.arange(given.shape[1], device=given.device), given.shape[2]
-    documents = torch.arange(len(given), device=given.device)[:, None, None, None]
-    first = given.shape[3] - length
-    return Mask(lambda query, key: given[documents, heads[:, None, None], (query - first).clamp(max=length - 1), key])
-
-
 class Recorder:
     """Notes which modules call attention, in order; with `cut`, attention passes nothing on."""
 
     def __init__(self, model: PreTrainedModel, cut: bool = False):
         self.names = {module: name for name, module in model.named_modules()}
         self.cut = cut
-        self.layers: list[Layer] = []
-        self.later: list[Tensor] = []  # with `cut`: queries, keys and values of all calls, the first position left out
+        self.layers: list[Layer] = []  # all calls
+        self.reached: list[Layer] = []  # those that are not under the model's own torch.no_grad()
+        self.entries: Counter[str] = Counter()  # how often each module was entered
+        # With `cut`, what depends on the first token here reaches later positions past attention:
+        self.later: list[Tensor] = []  # queries, keys and values of all calls, the first position left out
+        self.biases: dict[str, Tensor] = {}  # what is added to the scores of later queries
 
-    def called(self, module: nn.Module) -> None:
+    def called(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
         """Note one attention call."""
         name = self.names[module]
+        if query.shape[2] != key.shape[2]:
+            raise InputError(
+                f"{type(module).__name__} ({name}) attends from {query.shape[2]} positions to {key.shape[2]} keys: "
+                "only attention among the positions of one sequence is measured"
+            )
         self.layers.append(Layer(name, sum(layer.name == name for layer in self.layers)))
+        if torch.is_grad_enabled():
+            self.reached.append(self.layers[-1])
+
+    def passed(self, module: nn.Module, streams: tuple[Tensor, ...], bias: Tensor | None) -> None:
+        """Note what a call that is cut was given."""
+        self.later += [x[:, :, 1:].detach() for x in streams]
+        if bias is not None:
+            self.biases[self.names[module]] = bias.detach()[:, :, 1:]
 
     def __enter__(self) -> "Recorder":
+        def entered(module: nn.Module, _args: tuple) -> None:
+            self.entries[self.names[module]] += 1
+
         self.outer = {module: watches.get(module) for module in self.names}
+        self.hooks = [module.register_forward_pre_hook(entered) for module in self.names]
         watches.update(dict.fromkeys(self.names, self))
         return self
 
     def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
         for module, watch in self.outer.items():
             if watch is None:
                 watches.pop(module, None)
@@ -253,13 +206,16 @@ class Cut:
 class Watch:
     """Watches the attention modules of one model: their inputs, their calls, their backward passes."""
 
-    def __init__(self, modules: dict[str, nn.Module], layers: tuple[Layer, ...], other_paths: tuple[str, ...]):
-        self.names = {module: name for name, module in modules.items()}
-        self.layers, self.other_paths = layers, other_paths
+    def __init__(self, model: nn.Module, layers: tuple[Layer, ...], other_paths: tuple[str, ...], entries: Mapping):
+        """`entries`: how many calls one entry of a module makes, for modules that one pass enters several times."""
+        self.model = model
+        self.names = {model.get_submodule(layer.name): layer.name for layer in layers}
+        self.layers, self.other_paths, self.entries = layers, other_paths, entries
+        self.right_only = False  # whether padding on the left reaches the tokens after it
         self.observers: list[Observer] = []
         self.cuts: list[Cut] = []
         self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}
-        self.calls: Counter[nn.Module] = Counter()
+        self.calls: Counter[str] = Counter()
         self.again: tuple[tuple[Rule, Rule], Observer] | None = None
         self.replacement: Replacement | None = None
 
@@ -268,6 +224,7 @@ class Watch:
         """Watch from here to the end of the `with`."""
         enter: Callable = torch.compiler.disable(self._entered)  # type: ignore[assignment]
         hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in self.names]
+        hooks.append(self.model.register_forward_pre_hook(lambda *_: self.calls.clear()))
         watches.update(dict.fromkeys(self.names, self))
         try:
             yield
@@ -317,18 +274,33 @@ class Watch:
         """Keep the input of a module, without its graph and without its cache; count its calls from 0."""
 
         def keep(x: Any) -> Any:
+            if isinstance(x, UserDict):  # keys and values for other layers; a copy, which a replay may write to
+                return {name: tree_map(keep, part) for name, part in x.items()}
             return None if isinstance(x, Cache) else x.detach() if isinstance(x, Tensor) else x
 
-        self.calls[module] = 0
+        name = self.names[module]
+        if name not in self.entries:
+            self.calls[name] = 0
+        elif in_backward():
+            raise InputError(
+                f"{name} is entered several times in one pass, which gradient checkpointing does not do in order: "
+                "call model.gradient_checkpointing_disable()"
+            )
         self.inputs[module] = tree_map(keep, (args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
+
+    def comes(self, layer: Layer) -> bool:
+        """Whether the next entry of a layer's module makes this call of it."""
+        each = self.entries.get(layer.name)
+        return each is None or self.calls[layer.name] == layer.call - layer.call % each
 
     def called(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> "_Call":
         """Note an attention call; what is returned is asked in its backward passes."""
-        layer = Layer(self.names[module], self.calls[module])
-        self.calls[module] += 1
+        name = self.names[module]
+        layer = Layer(name, self.calls[name])
+        self.calls[name] += 1
         # A module whose forward is called past its hooks has left no input: nothing can be run again then.
         args, kwargs = self.inputs.get(module, ((), {}))
-        call = _Call(self, layer, Replay(module, args, kwargs, layer.call))
+        call = _Call(self, layer, Replay(module, args, kwargs, layer.call % self.entries.get(name, layer.call + 1)))
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
             for cut in call.cuts.values():
                 cut.met += 1

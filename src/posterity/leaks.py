@@ -20,8 +20,9 @@ def find_leaks(
 ) -> tuple[str, ...]:
     """Name what carries information between positions although attention passes nothing on; empty if nothing does.
 
-    Three ways to see it: when the first token changes, logits after it move, or queries, keys or values do (a
-    convolution before attention); or these logits have a gradient at its embedding.
+    Four ways to see it: when the first token changes, logits after it move, or queries, keys or values do (a
+    convolution before attention), or the bias that later queries add to their scores does; or these logits have a
+    gradient at its embedding.
 
     Args:
         model: With its attention cut.
@@ -30,15 +31,18 @@ def find_leaks(
         first: The same with another first token.
         tolerance: How far logits may differ by rounding.
     """
-    logits, streams = [], []
+    logits, streams, biases = [], [], []
     for row in (ids, first):
-        recorder.later = []
+        recorder.later, recorder.biases = [], {}
         with torch.no_grad():
             logits.append(model(input_ids=row, use_cache=False).logits[:, 1:])
         streams.append(recorder.later)
+        biases.append(recorder.biases)
+    names = [name for name, bias in biases[0].items() if _moved([bias], [biases[1][name]])]
+    moved = tuple(f"the bias of the scores of {one}" for one in _one_of_each_class(model, names))
     if _moved(*streams) or differ(*logits) > tolerance or _reached(model, ids):
-        return _leaking(model, ids, first) or ("a module that could not be named",)
-    return ()
+        return _leaking(model, ids, first) or moved or ("a module that could not be named",)
+    return moved
 
 
 def _reached(model: PreTrainedModel, ids: Tensor) -> bool:
@@ -69,7 +73,11 @@ def _leaking(model: PreTrainedModel, ids: Tensor, first: Tensor) -> tuple[str, .
         if name in two and inputs and _moved(outputs, two[name][1]) and not _moved(inputs, two[name][0])
     ]
     innermost = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
-    kinds = {type(model.get_submodule(name)).__name__: name for name in reversed(innermost)}
+    return _one_of_each_class(model, innermost)
+
+
+def _one_of_each_class(model: PreTrainedModel, names: list[str]) -> tuple[str, ...]:
+    kinds = {type(model.get_submodule(name)).__name__: name for name in reversed(names)}
     return tuple(f"{kind} ({name})" for kind, name in reversed(kinds.items()))
 
 

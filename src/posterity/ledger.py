@@ -167,7 +167,11 @@ def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
     length = back.lse.shape[2]
     at = back.mask.first_columns(length) or [0] * len(back.lse)
     key = torch.stack([x[:, column, None] for x, column in zip(back.key, at, strict=True)])
-    weight, _ = one_edge(back.query, back.repeat(key), back.lse, back)
+    bias = back.bias
+    if bias is not None:
+        bias = bias.expand(len(at), -1, -1, length)
+        bias = torch.stack([x[:, :, column] for x, column in zip(bias, at, strict=True)])
+    weight, _ = one_edge(back.query, back.repeat(key), back.lse, back, bias)
     for document, column in enumerate(at):
         first = Tile(slice(0, length), slice(column, column + 1), 0, back.mask.plain)
         back.mask.fill_(weight[document, ..., None], first, 0.0, document)

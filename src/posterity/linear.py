@@ -80,10 +80,17 @@ class _Calls:
 
 
 def _pass_own_value(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, s_aux: Any = None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    s_aux: Any = None,
+    sinks: Any = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention for transformers: each position gets its own value."""
-    if s_aux is not None or getattr(module, "sinks", None) is not None:
+    if s_aux is not None or sinks is not None or getattr(module, "sinks", None) is not None:
         raise InputError(
             f"{type(module).__name__} is not linear, even where each position looks only at itself: its attention "
             "sinks take a part of the weight that depends on the query and the key"

@@ -48,7 +48,7 @@ class Payers:
         self.sums = sums
         self._whole: dict[Layer, Backward] = {}
         self._curve: dict[Layer, list[Tensor]] = {}  # of the pass that is sent: by horizon
-        self._hidden = _Hidden(self.model, watch.layers, sums)
+        self._hidden = _Hidden(self.model, watch, sums)
 
     @property
     def passes(self) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ class Payers:
                 rows = _by_module(self.model, whole, self._gradients())
                 self.sums.note("parameters", [torch.stack(rows)])
         if self.losses:
-            self._hidden.add()
+            self._hidden.add(next(iter(self._whole.values())).lse)
         for layer, rows in self._curve.items() if self.horizons else ():
             self.sums.note(f"{layer}/horizon_by_document", torch.stack(rows, -1))
         self._reset({})
@@ -178,11 +178,11 @@ def _products(
 class _Hidden:
     """Gradients of the hidden states at the input of each layer: the module that holds the attention module."""
 
-    def __init__(self, model: nn.Module, layers: tuple[Layer, ...], sums: Sums):
-        self.layers, self.sums = layers, sums
+    def __init__(self, model: nn.Module, watch: Watch, sums: Sums):
+        self.watch, self.layers, self.sums = watch, watch.layers, sums
         self.grads: dict[str, dict[Layer, Tensor]] = {"whole": {}, "own": {}}
         self.name: str | None = None
-        self.modules = {layer: holder(model, layer.name) for layer in layers}
+        self.modules = {layer: holder(model, layer.name) for layer in watch.layers}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -206,16 +206,13 @@ class _Hidden:
         finally:
             self.name = None
 
-    def add(self) -> None:
-        """Squared norms and inner product of the own and the later part, by position."""
+    def add(self, like: Float[Tensor, "window head position"]) -> None:
+        """Squared norms and inner product of the own and the later part, by position; NaN where none was seen."""
         rows = []
-        known = next(iter(self.grads["whole"].values()), None)
-        if known is None:
-            raise InputError("the input of no layer was seen: its gradient cannot be split")
         for layer in self.layers:
             whole, own = (self.grads[name].get(layer) for name in ("whole", "own"))
             if whole is None or own is None:
-                rows.append(known.new_full((len(known), 3, known.shape[1]), torch.nan, dtype=torch.float64))
+                rows.append(like.new_full((len(like), 3, like.shape[2]), torch.nan, dtype=torch.float64))
                 continue
             whole, own = (x.to(working(x.dtype)) for x in (whole, own))
             later = whole - own
@@ -230,7 +227,7 @@ class _Hidden:
     def _mark(self, layer: Layer) -> Callable:
         def mark(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
-            if x is None or x.dim() != 3 or not x.requires_grad:
+            if x is None or x.dim() != 3 or not x.requires_grad or not self.watch.comes(layer):
                 return
 
             def take(grad: Tensor) -> None:

@@ -6,6 +6,7 @@ A mask knows its empty blocks (outside a sliding window, in another packed docum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -67,6 +68,17 @@ class Mask:
     def plain(self) -> bool:
         """Whether the edges are all pairs with key <= query."""
         return self.allowed is None
+
+    def __getitem__(self, index: Any) -> "Mask":
+        """All of it, as models write `mask[:, :, first:]` with `first` 0.
+
+        Raises:
+            TypeError: Only a part is wanted, which a rule cannot give.
+        """
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(not isinstance(part, slice) or part.start or (part.stop, part.step) != (None, None) for part in parts):
+            raise TypeError(f"a mask that is a rule has no part {index}; with logits_to_keep=0 none is needed")
+        return self
 
     def tiles(self, queries: int, keys: int, device: torch.device) -> list[tuple[slice, list[Tile]]]:
         """The blocks that hold edges, row by row: (rows, tiles of these rows), in order; a row block may have none.
@@ -165,9 +177,31 @@ class Mask:
 
         What counting predicts stays what it was: `edges` are those of the mask without this limit.
         """
-        limited = Mask(partial(_self_only, self.allowed, tuple(heads), of), self.padding)
-        limited._counted = self
-        return limited
+        return Mask(partial(_self_only, self.allowed, tuple(heads), of), self.padding).counting(self)
+
+    def counting(self, other: "Mask") -> "Mask":
+        """Let `edges` be those of another mask; return this one."""
+        self._counted = other
+        return self
+
+    def among(self, chosen: Int[Tensor, "batch group query number"], heads: int, size: int = 1) -> "Mask":
+        """The same, but each query sees only keys that were chosen for it, by number of a block of `size` keys.
+
+        Groups of the `heads` query heads share a choice; numbers below 0 choose nothing. What counting predicts stays
+        what it was: `edges` are those of the mask without the choice.
+        """
+        return Mask(partial(_among, self.allowed, chosen, heads, size), self.padding).counting(self)
+
+    def blind(self, queries: int, keys: int, device: torch.device) -> bool:
+        """Whether a query that is not padding sees no key at all."""
+        seen = torch.zeros(1, 1, queries, dtype=torch.bool, device=device)
+        for rows, tiles in self.tiles(queries, keys, device):
+            for tile in tiles:
+                some = self._evaluate(tile, device).any(-1)
+                seen = seen.repeat(len(some) // len(seen) or 1, some.shape[1] // seen.shape[1] or 1, 1)
+                seen[:, :, rows] |= some
+        readers = self.readers(queries)
+        return not bool((seen if readers is None else seen | ~readers[:, None]).all())
 
     def readers(self, queries: int) -> Bool[Tensor, "batch query"] | None:
         """The queries that count as readers: not padding; None if all do."""
@@ -249,6 +283,26 @@ def _self_only(
     free[list(heads)] = False
     edges = key <= query if allowed is None else allowed(query, key)
     return edges & (free | (query == key))
+
+
+def _among(
+    allowed: Callable[[Tensor, Tensor], Tensor] | None,
+    chosen: Int[Tensor, "batch group query number"],
+    heads: int,
+    size: int,
+    query: Int[Tensor, "rows 1"],
+    key: Int[Tensor, "#rows columns"],
+) -> Bool[Tensor, "batch head rows columns"]:
+    """The rule of `Mask.among`: one row of flags for each query of a block, never all of them."""
+    edges = key <= query if allowed is None else allowed(query, key)
+    some = chosen[:, :, query.flatten()].long()
+    flags = torch.zeros(*some.shape[:3], int(max(key.max(), key.new_tensor(0))) // size + 2, dtype=torch.bool)
+    flags = flags.to(some.device)
+    none = flags.shape[-1] - 1
+    flags = flags.scatter(-1, some.where((some >= 0) & (some < none), none), True)
+    rows = torch.arange(len(query), device=some.device)[:, None]
+    seen = flags[:, :, rows, key // size]
+    return edges & (seen if len(seen[0]) == 1 else seen.repeat_interleave(heads // seen.shape[1], 1))
 
 
 def _four(allowed: Tensor, rows: int, columns: int) -> Tensor:

@@ -195,7 +195,7 @@ def frozen(model: PreTrainedModel, parameters: bool = False) -> Iterator[None]:
     wanted = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
 
     def start_here(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output.requires_grad_() if torch.is_grad_enabled() else output
+        return output.requires_grad_().clone() if torch.is_grad_enabled() else output  # some models scale it in place
 
     hook = model.get_input_embeddings().register_forward_hook(start_here)
     try:

@@ -6,19 +6,22 @@ probe of a few random tokens compares the logits, finds the layers, and looks fo
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from posterity.edges import WRITTEN
 from posterity.errors import InputError
 from posterity.hook import NAME, Cut, Layer, Observer, Recorder, Watch, register, watches
 from posterity.horizon import Rule, by_lag
 from posterity.leaks import find_leaks
 from posterity.replay import differ, rounding
 
+SENSES = ("vision", "image", "audio", "speech")  # in the names of sub-configs
 _PROBE_TOKENS = 16
 
 
@@ -30,6 +33,9 @@ class Check:
     reason: str
     layers: tuple[Layer, ...] = ()
     leaks: tuple[str, ...] = ()  # modules that carry information between positions outside attention
+    name: str = NAME  # under which transformers knows the operator for this model
+    entries: Mapping[str, int] = field(default_factory=dict)  # calls an entry, of modules entered several times a pass
+    right_only: bool = False  # padding on the left reaches the tokens after it
 
     @property
     def other_paths(self) -> bool:
@@ -65,9 +71,9 @@ def watching(model: nn.Module) -> Iterator[Watch]:
     found = check(inner)
     if not found.ok:
         raise InputError(f"this model {found}")
-    modules = {layer.name: inner.get_submodule(layer.name) for layer in found.layers}
-    watch = Watch(modules, found.layers, found.leaks)
-    with watch.installed(), _switched(inner):
+    watch = Watch(inner, found.layers, found.leaks, found.entries)
+    watch.right_only = found.right_only
+    with watch.installed(), _switched(inner, found.name):
         yield watch
 
 
@@ -194,18 +200,21 @@ def _probe(model: PreTrainedModel) -> Check:
     last[:, -1] = (ids[:, -1] + 1) % model.config.get_text_config().vocab_size
     first[:, 0] = (ids[:, 0] + 1) % model.config.get_text_config().vocab_size
 
-    def logits(*rows: Tensor) -> Tensor:
-        return model(input_ids=torch.cat(rows), use_cache=False).logits
+    def logits(*rows: Tensor, **more: Tensor) -> Tensor:
+        return model(input_ids=torch.cat(rows), use_cache=False, **more).logits
 
-    own = logits(ids, last)
+    try:
+        own = logits(ids, last)
+    except Exception as error:
+        streams = getattr(model.config.get_text_config(decoder=True), "num_codebooks", 1)
+        reason = f"it reads {streams} streams of tokens at once, not one" if streams > 1 else _first_line(error)
+        raise InputError(f"its own forward pass fails on plain token ids: {reason}") from error
     tolerance = rounding(own.dtype) * own.abs().max().item()
     if not own.isfinite().all():
         raise InputError("its logits for random tokens are not finite")
     if differ(own[0, :-1], own[1, :-1]) > tolerance:
         raise InputError("a later token changes earlier logits: only causal models are measured")
-    recorder = Recorder(model)
-    with recorder, _switched(model):
-        ours = logits(ids, last)
+    name, recorder, ours = _under_the_operator(model, lambda: logits(ids, last), own, tolerance)
     if not recorder.layers:
         raise InputError(f"{type(model).__name__} does not call transformers' attention interface")
     if differ(own, ours) > tolerance:
@@ -213,16 +222,74 @@ def _probe(model: PreTrainedModel) -> Check:
             f"under the operator its logits move by {differ(own, ours):.1e} (at most {tolerance:.1e} is rounding): "
             "its attention does something the operator does not know"
         )
-    with Recorder(model, cut=True) as cut, _switched(model):
+    with Recorder(model, cut=True) as cut, _switched(model, name):
         leaks = find_leaks(model, cut, ids, first, tolerance)
-    count = len(recorder.layers)
+    right_only = _right_only(model, name, lambda padding: logits(ids, last, attention_mask=padding), tolerance)
+    count = len(recorder.reached)
     reason = f"{count} attention layer{'s' if count > 1 else ''}"
+    if name == WRITTEN:
+        reason += "; it computes with its mask, which is therefore written out, N x N"
     if leaks:
         reason += (
             f"; positions also communicate through {', '.join(leaks)}, so that only the ledger by lag is exact, "
             "not who pays"
         )
-    return Check(True, reason, tuple(recorder.layers), leaks)
+    return Check(True, reason, tuple(recorder.reached), leaks, name, _entries(recorder), right_only)
+
+
+def _under_the_operator(
+    model: PreTrainedModel, run: Callable[[], Tensor], own: Tensor, tolerance: float
+) -> tuple[str, Recorder, Tensor]:
+    """Logits under the operator, by which of its names, and what was called.
+
+    A model that computes with its mask fails, or moves, until the mask is written out for it.
+    """
+    for name in (NAME, WRITTEN):
+        recorder = Recorder(model)
+        try:
+            with recorder, _switched(model, name), torch.enable_grad():
+                ours = run().detach()
+        except InputError:
+            raise
+        except Exception:
+            if name == WRITTEN:
+                raise
+            continue
+        if name == WRITTEN or differ(own, ours) <= tolerance:
+            break
+    return name, recorder, ours
+
+
+def _right_only(model: PreTrainedModel, name: str, run: Callable[[Tensor], Tensor], tolerance: float) -> bool:
+    """Whether padding on the left moves the logits of later tokens, by what stands in rows that see nothing."""
+    padding = torch.ones(2, _PROBE_TOKENS, dtype=torch.long, device=first_device(model))
+    padding[1, : _PROBE_TOKENS // 4] = 0
+    try:
+        own = run(padding)
+    except Exception:  # it takes no padding
+        return True
+    real = padding.bool()
+    if not own[real].isfinite().all():  # in float64 the eager path of most models makes empty rows NaN
+        return False
+    with _switched(model, name):
+        ours = run(padding)
+    return not differ(own[real], ours[real]) <= tolerance
+
+
+def _entries(recorder: Recorder) -> dict[str, int]:
+    """How many attention calls an entry makes, of the modules that one pass enters several times."""
+    calls, found = Counter(layer.name for layer in recorder.layers), {}
+    for name, count in calls.items():
+        entries = recorder.entries[name]
+        if entries > 1:
+            if count % entries:
+                raise InputError(f"{name} is entered {entries} times in one pass and attends {count} times in all")
+            found[name] = count // entries
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 @contextlib.contextmanager
@@ -236,27 +303,33 @@ def _probing(model: PreTrainedModel) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"its forward pass fails under the operator: {type(error).__name__}: {reason}") from error
+        raise InputError(f"its forward pass fails under the operator: {_first_line(error)}") from error
     finally:
         for module, mode in modes:
             module.training = mode
 
 
 @contextlib.contextmanager
-def _switched(model: PreTrainedModel) -> Iterator[None]:
-    """Route the text model's attention calls to `_attention_function`; restore every config afterwards."""
-    register()
+def _switched(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Route the text model's attention calls to the operator's function; restore every config afterwards."""
+    register(name)
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     for config in list(configs.values()):
         parts = (getattr(config, name, None) for name in config.sub_configs)
         configs |= {id(part): part for part in parts if part is not None}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     text = model.config.get_text_config(decoder=True)
-    names = [name for name in model.config.sub_configs if getattr(model.config, name, None) is text]
+    parts = [
+        part for part in model.config.sub_configs if isinstance(getattr(model.config, part, None), PreTrainedConfig)
+    ]
+    if text is model.config:  # all but the towers that see and hear
+        wanted = dict.fromkeys(["", *(part for part in parts if not any(sense in part for sense in SENSES))], name)
+    else:
+        own = next((part for part in parts if getattr(model.config, part) is text), None)
+        wanted = name if own is None else {"": model.config._attn_implementation, own: name}
     try:
-        model.set_attn_implementation({"": model.config._attn_implementation, names[0]: NAME} if names else NAME)
-        if text._attn_implementation != NAME:
+        model.set_attn_implementation(wanted)
+        if text._attn_implementation != name:
             raise InputError(f"{type(model).__name__} does not let its attention be exchanged")
         yield
     finally:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posterity.attention import Backward, dot
+from posterity.attention import Backward, bias_block, dot
 from posterity.mask import Tile
 
 # Scratch for the blocks of a few heads. On a CPU a thread's part should nearly fit its own cache, which other cores
@@ -56,6 +56,7 @@ def edges_(
     rows: tuple[Tensor, Tensor, Tensor, Tensor],
     columns: tuple[Tensor, Tensor],
     back: Backward,
+    bias: Float[Tensor, "#head #rows #columns"] | None,
 ) -> None:
     """Write a_ij and slope (do_i.v_j - D_i) of a block, the mask left aside: a_ij times the second is ds_ij.
 
@@ -71,6 +72,8 @@ def edges_(
         torch.baddbmm(weight, query, key.mT, beta=0, alpha=back.scale / back.softcap, out=weight).tanh_()
         score.mul_(1 - weight * weight)
         weight.mul_(back.softcap * _LOG2_E).sub_(lse, alpha=_LOG2_E)
+    if bias is not None:
+        weight.add_(bias, alpha=_LOG2_E)
     weight.exp2_()
 
 
@@ -88,7 +91,8 @@ def _sweep_heads(
         for tile in group:
             i, j = (slice(None), tile.rows), (slice(None), tile.columns)
             rows = part.query[i], part.grad[i], part.lse[i], part.delta[i]
-            edges_(weight, score, rows, (part.key[j], part.value[j]), back)
+            bias = None if back.bias is None else part.bias(bias_block(back.bias, tile))
+            edges_(weight, score, rows, (part.key[j], part.value[j]), back, bias)
             back.mask.fill_(weight, tile, 0.0, document)
             score.mul_(weight)
             for stream, (left, right, factor) in enumerate(
@@ -135,6 +139,12 @@ class _Operands:
         if readers is not None:
             reader = readers[document].to(dtype).expand_as(reader)
         self.readers = torch.stack((self.grad.norm(dim=-1), reader), 1)
+        self._document, self._heads = document, heads
+
+    def bias(self, block: Tensor) -> Tensor:
+        """What these heads of this document have of a bias."""
+        block = block[self._document if len(block) > 1 else 0]
+        return block[self._heads] if len(block) > 1 else block
 
 
 class Scratch:

@@ -184,7 +184,7 @@ class Dense:
         The left side is the operator's, in its precision, from its log-sum-exp and output; the right side is dense.
         """
         back = self.back
-        weight, _ = one_edge(back.query, back.repeat(back.key), back.lse, back)
+        weight, _ = one_edge(back.query, back.repeat(back.key), back.lse, back, None)
         slope = dot(back.grad_output, back.repeat(back.value)) - dot(back.grad_output, back.output)
         left = (weight * slope)[0].double() * self.edges.diagonal(0, 1, 2)
         product = self.grad @ self.value.mT
