@@ -188,7 +188,9 @@ def main():
     Console(width=150).print(found, markup=False)
     if parser.parse_args().write:
         text = PAGE.read_text()
-        page = re.sub(r"(<!-- scale -->\n).*?(<!-- /scale -->)", lambda m: m[1] + found + "\n" + m[2], text, flags=re.DOTALL)
+        page = re.sub(
+            r"(<!-- scale -->\n).*?(<!-- /scale -->)", lambda m: m[1] + found + "\n" + m[2], text, flags=re.DOTALL
+        )
         PAGE.write_text(page)
 
 

@@ -59,6 +59,8 @@ OUTSIDE = {  # what each module may import beside the standard library and the m
     "fold": TORCH,
     "folded": TORCH | {"transformers"},
     "cli": {"typer"},
+    "edge": {"typer"},
+    "outputs": {"typer"},
     "__main__": set(),
     "__init__": set(),
 }

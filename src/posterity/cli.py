@@ -3,31 +3,26 @@
 torch and transformers are imported inside the commands, so that `--help` answers at once.
 """
 
-import errno
-import os
-import shlex
 import signal
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
+from posterity.edge import edge, rank, terminate
 from posterity.errors import InputError, one_line
+from posterity.outputs import Unfinished, alone, check_writable, hand_over, provenance, real_path, told_of
 
 DOCUMENTS = 16
-OTHERS_WAIT = 5  # seconds
 
 
 class _Group(TyperGroup):
     """Runs the commands inside the one place that turns mistakes into a line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        with _edge():
+        with edge():
             answer = super().invoke(ctx)
             sys.stdout.flush()
             return answer
@@ -117,14 +112,14 @@ def measure(
     import posterity
     from posterity import corpus, loading, steps
 
-    _check_writable(output, report, reads=[model or "", *(text or [])])
+    check_writable(output, report, reads=[model or "", *(text or [])])
     folders, names = steps.checkpoints([model, *(text or [])] if model else [])
     names = names if folders else text or []
     if len(folders) > 1 and "-" in names:
         raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
     skipped = corpus.Skipped() if skip_broken else None
     texts = corpus.sources(names, field, skipped)
-    unfinished = _Unfinished(output, resume)
+    unfinished = Unfinished(output, resume)
     if unfinished.is_done():
         return
     given = _given(
@@ -135,7 +130,7 @@ def measure(
     def measured(name: str | None, texts: Any, part: str = "") -> Any:
         loaded = loading.load_model(name, dtype, device, revision, trust_remote_code)
         return posterity.measure(
-            loaded.model, loaded.tokenizer, texts, limit=documents, attrs=_provenance(loaded),
+            loaded.model, loaded.tokenizer, texts, limit=documents, attrs=provenance(loaded),
             state=unfinished.part(part), processes=unfinished.processes, **given,
         )  # fmt: skip
 
@@ -148,7 +143,7 @@ def measure(
         )
     else:
         result = measured(model, texts)
-    _hand_over(result, output, report, skipped, unfinished)
+    hand_over(result, output, report, skipped, unfinished)
 
 
 @app.command()
@@ -170,60 +165,20 @@ def inspect(
     Finds, by one backward pass for each loss, which loss pays for the key and value of every position. With --report
     the text can be explored token by token.
     """
-    _alone()
+    alone()
     import posterity
     from posterity import loading
 
-    _check_writable(output, report, reads=[model or ""])
+    check_writable(output, report, reads=[model or ""])
     given = _given(batch=batch, seed=seed, horizons=_numbers(horizons))
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
-    result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=_provenance(loaded), **given)
-    _hand_over(result, output, report)
+    result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=provenance(loaded), **given)
+    hand_over(result, output, report)
 
 
 def _given(**options: Any) -> dict[str, Any]:
     """Only what was given is passed on: the defaults are those of the library's functions."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-STARTS = {"result": b"\x89HDF", "page": b"<!doctype html"}
-
-
-def _check_writable(output: Path | None, report: Path | None = None, reads: Iterable[Any] = ()) -> None:
-    """Say before the work whether the files can be written, and that none takes the place of something else.
-
-    A file that is there already is replaced only by one of its kind: a result by a result, a page by a page.
-    """
-    from posterity.result import writable
-
-    taken = {_real(one): "is read here" for one in reads if str(one)}
-    for kind, path in (("result", output), ("page", report)):
-        if path is not None:
-            if _real(path) in taken:
-                raise InputError(f"cannot write {path}: it {taken[_real(path)]}; choose another file for the output")
-            taken[_real(path)] = "is the other output"
-            writable(path)
-            if path.is_file() and path.stat().st_size:
-                with path.open("rb") as file:
-                    if not file.read(16).lower().startswith(STARTS[kind].lower()):
-                        raise InputError(f"cannot write {path}: what is there is no {kind}; choose another file")
-
-
-def _real(path: Any) -> str:
-    """Where a path leads; itself if it leads nowhere (a zero byte: pathlib would raise, as for a loop of links)."""
-    try:
-        return os.path.realpath(path)
-    except ValueError:
-        return str(path)
-
-
-def _provenance(loaded: Any) -> dict[str, Any]:
-    """What only the command line knows of a result."""
-    return {"model": loaded.name, "revision": loaded.revision, "command": _command()}
-
-
-def _command() -> str:
-    return shlex.join(["posterity", *(one for one in sys.argv[1:] if one != "--resume")])
 
 
 def _numbers(text: str | None, option: str = "horizons", such: str = "1,2,4,8") -> tuple[int, ...] | None:
@@ -245,88 +200,6 @@ def _assigned(given: list[str] | None) -> dict[str, float] | None:
         except ValueError:
             raise InputError(f"--task expects NAME=NUMBER, such as chance=0.1; got {one!r}") from None
     return found or None
-
-
-class _Unfinished:
-    """The state of a run beside its output, for one process or several."""
-
-    def __init__(self, output: Path | None, resume: bool):
-        from posterity.processes import Processes
-
-        self.processes = Processes.join()
-        self.output, self.resume = output, resume
-        self.folder = None if output is None else output.with_name(f"{output.name}.state")
-        if resume and output is None:
-            raise InputError("--resume goes on with a run that has an --output; name it")
-        if self.folder is not None and not resume and self.folder.exists():
-            raise InputError(
-                f"{self.folder} holds an unfinished run: add --resume to go on with it, or remove it to start again"
-            )
-
-    def is_done(self) -> bool:
-        """Whether the output of this very command is there already; then print its table."""
-        import posterity
-
-        def find() -> bool:
-            if not self.resume or self.output is None or not self.output.exists() or self._state_exists():
-                return False
-            result = posterity.load(self.output)
-            if (there := result.attrs.get("command")) != _command():
-                raise InputError(f"{self.output} is the result of another command ({there}): choose another output")
-            typer.echo(f"{self.output} is finished", err=True)
-            posterity.summary(result)
-            return True
-
-        return self.processes.agreed(find)
-
-    def part(self, name: str) -> Path | None:
-        """The folder of one of the models."""
-        return None if self.folder is None else self.folder / name
-
-    def remove(self) -> None:
-        """Delete the state, once the first process has written the output."""
-        from posterity import resume
-        from posterity.audit import kept
-
-        self.processes.every(None)
-        if self.folder is not None:
-            kept.remove(self.folder)
-            resume.remove(self.folder)
-
-    def _state_exists(self) -> bool:
-        return self.folder is not None and self.folder.exists()
-
-
-def _told_of(skipped: Any) -> dict[str, int]:
-    """Say on stderr which lines were skipped, if that was asked for, and return their number as an attribute."""
-    if skipped is None:
-        return {}
-    typer.echo(one_line(str(skipped)), err=True)
-    return {"skipped_lines": skipped.total}
-
-
-def _hand_over(
-    result: Any, output: Path | None, report: Path | None, skipped: Any = None, unfinished: _Unfinished | None = None
-) -> None:
-    """Write what was asked for and print the table."""
-    import posterity
-
-    if unfinished is None or unfinished.processes.first:
-        if skipped is not None:
-            result = result.assign_attrs(_told_of(skipped))
-        if output is not None:
-            posterity.save(result, output)
-        if report is not None:
-            posterity.report(result, report)
-        posterity.summary(result)
-    if unfinished is not None:
-        unfinished.remove()
-
-
-def _alone() -> None:
-    """Refuse several processes, each of which would do the same and write the same files."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("expected one process; only measure, audit and train share their work: leave torchrun out")
 
 
 @app.command()
@@ -388,7 +261,7 @@ def train(
         )
     )  # fmt: skip
     folder = runs.train(output, settings, monitor=monitor, **_given(save_every=save_every, keep=keep))
-    if _rank() == "0":
+    if rank() == "0":
         typer.echo(one_line(f"trained: {folder}"))
 
 
@@ -404,7 +277,7 @@ def compare(
     """
     from posterity import comparison
 
-    _check_writable(output, report, reads=folders)
+    check_writable(output, report, reads=folders)
     compared = comparison.compare(folders)
     if output is not None:
         comparison.save(compared, output)
@@ -439,11 +312,11 @@ def fold(
     Finds the heads for which that costs least, folds as many as the budget allows, and writes the model with the list
     of its folded heads, which `measure` and the other commands then run folded.
     """
-    _alone()
+    alone()
     import posterity
     from posterity import corpus, folded, loading
 
-    if model is not None and _real(output) == _real(model):
+    if model is not None and real_path(output) == real_path(model):
         raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")
     folded.checked_folder(output)
     skipped = corpus.Skipped() if skip_broken else None
@@ -452,7 +325,7 @@ def fold(
         loaded.model, loaded.tokenizer, corpus.sources(text or [], field, skipped),
         **_given(budget=budget, context=context, limit=documents, batch=batch),
     )  # fmt: skip
-    known = {**found.record(), **_provenance(loaded), **_told_of(skipped)}
+    known = {**found.record(), **provenance(loaded), **told_of(skipped)}
     folded.save_folded(loaded.model, loaded.tokenizer, found.by_layer, output, known)
     typer.echo(str(found))
     again = loading.load_model(str(output), dtype, device)
@@ -502,8 +375,8 @@ def audit(
     others = beside or []
     if len({model or "default", *others}) <= len(others):
         raise InputError(f"expected other models beside {model or 'the default'}; one came twice")
-    _check_writable(output, report, reads=[model or "", *(text or []), *others])
-    unfinished = _Unfinished(output, resume)
+    check_writable(output, report, reads=[model or "", *(text or []), *others])
+    unfinished = Unfinished(output, resume)
     if unfinished.is_done():
         return
     given = _given(
@@ -522,10 +395,10 @@ def audit(
     first = next(iter(loaded.values()))
     result = posterity.audit(
         {name: one.model for name, one in loaded.items()}, {name: one.tokenizer for name, one in loaded.items()},
-        texts, quick=quick, control=control, attrs=_provenance(first), state=unfinished.folder,
+        texts, quick=quick, control=control, attrs=provenance(first), state=unfinished.folder,
         processes=unfinished.processes, **given,
     )  # fmt: skip
-    _hand_over(result, output, report, skipped, unfinished)
+    hand_over(result, output, report, skipped, unfinished)
 
 
 @app.command()
@@ -534,10 +407,10 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write (HTML).")],
 ) -> None:
     """Write a page from one or several runs."""
-    _alone()
+    alone()
     import posterity
 
-    _check_writable(None, output, reads=runs)
+    check_writable(None, output, reads=runs)
     posterity.report([posterity.load(run) for run in runs], output)
 
 
@@ -553,7 +426,7 @@ def check(
 
     One line, with the reasons; the exit code is 0 for yes and 2 for no.
     """
-    _alone()
+    alone()
     import posterity
     from posterity import loading
 
@@ -566,7 +439,7 @@ def check(
 @app.command()
 def summary(run: Run) -> None:
     """Print the table of a run."""
-    _alone()
+    alone()
     import posterity
 
     posterity.summary(posterity.load(run))
@@ -589,71 +462,7 @@ def _options(
     pass
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: torchrun ends the other processes with it when one has died, Slurm a job whose time is up."""
-
-
-def _terminate(*_: object) -> None:
-    raise _Terminated
-
-
 def main() -> None:
     """Run the command line; the console script and `python -m posterity` come here."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     app(prog_name="posterity")
-
-
-@contextmanager
-def _edge() -> Iterator[None]:
-    """Turn mistakes, a lack of memory and interruptions into one line; a real bug keeps its traceback."""
-    try:
-        yield
-    except InputError as error:
-        _stop(str(error), 2, error)
-    except typer.TyperException as error:  # a wrong option
-        asked = getattr(getattr(error, "ctx", None), "command_path", "posterity")
-        _stop(f"{error.format_message().replace('Value error, ', '').rstrip('.')}; see {asked} --help", 2, error)
-    except KeyboardInterrupt as error:
-        ended = isinstance(error, _Terminated)
-        if ended and _rank() != "0":  # the first process speaks for all
-            raise typer.Exit(143) from error
-        why = "told to stop from outside, or because another process has ended" if ended else "interrupted"
-        kept = f"; {error}: add --resume to go on" if str(error) else ""
-        _say(why + kept)
-        raise typer.Exit(143 if ended else 130) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
-            raise
-        _stop("out of memory: lower --context or --batch, or choose --dtype bfloat16", 2, error)
-    except OSError as error:
-        if error.errno != errno.EPIPE:
-            raise
-        # The reader has gone; what is still buffered would make Python complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(141) from error
-
-
-def _is_memory(error: BaseException) -> bool:
-    # torch.OutOfMemoryError is a RuntimeError with this text; the CPU allocator has the other.
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
-def _stop(message: str, code: int, error: BaseException) -> None:
-    if (rank := _rank()) != "0":
-        # What is wrong for all is said by the first process, and torchrun ends this one meanwhile.
-        try:
-            time.sleep(OTHERS_WAIT)
-        except KeyboardInterrupt:
-            raise typer.Exit(code) from error
-        message = f"process {rank}: {message}"
-    _say(message)
-    raise typer.Exit(code) from error
-
-
-def _say(message: str) -> None:
-    typer.echo(f"posterity: {one_line(message)}", err=True)
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", "0")

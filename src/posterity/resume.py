@@ -49,7 +49,6 @@ class State:
         if self.folder is None:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             numbers = sorted(int(file.stem) for file in self.folder.glob(FILE.format("[0-9]*")))
         except (OSError, ValueError) as error:
             raise InputError(f"expected a folder for the unfinished run at {self.folder}; {error}") from error
@@ -122,6 +121,7 @@ class State:
         target = self.folder / FILE.format(self.processes.rank)
         part = target.with_suffix(".part")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, known)
             with part.open("rb") as file:
                 os.fsync(file.fileno())

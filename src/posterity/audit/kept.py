@@ -20,17 +20,8 @@ class Kept:
     """The folder of an audit that may be stopped at any moment; without a folder nothing is kept."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, object]):
-        """Make the folder.
-
-        Raises:
-            InputError: It cannot be made.
-        """
+        """Nothing is read or written yet."""
         self.folder, self.settings = None if folder is None else Path(folder), json.loads(json.dumps(settings))
-        try:
-            if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"expected a folder for the unfinished audit at {folder}; {error}") from error
 
     def get(self, model: int, clause: int) -> Finding | None:
         """What an earlier attempt found.
@@ -66,6 +57,7 @@ class Kept:
         target = self.folder / FILE.format(model, clause)
         part = target.with_suffix(".part")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             tree.to_netcdf(part, engine="h5netcdf")
             with part.open("rb") as file:
                 os.fsync(file.fileno())
