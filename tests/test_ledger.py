@@ -10,6 +10,7 @@ from posterity.errors import InputError
 from posterity.ledger import Bins, self_part, tally
 from posterity.mask import Mask
 from posterity.readers import readers
+from posterity.sweep import sweep
 
 
 def observed(query, key, value, grad, **options):
@@ -228,3 +229,18 @@ def test_a_pass_over_part_of_a_sequence_is_refused():
     back = observed(query[:, :, 3:], key, value, torch.ones(2, HEADS, 2, DIM_V, dtype=torch.double))
     with pytest.raises(InputError, match="2 queries for 5 keys"):
         tally(back, self_part(back), Bins.of("all", 5))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_masks_that_differ_between_heads_are_swept_right_when_heads_are_swept_in_parts(threads, monkeypatch):
+    monkeypatch.setattr("posterity.sweep._SCRATCH_BYTES", {"cpu": 1.0})  # as many heads at once as there are threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    length, heads, folded = 21, 5, [1, 4]
+    query, key, value = (torch.randn(2, heads, length, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    seen = []
+    out = attention(query, key, value, mask=Mask().self_only(folded, heads), observe=seen.append)
+    out.backward(torch.randn_like(out))
+    account = sweep(seen[0])
+    wholes = torch.stack([x.square().sum((-1, -2)) for x in seen[0].wholes])
+    torch.testing.assert_close(account[:3].sum(-1), wholes, rtol=1e-11, atol=1e-11)
+    assert not account[..., 1:][:, :, folded].any()

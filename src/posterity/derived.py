@@ -11,6 +11,8 @@ from posterity.result import LOSS_TERMS, PAIRS, PARTS, TERMS
 FAINT = 0.1  # of an equal part of a layer's credit: a head with less has no share worth showing
 UNCERTAIN = 0.25  # standard error of a share above which a head's share is not worth showing
 
+NOTHING = 1e-14  # the square of single precision's rounding
+
 
 def ratio(part: xr.DataArray, whole: xr.DataArray) -> xr.Dataset:
     """Ratio of two sums over documents, `share`, and its standard error over documents, `error`.
@@ -222,7 +224,8 @@ def weak(result: xr.Dataset) -> xr.DataArray:
 def balance(result: xr.Dataset) -> xr.DataArray:
     """How far the accounts of the same credit disagree, relative to the layer's credit; dims (layer, stream).
 
-    Compares credit added up by lag with credit by position and with credit by document, head by head.
+    Compares credit added up by lag with credit by position and with credit by document, head by head. A stream with
+    less than `NOTHING` of its layer's credit has a gradient of 0 to single precision, and is set beside that.
     """
     by_lag = result.credit.sum("lag", skipna=False)
     others = (
@@ -231,7 +234,8 @@ def balance(result: xr.Dataset) -> xr.DataArray:
     )
     wrong = [_sum(result, abs(by_lag - other), ("layer",)) for other in others]
     off = xr.where(wrong[0] > wrong[1], wrong[0], wrong[1])
-    off = xr.where(off == 0, 0.0, off / abs(_sum(result, by_lag, ("layer",))))
+    credit = abs(_sum(result, by_lag, ("layer",)))
+    off = xr.where(off == 0, 0.0, off / np.maximum(credit, NOTHING * credit.sum("stream")))
     return _named(off, "relative disagreement of the accounts")
 
 

@@ -146,11 +146,16 @@ class Mask:
         return found
 
     def fill_(
-        self, block: Float[Tensor, "*batch_head rows columns"], tile: Tile, value: float, document: int | None = None
+        self,
+        block: Float[Tensor, "*batch_head rows columns"],
+        tile: Tile,
+        value: float,
+        document: int | None = None,
+        heads: slice | None = None,
     ):
         """Write `value` over the pairs of a block that are no edges, in place; return the block.
 
-        `block` is (batch, head, rows, columns), or (head, rows, columns) of the one `document`.
+        `block` is (batch, head, rows, columns), or (head, rows, columns) of some `heads` of the one `document`.
         """
         if tile.whole:
             first = max(tile.lag + 1, 0)  # columns from here on hold pairs with key > query
@@ -162,6 +167,7 @@ class Mask:
         allowed = self._evaluate(tile, block.device)
         if document is not None:
             allowed = allowed[document if len(allowed) > 1 else 0]
+            allowed = allowed if heads is None or len(allowed) == 1 else allowed[heads]
         return block.masked_fill_(~allowed, value)
 
     def diagonal(self, queries: int, keys: int, device: torch.device) -> Bool[Tensor, "#batch #head query"] | None:

@@ -93,7 +93,7 @@ def _sweep_heads(
             rows = part.query[i], part.grad[i], part.lse[i], part.delta[i]
             bias = None if back.bias is None else part.bias(bias_block(back.bias, tile))
             edges_(weight, score, rows, (part.key[j], part.value[j]), back, bias)
-            back.mask.fill_(weight, tile, 0.0, document)
+            back.mask.fill_(weight, tile, 0.0, document, heads)
             score.mul_(weight)
             for stream, (left, right, factor) in enumerate(
                 (
