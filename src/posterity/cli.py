@@ -120,7 +120,7 @@ def measure(
     skipped = corpus.Skipped() if skip_broken else None
     texts = corpus.sources(names, field, skipped)
     unfinished = Unfinished(output, resume)
-    if unfinished.is_done():
+    if unfinished.is_done(report):
         return
     given = _given(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
@@ -377,7 +377,7 @@ def audit(
         raise InputError(f"expected other models beside {model or 'the default'}; one came twice")
     check_writable(output, report, reads=[model or "", *(text or []), *others])
     unfinished = Unfinished(output, resume)
-    if unfinished.is_done():
+    if unfinished.is_done(report):
         return
     given = _given(
         contexts=_numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,

@@ -91,15 +91,17 @@ def measure(
     windows = processes.agreed(lambda: corpus.windows(documents, tokenizer, context, limit))
     check_tokens(inner, windows)
     settings = {
-        "version": posterity.__version__, "model": fingerprint(inner), "text": corpus.digest(windows),
-        "context": context, "lags": lags, "weights": weights, "losses": losses, "horizons": horizons,
-        "parameters": parameters, "batch": batch, "seed": seed,
+        "version": posterity.__version__, "dtype": str(inner.dtype), "context": context, "documents": len(windows),
+        "lags": lags, "weights": weights, "losses": losses, "horizons": horizons, "parameters": parameters,
+        "batch": batch, "seed": seed, "text": corpus.digest(windows),
+        "model": "" if state is None else fingerprint(inner),
     }  # fmt: skip
     run_state = State(state, settings, processes)
     todo = processes.share(run_state.left(len(windows)))
     shown = progress and processes.first and bool(todo)
     asked = losses or parameters or bool(horizons)
     with (
+        run_state.kept(len(todo)),
         frozen(inner, parameters),
         seeded(seed),
         account(model, lags, weights) as ledger,
@@ -116,7 +118,7 @@ def measure(
             stack.enter_context(payers.watching())
         run_state.start(ledger.sums)
         doing = "measuring" if processes.count == 1 else f"measuring, process 1 of {processes.count}"
-        with run_state.kept(), progress_bar(len(todo), shown, doing) as advance:
+        with progress_bar(len(todo), shown, doing) as advance:
             for start in range(0, len(todo), batch):
                 numbers = todo[start : start + batch]
                 torch.manual_seed(seed + numbers[0])  # the same, however the windows are shared out

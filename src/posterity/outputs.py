@@ -54,6 +54,17 @@ def command_line() -> str:
     return shlex.join(["posterity", *(one for one in sys.argv[1:] if one != "--resume")])
 
 
+def _asked(command: list[str]) -> list[str]:
+    """A command without the page that it writes."""
+    kept, words = [], iter(command)
+    for word in words:
+        if word in ("-r", "--report"):
+            next(words, None)
+        elif not word.startswith(("--report=", "-r=")):
+            kept.append(word)
+    return kept
+
+
 class Unfinished:
     """The state of a run beside its output, for one process or several."""
 
@@ -70,17 +81,20 @@ class Unfinished:
                 f"{self.folder} holds an unfinished run: add --resume to go on with it, or remove it to start again"
             )
 
-    def is_done(self) -> bool:
-        """Whether the output of this very command is there already; then print its table."""
+    def is_done(self, report: Path | None) -> bool:
+        """Whether the result of this very command is there already; then print its table and write its page."""
         import posterity
 
         def find() -> bool:
             if not self.resume or self.output is None or not self.output.exists() or self._state_exists():
                 return False
             result = posterity.load(self.output)
-            if (there := result.attrs.get("command")) != command_line():
+            there = str(result.attrs.get("command"))
+            if _asked(shlex.split(there)) != _asked(shlex.split(command_line())):
                 raise InputError(f"{self.output} is the result of another command ({there}): choose another output")
-            typer.echo(f"{self.output} is finished", err=True)
+            typer.echo(one_line(f"{self.output} is finished"), err=True)
+            if report is not None:
+                posterity.report(result, report)
             posterity.summary(result)
             return True
 
@@ -101,7 +115,9 @@ class Unfinished:
             resume.remove(self.folder)
 
     def _state_exists(self) -> bool:
-        return self.folder is not None and self.folder.is_dir() and any(self.folder.iterdir())
+        return self.folder is not None and any(
+            path.suffix in (".safetensors", ".nc") for path in self.folder.rglob("*")
+        )
 
 
 def told_of(skipped: Any) -> dict[str, int]:

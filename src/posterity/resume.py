@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,21 +46,37 @@ class State:
         self._done: list[int] = []  # by this process, in the order of the rows
         self._earlier = Sums()  # of this process
         self._others: list[tuple[Sums, list[int]]] = []  # of processes that are no more
+        self._kept = 0  # how many of them are on disk
         self._written = self._took = 0.0
+        self._lock = None if self.folder is None else lock(self.folder, processes.rank)
+        with self._closing_on_error():
+            self._read_all()
+
+    def _read_all(self) -> None:
         if self.folder is None:
             return
-        try:
-            numbers = sorted(int(file.stem) for file in self.folder.glob(FILE.format("[0-9]*")))
-        except (OSError, ValueError) as error:
-            raise InputError(f"expected a folder for the unfinished run at {self.folder}; {error}") from error
-        for number in processes.share(range(max(numbers, default=-1) + 1)):
+        numbers = sorted(int(file.stem) for file in self.folder.glob(FILE.format("[0-9]*")) if file.stem.isdecimal())
+        for number in self.processes.share(range(max(numbers, default=-1) + 1)):
             if number in numbers:
                 sums, done, seconds = self._read(self.folder / FILE.format(number))
                 self.seconds += seconds
-                if number == processes.rank:
-                    self._earlier, self._done = sums, done
+                if number == self.processes.rank:
+                    self._earlier, self._done, self._kept = sums, done, len(done)
                 else:
                     self._others.append((sums, done))
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def left(self, windows: int) -> list[int]:
         """The numbers of the windows that are in no process's sums.
@@ -70,6 +87,7 @@ class State:
         mine = [*self._done, *(number for _, done in self._others for number in done)]
         known = [number for numbers in self.processes.every(mine) for number in numbers]
         if len(set(known)) < len(known) or not set(known) <= set(range(windows)):
+            self.close()
             raise InputError(f"{self.folder} counts a window twice, or one that is not there: remove it to start again")
         return sorted(set(range(windows)) - set(known))
 
@@ -102,14 +120,17 @@ class State:
             sums.reorder(sorted(range(len(order)), key=order.__getitem__))
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Inside, an interruption says what is kept."""
+    def kept(self, todo: int) -> Iterator[None]:
+        """Inside, while so many windows are measured, an interruption says what is kept; then the folder is free."""
+        total = len(self._done) + todo
         try:
             yield
         except KeyboardInterrupt as error:
             if self.folder is None:
                 raise
-            raise type(error)(f"what was measured is kept in {self.folder}") from error
+            raise type(error)(f"{self._kept} of {total} windows are kept in {self.folder}") from error
+        finally:
+            self.close()
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._started
@@ -126,6 +147,7 @@ class State:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, target)
+            self._kept = len(self._done)
         except (OSError, SafetensorError) as error:
             raise InputError(f"expected to write the unfinished run to {self.folder}; {error}: make room") from error
 
@@ -157,18 +179,40 @@ def check_settings(folder: Path | None, there: Mapping[str, object], here: Mappi
 def remove(folder: Path) -> None:
     """Delete the states in a folder and the folders directly in it; what else is there stays."""
     for place in (*folder.glob("*/"), folder):
-        for file in (*place.glob(FILE.format("[0-9]*")), *place.glob("[0-9]*.part")):
+        for file in (file for kind in ("safetensors", "part", "lock") for file in place.glob(f"[0-9]*.{kind}")):
             file.unlink(missing_ok=True)
         with suppress(OSError):  # not empty, or another process was first
             place.rmdir()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hex) of names, shapes and types of all parameters and of a few numbers of each."""
+    """SHA-256 (hex) of all parameters and buffers, their names, shapes and types."""
     state = hashlib.sha256()
-    for name, x in model.named_parameters():
+    for name, x in model.state_dict(keep_vars=True).items():
         state.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
         if not x.is_meta:
-            flat = x.detach().flatten()
-            state.update(flat[:: max(1, len(flat) // 64)].double().cpu().numpy().tobytes())
+            state.update(x.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
     return state.hexdigest()
+
+
+def lock(folder: Path, rank: int) -> IO | None:
+    """Hold a folder, as long as the file that is returned is open; None where the system knows no locks.
+
+    Raises:
+        InputError: Another run holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / f"{rank}.lock").open("w")
+    except OSError as error:
+        raise InputError(f"expected a folder for the unfinished run at {folder}; {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(f"another run is at work on {folder}: wait for it, or choose another output") from error
+    return file

@@ -6,6 +6,10 @@ read with rows of `stride + 1` numbers, every column of what is read is one diag
 """
 
 import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -38,12 +42,19 @@ def sweep(back: Backward, scratch: "Scratch | None" = None) -> Float[Tensor, "se
     height, width = (max(sizes) for sizes in zip(*(tile.shape for tile in tiles), strict=True))
     # The largest lag first, as in the blocks: index `length - lag`. Beyond lag 0: what blocks hold of key > query.
     sums = torch.zeros(7, batch, heads, 1 + length + height + width, dtype=torch.float64, device=device)
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    budget = threads * _SCRATCH_BYTES.get(device.type, _SCRATCH_LARGE)
-    some = max(threads, int(budget / (_Blocks.COUNT * height * (height + width) * back.lse.element_size())))
-    for document in range(batch):
-        for first in range(0, heads, some):
-            _sweep_heads(back, document, slice(first, min(first + some, heads)), tiles, sums, scratch)
+    threads = min(len(tiles), torch.get_num_threads() if device.type == "cpu" else 1)
+    budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_LARGE)
+    some = max(1, int(budget / (_Blocks.COUNT * height * (height + width) * back.lse.element_size())))
+    groups = [(one, slice(at, min(at + some, heads))) for one in range(batch) for at in range(0, heads, some)]
+    left = len(groups) % threads  # of these every thread takes a part of the blocks, of the others one takes all
+    jobs = [(group, tiles) for group in groups[: len(groups) - left]]
+    jobs += [(group, tiles[at::threads]) for group in groups[len(groups) - left :] for at in range(threads)]
+    run = partial(_run, back, 1 + length + height + width)
+    back.wholes  # noqa: B018  (computed here once, and not in each thread)
+    with _working(threads) as each:
+        for found in each(run, [jobs[at::threads] for at in range(threads)], scratch.parts(threads)):
+            for (document, part), x in found:
+                sums[:, document, part] += x
     by_lag = sums[..., 1 : length + 1].flip(-1)
     by_lag[:2] *= back.scale  # so far of ds_ij, without the scale of the scores
     by_lag[3:5] *= back.scale
@@ -77,12 +88,34 @@ def edges_(
     weight.exp2_()
 
 
-def _sweep_heads(
-    back: Backward, document: int, heads: slice, tiles: list[Tile], sums: Tensor, scratch: "Scratch"
-) -> None:
-    """Add the diagonals of all tiles to `sums`, for a few heads of one document."""
-    part = _Operands(back, document, heads)
+@contextmanager
+def _working(threads: int) -> Iterator[Callable]:
+    """`map` over so many threads, in each of which operators have one: blocks are too small to share each operator."""
+    if threads == 1:
+        yield map
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def _run(
+    back: Backward, width: int, jobs: list[tuple[tuple[int, slice], list[Tile]]], scratch: "Scratch"
+) -> list[tuple[tuple[int, slice], Float[Tensor, "seven head width"]]]:
+    """What one thread does: some blocks of some heads of a document, one after the other."""
+    return [(group, _sweep_tiles(back, _Operands(back, *group), width, tiles, scratch)) for group, tiles in jobs]
+
+
+def _sweep_tiles(
+    back: Backward, part: "_Operands", width: int, tiles: list[Tile], scratch: "Scratch"
+) -> Float[Tensor, "seven head width"]:
+    """The sums along the diagonals of some tiles, for a few heads of one document."""
     length = part.query.shape[1]
+    sums = torch.zeros(7, len(part.query), width, dtype=torch.float64, device=part.query.device)
     for shape, group in groupby(tiles, lambda tile: tile.shape):
         blocks = scratch.blocks(len(part.query), *shape, part.query)
         weight, score, credit = blocks.tiles
@@ -93,7 +126,7 @@ def _sweep_heads(
             rows = part.query[i], part.grad[i], part.lse[i], part.delta[i]
             bias = None if back.bias is None else part.bias(bias_block(back.bias, tile))
             edges_(weight, score, rows, (part.key[j], part.value[j]), back, bias)
-            back.mask.fill_(weight, tile, 0.0, document, heads)
+            back.mask.fill_(weight, tile, 0.0, part.document, part.heads)
             score.mul_(weight)
             for stream, (left, right, factor) in enumerate(
                 (
@@ -111,7 +144,8 @@ def _sweep_heads(
             torch.sum(sheared_score, 1, out=diagonals[3])
             torch.bmm(part.readers[..., tile.rows], sheared_weight, out=diagonals[5:].transpose(0, 1))
             at = length - tile.lag - shape[0]
-            sums[:, document, heads, at : at + diagonals.shape[-1]] += diagonals
+            sums[..., at : at + diagonals.shape[-1]] += diagonals
+    return sums
 
 
 class _Operands:
@@ -139,12 +173,12 @@ class _Operands:
         if readers is not None:
             reader = readers[document].to(dtype).expand_as(reader)
         self.readers = torch.stack((self.grad.norm(dim=-1), reader), 1)
-        self._document, self._heads = document, heads
+        self.document, self.heads = document, heads
 
     def bias(self, block: Tensor) -> Tensor:
         """What these heads of this document have of a bias."""
-        block = block[self._document if len(block) > 1 else 0]
-        return block[self._heads] if len(block) > 1 else block
+        block = block[self.document if len(block) > 1 else 0]
+        return block[self.heads] if len(block) > 1 else block
 
 
 class Scratch:
@@ -154,6 +188,12 @@ class Scratch:
 
     def __init__(self):
         self._kept: dict[tuple, _Blocks] = {}
+        self._parts: list[Scratch] = []
+
+    def parts(self, threads: int) -> list["Scratch"]:
+        """Some for each thread."""
+        self._parts += [Scratch() for _ in range(threads - len(self._parts))]
+        return self._parts[:threads]
 
     def blocks(self, heads: int, height: int, width: int, like: Tensor) -> "_Blocks":
         """The blocks of one shape."""

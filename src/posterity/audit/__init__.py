@@ -101,25 +101,20 @@ def audit(
         inner[RANDOM] = random_control(next(iter(inner.values())), plan.seed)
     settings = {
         "version": posterity.__version__, "plan": repr(plan), "text": _digest(texts),
-        "model": [fingerprint(one) for one in inner.values()],
+        "model": [] if state is None else [fingerprint(one) for one in inner.values()],
     }  # fmt: skip
-    kept = Kept(state, settings)
+    kept = Kept(state, settings, processes.rank)
     shown = progress and processes.first
     found: dict[tuple[str, int], Finding] = {}
     seconds: dict[int, float] = {}
-    for number, (name, one) in enumerate(inner.items()):
-        words = next(iter(tokenizer.values())) if isinstance(tokenizer, Mapping) and name == RANDOM else tokenizer
-        words = words[name] if isinstance(words, Mapping) else words
-        subject = Subject(one, words, texts, plan, shown)
-        mine = _share(chosen, processes, number)
-        title = name if len(inner) > 1 else ""
-        try:
-            findings = _findings(subject, mine, title, seconds, kept, number)
-        except KeyboardInterrupt as error:
-            if kept.folder is None:
-                raise
-            raise type(error)(f"what was measured is kept in {kept.folder}") from error
-        found |= {(name, clause): finding for clause, finding in findings.items()}
+    with kept.kept():
+        for number, (name, one) in enumerate(inner.items()):
+            words = next(iter(tokenizer.values())) if isinstance(tokenizer, Mapping) and name == RANDOM else tokenizer
+            words = words[name] if isinstance(words, Mapping) else words
+            subject = Subject(one, words, texts, plan, shown)
+            mine = _share(chosen, processes, number)
+            findings = _findings(subject, mine, name if len(inner) > 1 else "", seconds, kept, number)
+            found |= {(name, clause): finding for clause, finding in findings.items()}
     found = {at: one for some in processes.every(found) for at, one in some.items()}
     took = {clause: x for some in processes.every(seconds) for clause, x in some.items()}
     by_model = {name: {clause.number: found[name, clause.number] for clause in chosen} for name in inner}

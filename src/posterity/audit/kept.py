@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import xarray as xr
 
 from posterity.audit.clause import Figure, Finding
 from posterity.errors import InputError
-from posterity.resume import check_settings
+from posterity.resume import check_settings, lock
 
 FILE = "{}-clause-{}.nc"  # number of the model, number of the clause
 
@@ -19,9 +19,27 @@ FILE = "{}-clause-{}.nc"  # number of the model, number of the clause
 class Kept:
     """The folder of an audit that may be stopped at any moment; without a folder nothing is kept."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, object]):
-        """Nothing is read or written yet."""
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, object], rank: int = 0):
+        """Hold the folder.
+
+        Raises:
+            InputError: Another run does, or it cannot be made.
+        """
         self.folder, self.settings = None if folder is None else Path(folder), json.loads(json.dumps(settings))
+        self._lock = None if self.folder is None else lock(self.folder, rank)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, an interruption says where the rows are kept; then the folder is free."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if self.folder is None:
+                raise
+            raise type(error)(f"the rows that were finished are kept in {self.folder}") from error
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def get(self, model: int, clause: int) -> Finding | None:
         """What an earlier attempt found.
@@ -57,7 +75,6 @@ class Kept:
         target = self.folder / FILE.format(model, clause)
         part = target.with_suffix(".part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             tree.to_netcdf(part, engine="h5netcdf")
             with part.open("rb") as file:
                 os.fsync(file.fileno())
@@ -68,7 +85,7 @@ class Kept:
 
 def remove(folder: Path) -> None:
     """Delete what an audit kept; what else is in the folder stays."""
-    for file in (*folder.glob(FILE.format("*", "*")), *folder.glob("*-clause-*.part")):
+    for file in (*folder.glob(FILE.format("*", "*")), *folder.glob("*-clause-*.part"), *folder.glob("[0-9]*.lock")):
         file.unlink(missing_ok=True)
     with suppress(OSError):  # not empty, or another process was first
         folder.rmdir()
