@@ -97,24 +97,25 @@ def test_a_finished_state_gives_the_result_without_a_pass(tmp_path, monkeypatch)
         ({"batch": 3}, "batch 1 there, 3 here"),
         ({"seed": 1}, "seed"),
         ({"documents": tokens(3, 12, seed=5)}, "another text"),
-        ({"documents": tokens(2, 12)}, "another text"),
-        ({"context": 6}, "another text"),
-        ({"model": tiny("llama", torch.float32)}, "another model"),
+        ({"documents": tokens(2, 12)}, "documents 3 there, 2 here"),
+        ({"context": 6}, "context 12 there, 6 here"),
+        ({"model": tiny("llama", torch.float32)}, "dtype torch.float64 there, torch.float32 here"),
+        ({"model": tiny("gpt2")}, "another model"),
     ],
 )
 def test_a_state_of_other_settings_is_refused(tmp_path, changed, said):
     measure(tmp_path / "state")
-    before = {file: file.read_bytes() for file in (tmp_path / "state").iterdir()}
+    before = {file: file.read_bytes() for file in (tmp_path / "state").glob("*.safetensors")}
     with pytest.raises(InputError, match=said):
         measure(tmp_path / "state", **changed)
-    assert {file: file.read_bytes() for file in (tmp_path / "state").iterdir()} == before
+    assert {file: file.read_bytes() for file in (tmp_path / "state").glob("*.safetensors")} == before
 
 
 def test_one_weight_that_differs_is_another_model(tmp_path):
     model = tiny("llama")
     measure(tmp_path / "state", model)
     with torch.no_grad():
-        model.model.layers[1].self_attn.k_proj.weight[0, 0] += 1
+        model.model.layers[1].self_attn.k_proj.weight[3, 5] += 1
     with pytest.raises(InputError, match="another model"):
         measure(tmp_path / "state", model)
 
@@ -152,6 +153,22 @@ def test_an_interruption_says_what_is_kept_and_half_a_window_is_not(tmp_path, mo
         measure(tmp_path / "state")
     monkeypatch.setattr(accounts, "tally", original)
     assert expected.drop_attrs().identical(measure(tmp_path / "state").drop_attrs())
+
+
+def test_a_buffer_that_differs_is_another_model(tmp_path):
+    model = tiny("llama")
+    model.register_buffer("of_mine", torch.zeros(3))
+    measure(tmp_path / "state", model)
+    model.of_mine[2] = 1
+    with pytest.raises(InputError, match="another model"):
+        measure(tmp_path / "state", model)
+
+
+def test_a_state_is_held_by_one_run(tmp_path):
+    with resume.lock(tmp_path / "state", 0), pytest.raises(InputError, match="another run is at work on"):
+        measure(tmp_path / "state")
+    measure(tmp_path / "state")
+    measure(tmp_path / "state")  # each has let it go
 
 
 def test_the_model_is_as_before_after_a_refused_state(tmp_path):
@@ -234,7 +251,7 @@ def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkey
     monkeypatch.setitem(posterity.measure.__globals__, "_measure", interrupted)
     code, _, said = command()
     assert code == 130
-    assert "interrupted; what was measured is kept in run.nc.state: add --resume to go on" in said
+    assert re.search(r"interrupted; [12] of 4 windows are kept in run.nc.state: add --resume to go on", said)
     assert not (tmp_path / "run.nc").exists()
     code, _, said = command()
     assert code == 2
@@ -250,6 +267,9 @@ def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkey
     assert code == 0
     assert "4 windows" in table
     assert "is finished" in said
+    assert len(calls) < 3 + 4
+    assert command("--resume", "--report", "page.html")[0] == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert len(calls) < 3 + 4
     assert command()[0] == 0  # without --resume it is measured anew
     assert len(calls) >= 3 + 4
