@@ -175,7 +175,14 @@ def result_changes(changes: list[tuple[str, str, Any]]) -> bool:
             name = name if name in file else names[len(name) % len(names)]
             try:
                 _change(file, what, name, value)
-            except (KeyError, ValueError, TypeError, RuntimeError, OSError):  # h5py's own refusal: nothing was changed
+            except (
+                KeyError,
+                ValueError,
+                TypeError,
+                RuntimeError,
+                OSError,
+                OverflowError,
+            ):  # h5py's own refusal: nothing was changed
                 continue
 
     def use():
