@@ -382,10 +382,8 @@ def test_a_process_that_dies_stops_the_others_and_the_run_can_go_on(folder, tmp_
     os.kill(ranks[b"1"], signal.SIGKILL)
     _, said = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert (
-        "posterity: told to stop from outside, or because another process has ended; what was measured is kept" in said
-    )
-    assert "add --resume to go on" in said
+    why = "posterity: told to stop from outside, or because another process has ended"
+    assert re.search(why + r"; \d+ of 200 windows are kept in .*: add --resume to go on", " ".join(said.split()))
     assert not (tmp_path / "run.nc").exists()
     before = sum(len(resume.safe_open(file, "pt").get_tensor("done")) for file in state.glob("*.safetensors"))
     assert before

@@ -6,6 +6,7 @@ from families import IMPOSSIBLE, TYPES, build
 from test_losses import by_position, close, exact, own_of, remaining
 from tiny import CONFIGS, summed_loss, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
+from verification import double
 
 import posterity
 from posterity import check, sending
@@ -84,7 +85,8 @@ def test_whatever_is_behind_the_head_is_done_for_each_chunk(name, chunk_of):
     if name == "ctrl":
         pytest.skip("writes into its own embeddings")
     chunk_of(5, 97)
-    assert_equal(model, ids)
+    with double():  # many types compute norms and softmax in float32, whatever their weights are
+        assert_equal(model, ids)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
