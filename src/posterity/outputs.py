@@ -107,11 +107,9 @@ class Unfinished:
     def remove(self) -> None:
         """Delete the state, once the first process has written the output."""
         from posterity import resume
-        from posterity.audit import kept
 
         self.processes.every(None)
         if self.folder is not None:
-            kept.remove(self.folder)
             resume.remove(self.folder)
 
     def _state_exists(self) -> bool:

@@ -49,8 +49,11 @@ class State:
         self._kept = 0  # how many of them are on disk
         self._written = self._took = 0.0
         self._lock = None if self.folder is None else lock(self.folder, processes.rank)
-        with self._closing_on_error():
+        try:
             self._read_all()
+        except BaseException:
+            self.close()
+            raise
 
     def _read_all(self) -> None:
         if self.folder is None:
@@ -64,14 +67,6 @@ class State:
                     self._earlier, self._done, self._kept = sums, done, len(done)
                 else:
                     self._others.append((sums, done))
-
-    @contextmanager
-    def _closing_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Let another run have the folder."""
@@ -139,17 +134,9 @@ class State:
         assert self.folder is not None
         tensors = sums.tensors() | {"done": torch.tensor(self._done, dtype=torch.int64)}
         known = {"settings": json.dumps(self.settings), "seconds": repr(self._seconds())}
-        target = self.folder / FILE.format(self.processes.rank)
-        part = target.with_suffix(".part")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with written(self.folder / FILE.format(self.processes.rank)) as part:
             save_file(tensors, part, known)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            self._kept = len(self._done)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"expected to write the unfinished run to {self.folder}; {error}: make room") from error
+        self._kept = len(self._done)
 
     def _read(self, file: Path) -> tuple[Sums, list[int], float]:
         try:
@@ -162,6 +149,24 @@ class State:
             raise InputError(f"{file} is no state of a run ({error}): remove {self.folder} to start again") from error
         check_settings(self.folder, settings, self.settings)
         return Sums.of(tensors), done, seconds
+
+
+@contextmanager
+def written(target: Path) -> Iterator[Path]:
+    """A file for what is written inside; it takes the place of `target` at the end, whole or not at all.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    part = target.with_suffix(".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"expected to write the unfinished run to {target.parent}; {error}: make room") from error
 
 
 def check_settings(folder: Path | None, there: Mapping[str, object], here: Mapping[str, object]) -> None:
@@ -179,7 +184,7 @@ def check_settings(folder: Path | None, there: Mapping[str, object], here: Mappi
 def remove(folder: Path) -> None:
     """Delete the states in a folder and the folders directly in it; what else is there stays."""
     for place in (*folder.glob("*/"), folder):
-        for file in (file for kind in ("safetensors", "part", "lock") for file in place.glob(f"[0-9]*.{kind}")):
+        for file in (file for kind in ("safetensors", "nc", "part", "lock") for file in place.glob(f"[0-9]*.{kind}")):
             file.unlink(missing_ok=True)
         with suppress(OSError):  # not empty, or another process was first
             place.rmdir()

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import xarray as xr
 
 from posterity.audit.clause import Figure, Finding
 from posterity.errors import InputError
-from posterity.resume import check_settings, lock
+from posterity.resume import check_settings, lock, written
 
 FILE = "{}-clause-{}.nc"  # number of the model, number of the clause
 
@@ -72,23 +72,8 @@ class Kept:
         }  # fmt: skip
         tree = xr.DataTree.from_dict({name: one.to_dataset(name=name) for name, one in finding.variables.items()})
         tree.attrs["finding"] = json.dumps(known)
-        target = self.folder / FILE.format(model, clause)
-        part = target.with_suffix(".part")
-        try:
+        with written(self.folder / FILE.format(model, clause)) as part:
             tree.to_netcdf(part, engine="h5netcdf")
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        except OSError as error:
-            raise InputError(f"expected to write the unfinished audit to {self.folder}; {error}: make room") from error
-
-
-def remove(folder: Path) -> None:
-    """Delete what an audit kept; what else is in the folder stays."""
-    for file in (*folder.glob(FILE.format("*", "*")), *folder.glob("*-clause-*.part"), *folder.glob("[0-9]*.lock")):
-        file.unlink(missing_ok=True)
-    with suppress(OSError):  # not empty, or another process was first
-        folder.rmdir()
 
 
 def _loaded(dataset: xr.Dataset, name: str) -> xr.DataArray:
