@@ -5,6 +5,7 @@ python bench/peers/with_PEER.py MODEL_FOLDER IDS.npy OUTPUT.npz SECONDS [QUANTIT
 
 import json
 import resource
+import statistics
 import sys
 import time
 from importlib.metadata import version
@@ -15,21 +16,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 SAMPLE = 8  # losses that are timed where all of them would take too long
-AGAIN = 60  # seconds: what takes less is done twice, and the second pass is timed
+PASSES = 5  # after a first one that is not timed
+AGAIN = 60  # seconds: no further pass after so many
 
 
 def main(measure, *packages):
-    """Run `measure(folder, model, ids, budget, *quantity)`: arrays, seconds, and whether these are estimated."""
+    """Run `measure(folder, model, ids, budget, *quantity)`: arrays, seconds, whether estimated, more by name."""
     folder, ids, output, budget, *quantity = sys.argv[1:]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     ids = torch.from_numpy(np.load(ids))[None]
     loaded = peak()
-    arrays, seconds, estimated = measure(folder, model, ids, float(budget), *quantity)
+    arrays, seconds, estimated, *more = measure(folder, model, ids, float(budget), *quantity)
     np.savez(output, **arrays)
     found = {"seconds": seconds, "estimated": estimated, "peak": peak(), "loaded": loaded}
     found["versions"] = {name: version(name) for name in (*packages, "torch", "transformers")}
     found["threads"] = torch.get_num_threads()
+    found |= dict(*more)
     Path(output).with_suffix(".json").write_text(json.dumps(found))
 
 
@@ -39,16 +42,17 @@ def peak():
 
 
 def timed(work):
-    """(result, seconds) of a second pass, or of the first if that took long."""
-    started = time.perf_counter()
-    result = work()
-    seconds = time.perf_counter() - started
-    if seconds < AGAIN:
-        del result
+    """(result, seconds) of the median of up to five passes after a first one, or of the first if that took long."""
+    began, passes = time.perf_counter(), []
+    while len(passes) <= PASSES:
+        result = None  # the pass before is not held beside this one
         started = time.perf_counter()
         result = work()
-        seconds = time.perf_counter() - started
-    return result, seconds
+        ended = time.perf_counter()
+        passes.append(ended - started)
+        if ended - began > AGAIN:
+            break
+    return result, statistics.median(passes[1:] or passes)
 
 
 def who_pays(prepare, length, budget):

@@ -4,7 +4,8 @@ import torch
 from cell import main, who_pays
 
 
-def losses(folder, model, ids, budget):
+def losses(folder, model, ids, budget, dtype="float32"):
+    model.to(getattr(torch, dtype))
     layers = [one for x in model.model.layers for one in (x.self_attn.k_proj, x.self_attn.v_proj)]
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
