@@ -22,7 +22,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import posterity
-from posterity import cli, corpus, folder, netcdf
+from posterity import cli, corpus, folder, netcdf, sources
 from posterity.errors import InputError
 
 PLACE = Path(tempfile.mkdtemp(prefix="posterity-fuzz-"))
@@ -115,19 +115,19 @@ def text_file(data: bytes) -> bool:
     path.write_bytes(data)
 
     def use():
-        read = "".join("".join(stream.pieces()) for _, stream in corpus.sources([str(path)]))
+        read = "".join("".join(stream.pieces()) for _, stream in sources.documents([str(path)]))
         assert read == data.decode().removeprefix("\ufeff")
-        corpus.windows(corpus.sources([str(path)]), Plain(), 4, 9)
+        corpus.windows(sources.documents([str(path)]), Plain(), 4, 9)
 
     return kept(use)
 
 
 def json_lines(data: bytes) -> bool:
     """A .jsonl file, with and without its broken lines."""
-    path, skipped = PLACE / "a.jsonl", corpus.Skipped()
+    path, skipped = PLACE / "a.jsonl", sources.Skipped()
     path.write_bytes(data)
-    taken = kept(lambda: list(corpus.sources([str(path)])))
-    kept(lambda: list(corpus.sources([str(path)], skipped=skipped)))
+    taken = kept(lambda: list(sources.documents([str(path)])))
+    kept(lambda: list(sources.documents([str(path)], skipped=skipped)))
     assert not (taken and skipped.total)
     return taken
 

@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from posterity.corpus import Stream, default_text, digest, sources, windows
+from posterity import sources
+from posterity.corpus import Stream, default_text, digest, windows
 from posterity.errors import InputError
+from posterity.sources import documents
 
 WORDS = "the cat sat on the mat and the dog ran to the end of the long road \n"
 # From one to many characters in a token, with and without white space to cut at.
@@ -226,18 +228,16 @@ def test_sizes_and_tokenizer_are_checked():
 def test_a_file_is_its_text_without_a_byte_order_mark(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" + WORDS.encode())
-    [(name, stream)] = sources([str(path)])
+    [(name, stream)] = documents([str(path)])
     assert name == str(path)
     assert "".join(stream.pieces()) == WORDS == "".join(stream.pieces())
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40), st.integers(1, 5))
 def test_characters_survive_every_size_of_the_chunks_that_are_read(text, size):
-    from posterity import corpus
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK", size)
-        assert "".join(corpus._decode(io.BytesIO(text.encode()), "name")) == text.removeprefix("\ufeff")
+        patch.setattr(sources, "CHUNK", size)
+        assert "".join(sources._decode(io.BytesIO(text.encode()), "name")) == text.removeprefix("\ufeff")
 
 
 @pytest.mark.parametrize(
@@ -252,13 +252,11 @@ def test_characters_survive_every_size_of_the_chunks_that_are_read(text, size):
 )
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
 def test_files_that_are_no_text_are_refused_with_the_byte(tmp_path, monkeypatch, data, message, chunk):
-    from posterity import corpus
-
-    monkeypatch.setattr(corpus, "CHUNK", chunk)
+    monkeypatch.setattr(sources, "CHUNK", chunk)
     path = tmp_path / "file"
     path.write_bytes(data)
     with pytest.raises(InputError, match=message):
-        windows(sources([str(path)]), PLAIN, 4)
+        windows(documents([str(path)]), PLAIN, 4)
 
 
 def test_wrong_arguments_are_found_before_anything_is_read(tmp_path):
@@ -272,7 +270,7 @@ def test_wrong_arguments_are_found_before_anything_is_read(tmp_path):
         ("not a name", "there is no file not a name"),
     ]:
         with pytest.raises(InputError, match=message):
-            sources([str(good), bad])
+            documents([str(good), bad])
 
 
 def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch):
@@ -284,23 +282,21 @@ def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(InputError, match=r"secret\.txt: Permission denied"):
-        sources([str(path)])
+        documents([str(path)])
 
 
 def test_a_long_file_is_read_only_as_far_as_needed(tmp_path, monkeypatch):
-    from posterity import corpus
-
-    monkeypatch.setattr(corpus, "CHUNK", 1000)
+    monkeypatch.setattr(sources, "CHUNK", 1000)
     path = tmp_path / "long.txt"
     path.write_bytes(WORDS.encode() * 1000 + b"\xff")
-    assert len(windows(sources([str(path)]), PLAIN, 8, limit=3)) == 3
+    assert len(windows(documents([str(path)]), PLAIN, 8, limit=3)) == 3
     with pytest.raises(InputError, match="another encoding"):
-        windows(sources([str(path)]), PLAIN, 8)
+        windows(documents([str(path)]), PLAIN, 8)
 
 
 def test_standard_input_is_a_text(monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(WORDS.encode() * 4)))
-    found = windows(sources(["-"]), PLAIN, 4)
+    found = windows(documents(["-"]), PLAIN, 4)
     assert joined(found) == joined(windows(WORDS * 4, PLAIN, 4))
     assert found[0].text == "standard input"
 
@@ -308,7 +304,7 @@ def test_standard_input_is_a_text(monkeypatch):
 def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([json.dumps({"body": WORDS}), "", json.dumps({"body": WORDS * 2})]))
-    assert list(sources([str(path)], "body")) == [(f"{path}:1", WORDS), (f"{path}:3", WORDS * 2)]
+    assert list(documents([str(path)], "body")) == [(f"{path}:1", WORDS), (f"{path}:3", WORDS * 2)]
 
 
 @pytest.mark.parametrize(
@@ -324,9 +320,9 @@ def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
 def test_a_broken_line_is_named_and_only_when_it_is_reached(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": WORDS}) + "\n" + line)
-    assert len(windows(sources([str(path)]), PLAIN, 4, limit=2)) == 2
+    assert len(windows(documents([str(path)]), PLAIN, 4, limit=2)) == 2
     with pytest.raises(InputError, match=message):
-        windows(sources([str(path)]), PLAIN, 4)
+        windows(documents([str(path)]), PLAIN, 4)
 
 
 def test_a_dataset_is_streamed_with_its_name_configuration_and_split(monkeypatch):
@@ -345,26 +341,26 @@ def test_a_dataset_is_streamed_with_its_name_configuration_and_split(monkeypatch
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", load)
     for arg in ["org/name", "org/name:small", "org/name:small:test", "org/name::test"]:
-        found = windows(sources([arg]), PLAIN, 8, limit=4)
+        found = windows(documents([arg]), PLAIN, 8, limit=4)
         assert found[0].text == f"{arg}#0"
         assert joined(found) == joined(windows([f"{number} " + WORDS for number in range(4)], PLAIN, 8, limit=4))
     assert asked == [(None, "train"), ("small", "train"), ("small", "test"), (None, "test")]
     assert max(read) < 10
     with pytest.raises(InputError, match=r"org/name, row 0: expected the field 'body'; got text"):
-        windows(sources(["org/name"], "body"), PLAIN, 8)
+        windows(documents(["org/name"], "body"), PLAIN, 8)
 
 
 def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"nobody/nothing is no file, and as a dataset: .*nobody/nothing") as caught:
-        sources(["nobody/nothing"])
+        documents(["nobody/nothing"])
     assert "\n" not in str(caught.value)
 
 
 def test_the_default_text_holds_every_topic_whole_and_names_the_python():
     from pydoc_data.topics import topics
 
-    [(name, text)] = sources([])
+    [(name, text)] = documents([])
     assert (name, text) == default_text()
     assert sys.version.split()[0] in name
     assert all(topic in text for topic in topics.values())

@@ -76,8 +76,8 @@ def test_each_process_takes_the_device_of_its_own_number(rank, device, monkeypat
 
 def test_a_run_that_is_told_to_stop_says_so(tmp_path):
     code = (
-        "import os, signal, sys; from posterity import cli, corpus\n"
-        "corpus.sources = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import os, signal, sys; from posterity import cli, sources\n"
+        "sources.documents = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.argv = ['posterity', 'measure']; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -7,9 +7,10 @@ from test_corpus import PLAIN, WORDS
 from typer.testing import CliRunner
 
 import posterity
-from posterity import cli, corpus
-from posterity.corpus import Skipped, sources, windows
+from posterity import cli, sources
+from posterity.corpus import windows
 from posterity.errors import InputError
+from posterity.sources import Skipped, documents
 
 GOOD = json.dumps({"text": WORDS})
 BROKEN = {
@@ -33,22 +34,22 @@ def test_a_broken_line_is_named_or_skipped_and_counted(tmp_path, name):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([GOOD.encode(), b"", line, GOOD.encode(), line]))
     with pytest.raises(InputError, match=r"a\.jsonl, line 3: ") as caught:
-        windows(sources([str(path)]), PLAIN, 4)
+        windows(documents([str(path)]), PLAIN, 4)
     assert str(caught.value).isprintable()
     skipped = Skipped()
-    found = windows(sources([str(path)], skipped=skipped), PLAIN, 4)
+    found = windows(documents([str(path)], skipped=skipped), PLAIN, 4)
     assert {window.text for window in found} == {f"{path}:1", f"{path}:4"}
     assert skipped.lines == {str(path): (2, 3)}
     assert str(skipped) == f"skipped lines: 2 broken of {path} (the first is line 3)"
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LINE", 1000)
+    monkeypatch.setattr(sources, "LINE", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * 2000)
     for skipped in (None, Skipped()):
         with pytest.raises(InputError, match="line 1: expected at most"):
-            windows(sources([str(path)], skipped=skipped), PLAIN, 4)
+            windows(documents([str(path)], skipped=skipped), PLAIN, 4)
 
 
 def test_measure_says_what_it_skipped_and_the_result_knows_it(tmp_path, monkeypatch):

@@ -434,7 +434,7 @@ def test_folders_that_are_none_are_refused_in_one_line(tmp_path, text):
 
 
 def test_data_that_is_misspelt_or_mixed_is_refused_before_anything_is_looked_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("posterity.corpus.sources", None)
+    monkeypatch.setattr("posterity.sources.documents", None)
     for data, line in ((("sinus",), "did you mean sines"), (("sines", "my.txt"), "expected sines alone")):
         with pytest.raises(InputError, match=line):
             train(tmp_path / "run", Settings(data=data), progress=False)

@@ -110,15 +110,15 @@ def measure(
     processes share the windows: torchrun --nproc-per-node 2 -m posterity measure ...
     """
     import posterity
-    from posterity import corpus, loading, steps
+    from posterity import loading, sources, steps
 
     check_writable(output, report, reads=[model or "", *(text or [])])
     folders, names = steps.checkpoints([model, *(text or [])] if model else [])
     names = names if folders else text or []
     if len(folders) > 1 and "-" in names:
         raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
-    skipped = corpus.Skipped() if skip_broken else None
-    texts = corpus.sources(names, field, skipped)
+    skipped = sources.Skipped() if skip_broken else None
+    texts = sources.documents(names, field, skipped)
     unfinished = Unfinished(output, resume)
     if unfinished.is_done(report):
         return
@@ -137,7 +137,7 @@ def measure(
     if folders:
         result = steps.over_steps(
             {
-                step: measured(one, corpus.sources(names, field, skipped), f"step-{step}")
+                step: measured(one, sources.documents(names, field, skipped), f"step-{step}")
                 for step, one in folders.items()
             }
         )
@@ -314,15 +314,15 @@ def fold(
     """
     alone()
     import posterity
-    from posterity import corpus, folded, loading
+    from posterity import folded, loading, sources
 
     if model is not None and real_path(output) == real_path(model):
         raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")
     folded.checked_folder(output)
-    skipped = corpus.Skipped() if skip_broken else None
+    skipped = sources.Skipped() if skip_broken else None
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
     found = posterity.fold(
-        loaded.model, loaded.tokenizer, corpus.sources(text or [], field, skipped),
+        loaded.model, loaded.tokenizer, sources.documents(text or [], field, skipped),
         **_given(budget=budget, context=context, limit=documents, batch=batch),
     )  # fmt: skip
     known = {**found.record(), **provenance(loaded), **told_of(skipped)}
@@ -370,7 +370,7 @@ def audit(
     folders of checkpoints in place of MODEL are set side by side.
     """
     import posterity
-    from posterity import corpus, loading, steps
+    from posterity import loading, sources, steps
 
     others = beside or []
     if len({model or "default", *others}) <= len(others):
@@ -384,8 +384,8 @@ def audit(
         rows=_numbers(rows, "rows", "4,8"), seed=seed,
     )  # fmt: skip
     folders, names = steps.checkpoints([model, *(text or [])] if model else [])
-    skipped = corpus.Skipped() if skip_broken else None
-    texts = corpus.sources(names if folders else text or [], field, skipped)
+    skipped = sources.Skipped() if skip_broken else None
+    texts = sources.documents(names if folders else text or [], field, skipped)
     wanted = {f"step {step}": one for step, one in folders.items()} or {"": model}
     loaded = {
         name: loading.load_model(one, dtype, device, revision, trust_remote_code)

@@ -1,21 +1,16 @@
-"""Text, files, datasets or token ids in; windows of exactly `context` tokens out.
+"""Texts or token ids in; windows of exactly `context` tokens out.
 
 A document is cut into windows that follow one another without overlap; what is left at its end is dropped, and no
-window spans two documents. Sources are read in order and only as far as the wanted number of windows needs.
+window spans two documents. Texts are read in order and only as far as the wanted number of windows needs.
 """
 
-import codecs
 import hashlib
-import json
-import mimetypes
-import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +19,6 @@ from torch import Tensor
 
 from posterity.errors import InputError
 
-CHUNK = 1 << 20  # bytes read at a time
-LINE = 1 << 26  # bytes of the longest line of a .jsonl file
 # Cutting a text at white space can change the few tokens before the cut; so many are thrown away to be sure.
 MARGIN = 64
 
@@ -37,27 +30,6 @@ class Window:
     ids: Int64[Tensor, "context"]
     text: str
     index: int
-
-
-@dataclass(eq=False)
-class Skipped:
-    """Lines of .jsonl files that hold no document and were left out: their number and the first, by file."""
-
-    lines: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def add(self, path: str, number: int) -> None:
-        """Count a line."""
-        count, first = self.lines.get(path, (0, number))
-        self.lines[path] = count + 1, min(first, number)
-
-    @property
-    def total(self) -> int:
-        """How many, over all files."""
-        return sum(count for count, _ in self.lines.values())
-
-    def __str__(self) -> str:
-        said = (f"{count} broken of {path} (the first is line {first})" for path, (count, first) in self.lines.items())
-        return f"skipped lines: {', '.join(said) or 'none'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +44,9 @@ def windows(documents: Any, tokenizer: Any, context: int, limit: int | None = No
 
     Args:
         documents: a str; token ids (1-D tensor, array or list; a 2-D batch is one document per row); an iterable of
-            these; or named sources, pairs `(name, document)` as `sources` gives them. Token ids are taken as they are;
-            with text, every window begins with whatever the tokenizer puts in front of a text (such as a BOS token).
+            these; or pairs `(name, document)`, such as `posterity.sources.documents` gives. Token ids are taken as
+            they are; with text, every window begins with whatever the tokenizer puts in front of a text (such as a
+            BOS token).
         tokenizer: of transformers; may be None when `documents` holds token ids only.
         context: tokens in a window, at least 2.
         limit: the largest number of windows; None means all.
@@ -131,23 +104,6 @@ def default_text() -> tuple[str, str]:
     return f"pydoc topics of Python {platform.python_version()}", "\n\n".join(topics[key] for key in sorted(topics))
 
 
-def sources(
-    args: Iterable[str], field: str = "text", skipped: Skipped | None = None
-) -> Iterator[tuple[str, str | Stream]]:
-    """Return named documents for the TEXT arguments of the command line; for none of them, the default text.
-
-    An argument is a UTF-8 file, `-` for standard input, a `.jsonl` file (one document in `field` of each line), or
-    a dataset `name`, `name:config` or `name:config:split` of the datasets library (split "train" unless said).
-    All arguments are opened here, so that a wrong one is found before the work; they are read later, as far as needed.
-    With `skipped`, a line of a .jsonl file that holds no document is noted there and left out.
-
-    Raises:
-        InputError: for a missing, empty, binary or unreadable file, a broken line, an unknown field or dataset.
-    """
-    opened = [_open(arg, field, skipped) for arg in args]
-    return chain.from_iterable(opened) if opened else iter([default_text()])
-
-
 def _check_count(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise InputError(f"expected {name} to be a whole number of at least {least}; got {value!r}")
@@ -163,9 +119,7 @@ def named(documents: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(documents, Tensor | np.ndarray):
         documents = [documents] if documents.ndim < 2 else documents
     elif isinstance(documents, bytes | Mapping) or not isinstance(documents, Iterable):
-        raise InputError(
-            f"expected text or token ids; got {_kind(documents)}: pass a str, token ids, or a list of them"
-        )
+        raise InputError(f"expected text or token ids; got {kind(documents)}: pass a str, token ids, or a list of them")
     items = iter(documents)
     first = list(islice(items, 1))
     if not first:
@@ -184,7 +138,8 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int | float | np.number) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a value is, for messages."""
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with the fields {', '.join(map(str, value))}"
     return type(value).__name__
@@ -193,7 +148,7 @@ def _kind(value: Any) -> str:
 def _given_ids(name: str, document: Any, wanted: int | None) -> Int64[Tensor, "tokens"]:
     """Check token ids and return the first `wanted` of them."""
     if not isinstance(document, Tensor | np.ndarray | list | tuple | range):
-        raise InputError(f"{name}: expected text or token ids; got {_kind(document)}")
+        raise InputError(f"{name}: expected text or token ids; got {kind(document)}")
     if isinstance(document, Tensor | np.ndarray) and document.ndim != 1:
         raise InputError(f"{name}: expected token ids in one dimension; got the shape {tuple(document.shape)}")
     part = document[:wanted]
@@ -225,7 +180,7 @@ def _cut(ids: Int64[Tensor, "tokens"], prefix: list[int], body: int) -> Iterator
 def _prefix(tokenizer: Any, context: int) -> list[int]:
     """Return the special tokens that the tokenizer puts in front of a text; those after it are not used."""
     if not callable(tokenizer):
-        raise InputError(f"expected a tokenizer of transformers to read text; got {_kind(tokenizer)}")
+        raise InputError(f"expected a tokenizer of transformers to read text; got {kind(tokenizer)}")
     probe = "a"
     bare, full = _encode(tokenizer, probe), _encode(tokenizer, probe, special=True)
     starts = [start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare]
@@ -252,14 +207,15 @@ def _text_ids(name: str, document: str | Stream, tokenizer: Any, wanted: int | N
     while True:
         text, whole = _grow(text, pieces, size)
         head = text if whole else text[: _edge(text, size)]
-        _check_unicode(head, name)
+        check_unicode(head, name)
         ids = _encode(tokenizer, head) if head else []
         if whole or (wanted is not None and len(ids) >= wanted + MARGIN):
             return torch.tensor(ids[:wanted], dtype=torch.int64)
         size *= 2
 
 
-def _check_unicode(text: str, place: str) -> None:
+def check_unicode(text: str, place: str) -> None:
+    """Raise InputError if a text cannot be written in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -283,128 +239,3 @@ def _edge(text: str, size: int) -> int:
     low = max(0, size - 1000)
     edge = max(text.rfind(" ", low, size), text.rfind("\n", low, size))
     return size if edge < 0 else edge
-
-
-# Command-line arguments to documents
-
-
-def _open(arg: str, field: str, skipped: Skipped | None) -> Iterator[tuple[str, str | Stream]]:
-    if arg == "-":
-        return iter([("standard input", Stream(lambda: _decode(sys.stdin.buffer, "standard input")))])
-    if os.path.isdir(arg):
-        raise InputError(f"expected a text file; {arg} is a folder: name the files in it")
-    if os.path.exists(arg):
-        if os.path.isfile(arg) and os.path.getsize(arg) == 0:
-            raise InputError(f"expected text; {arg} is empty: give another file")
-        if arg.lower().endswith(".jsonl"):
-            return _json_lines(arg, field, skipped)
-        if os.path.isfile(arg):  # a pipe can be read only once, so it is left alone
-            next(_read(arg), None)
-        return iter([(arg, Stream(lambda: _read(arg)))])
-    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,2}", arg)
-    if not is_name or arg.lower().endswith(".jsonl") or mimetypes.guess_type(arg)[0]:
-        raise InputError(f"expected a file, '-' or the name of a dataset; there is no file {arg}: check the path")
-    return _rows(arg, _open_dataset(arg), field)
-
-
-def _read(path: str) -> Iterator[str]:
-    try:
-        with open(path, "rb") as file:
-            yield from _decode(file, path)
-    except OSError as error:
-        raise InputError(f"expected a file that can be read; {path}: {error.strerror or error}") from error
-
-
-def _decode(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the text of a UTF-8 file chunk by chunk, without a byte order mark."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    while True:
-        chunk = file.read(CHUNK)
-        begin = offset - len(decoder.getstate()[0])
-        if (nul := chunk.find(b"\0")) >= 0:
-            raise InputError(f"expected UTF-8 text; {name} is binary, byte {offset + nul} is zero: convert it to text")
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"expected UTF-8 text; {name} has another encoding at byte {begin + error.start}: convert it to UTF-8"
-            ) from None
-        text = text.removeprefix("\ufeff") if begin == 0 else text
-        offset += len(chunk)
-        if text:
-            yield text
-        if not chunk:
-            return
-
-
-def _json_lines(path: str, field: str, skipped: Skipped | None) -> Iterator[tuple[str, str]]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
-                if len(line) > LINE:
-                    raise InputError(f"{path}, line {number}: expected at most {LINE >> 20} MB in a line: split it")
-                if not line.strip():
-                    continue
-                try:
-                    place = f"{path}, line {number}"
-                    document = _field(_parse(line, place), field, place)
-                except InputError:
-                    if skipped is None:
-                        raise
-                    skipped.add(path, number)
-                    continue
-                yield f"{path}:{number}", document
-    except OSError as error:
-        raise InputError(f"expected a file that can be read; {path}: {error.strerror or error}") from error
-
-
-def _parse(line: bytes, place: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{place}: expected one JSON object in UTF-8; {error}: mend or remove the line, or leave out broken ones "
-            "(--skip-broken)"
-        ) from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names differ: of two equal ones nobody could say which is meant."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return found
-
-
-def _field(row: Any, field: str, place: str) -> str:
-    if not isinstance(row, Mapping):
-        raise InputError(f"{place}: expected a JSON object with the field {field!r}; got {_kind(row)}")
-    if field not in row:
-        raise InputError(f"{place}: expected the field {field!r}; got {', '.join(map(str, row))}: choose with --field")
-    if not isinstance(row[field], str):
-        raise InputError(f"{place}: expected text in the field {field!r}; got {_kind(row[field])}: choose with --field")
-    _check_unicode(row[field], place)
-    return row[field]
-
-
-def _open_dataset(arg: str) -> Iterable[Any]:
-    import datasets
-
-    name, config, split = [*arg.split(":"), "", ""][:3]
-    try:
-        return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # a name that is no dataset, or a broken one, can fail anywhere inside datasets
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"expected a file or a dataset; {arg} is no file, and as a dataset: {reason}") from error
-
-
-def _rows(arg: str, rows: Iterable[Any], field: str) -> Iterator[tuple[str, str]]:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        for number, row in enumerate(rows):
-            yield f"{arg}#{number}", _field(row, field, f"{arg}, row {number}")
-    except (OSError, DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"expected to read the dataset {arg}; {reason}: try again") from error

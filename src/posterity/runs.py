@@ -39,7 +39,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 import posterity
-from posterity import corpus, loading
+from posterity import corpus, loading, sources
 from posterity.errors import InputError, one_line
 from posterity.hook import FOLDED
 from posterity.horizon import parse
@@ -125,7 +125,7 @@ class Data:
     vocabulary: int
     context: int
     tokenizer: Any = None
-    skipped: corpus.Skipped | None = None
+    skipped: sources.Skipped | None = None
 
     @property
     def digest(self) -> str:
@@ -168,8 +168,8 @@ def prepare(settings: Settings, tokenizer: Any = None) -> Data:
         rows = ((train, task.labels(train)), (held_out, task.labels(held_out)))
         return Data(*rows, getattr(task, "vocabulary", 64), task.length)
     named = () if settings.data == ("text",) else settings.data
-    skipped = corpus.Skipped() if settings.skip_broken else None
-    texts = [(name, _read(document)) for name, document in corpus.sources(named, skipped=skipped)]
+    skipped = sources.Skipped() if settings.skip_broken else None
+    texts = [(name, _read(document)) for name, document in sources.documents(named, skipped=skipped)]
     first, last = _split(texts)
     tokenizer = tokenizer or _tokenizer([text for _, text in first])
     rows = []
