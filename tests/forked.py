@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -122,35 +123,39 @@ def killed(folder, seed, kills):
     return counts
 
 
+@contextmanager
+def deadly(owner, name, calls, late=True):
+    """Inside, a process dies at so many calls of a function, before it or after it."""
+    original, seen = getattr(owner, name), 0
+
+    def call(*args, **kwargs):
+        nonlocal seen
+        seen += 1
+        if seen == calls and not late:
+            os.kill(os.getpid(), signal.SIGKILL)
+        value = original(*args, **kwargs)
+        if seen == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
 def points(folder):
     """Kill a run before and after each call by which the state is written."""
     model, counts = tiny("llama", torch.float32), {"killed": 0, "same": 0}
     expected, found, state = folder / "expected.npz", folder / "found.npz", folder / "state"
     assert ended(forked(lambda: measured(model, expected, **EVERYTHING)))
     resume.SHARE = 1e9
-
-    def dying(name, module, left, late):
-        original = getattr(module, name)
-
-        def call(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left < 0 and not late:
-                os.kill(os.getpid(), signal.SIGKILL)
-            value = original(*args, **kwargs)
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return value
-
-        return original, call
-
     for name, module in (("save_file", resume), ("fsync", os), ("replace", os)):
-        for left in (1, WINDOWS - 1):
+        for calls in (2, WINDOWS):
             for late in (False, True):
-                original, call = dying(name, module, left, late)
-                setattr(module, name, call)
-                assert not ended(forked(lambda: measured(model, found, state, **EVERYTHING)))
-                setattr(module, name, original)
+                with deadly(module, name, calls, late):
+                    assert not ended(forked(lambda: measured(model, found, state, **EVERYTHING)))
                 counts["killed"] += 1
                 assert ended(forked(lambda: measured(model, found, state, **EVERYTHING)))
                 counts["same"] += compare(found, expected)
@@ -201,17 +206,8 @@ def shared(folder):
 
     def dies(processes):
         """Each process is killed after some windows: one, two, ..."""
-        original, left = resume.State.add, processes.rank + 1
-
-        def add(*args):
-            nonlocal left
-            original(*args)
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        resume.State.add = add
-        measured(model, folder / "never.npz", state, processes=processes, **EVERYTHING)
+        with deadly(resume.State, "add", processes.rank + 1):
+            measured(model, folder / "never.npz", state, processes=processes, **EVERYTHING)
 
     assert not any(map(ended, together(3, dies, free_port())))
     left = sum(len(resume.safe_open(file, "pt").get_tensor("done")) for file in state.glob("*.safetensors"))
@@ -251,23 +247,9 @@ def audited(folder):
             counts["same"] += same(folder / f"{count}-{rank}.nc", folder / "one.nc")
     state = folder / "state"
     while True:
-        left = 3
-
-        def dies():
-            original = kept.Kept.put
-
-            def put(*args):
-                nonlocal left
-                original(*args)
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            kept.Kept.put = put
-            run(folder / "resumed.nc", state)
-
-        if ended(forked(dies)):
-            break
+        with deadly(kept.Kept, "put", 3):
+            if ended(forked(lambda: run(folder / "resumed.nc", state))):
+                break
         counts["killed"] += 1
     assert all(map(ended, together(2, lambda p: run(folder / f"again-{p.rank}.nc", state, p), free_port())))
     for name in ("resumed", "again-0", "again-1"):

@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -40,7 +40,8 @@ class State:
         Raises:
             InputError: It is of other settings, damaged, or nothing can be written there.
         """
-        self.folder = None if folder is None else Path(folder)
+        self._held = Held(folder, processes.rank)
+        self.folder = self._held.folder
         self.settings, self.processes = json.loads(json.dumps(settings)), processes
         self.seconds, self._started = 0.0, time.monotonic()
         self._done: list[int] = []  # by this process, in the order of the rows
@@ -48,11 +49,10 @@ class State:
         self._others: list[tuple[Sums, list[int]]] = []  # of processes that are no more
         self._kept = 0  # how many of them are on disk
         self._written = self._took = 0.0
-        self._lock = None if self.folder is None else lock(self.folder, processes.rank)
         try:
             self._read_all()
         except BaseException:
-            self.close()
+            self._held.free()
             raise
 
     def _read_all(self) -> None:
@@ -68,11 +68,6 @@ class State:
                 else:
                     self._others.append((sums, done))
 
-    def close(self) -> None:
-        """Let another run have the folder."""
-        if self._lock is not None:
-            self._lock.close()
-
     def left(self, windows: int) -> list[int]:
         """The numbers of the windows that are in no process's sums.
 
@@ -82,7 +77,7 @@ class State:
         mine = [*self._done, *(number for _, done in self._others for number in done)]
         known = [number for numbers in self.processes.every(mine) for number in numbers]
         if len(set(known)) < len(known) or not set(known) <= set(range(windows)):
-            self.close()
+            self._held.free()
             raise InputError(f"{self.folder} counts a window twice, or one that is not there: remove it to start again")
         return sorted(set(range(windows)) - set(known))
 
@@ -114,18 +109,10 @@ class State:
         if self.processes.first:
             sums.reorder(sorted(range(len(order)), key=order.__getitem__))
 
-    @contextmanager
-    def kept(self, todo: int) -> Iterator[None]:
+    def kept(self, todo: int) -> AbstractContextManager[None]:
         """Inside, while so many windows are measured, an interruption says what is kept; then the folder is free."""
         total = len(self._done) + todo
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            if self.folder is None:
-                raise
-            raise type(error)(f"{self._kept} of {total} windows are kept in {self.folder}") from error
-        finally:
-            self.close()
+        return self._held.working(lambda: f"{self._kept} of {total} windows are kept")
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._started
@@ -149,6 +136,36 @@ class State:
             raise InputError(f"{file} is no state of a run ({error}): remove {self.folder} to start again") from error
         check_settings(self.folder, settings, self.settings)
         return Sums.of(tensors), done, seconds
+
+
+class Held:
+    """The folder of an unfinished run, held by one run at a time; without a folder nothing is kept."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, rank: int):
+        """Hold it.
+
+        Raises:
+            InputError: Another run does, or it cannot be made.
+        """
+        self.folder = None if folder is None else Path(folder)
+        self._lock = None if self.folder is None else lock(self.folder, rank)
+
+    def free(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    @contextmanager
+    def working(self, kept: Callable[[], str]) -> Iterator[None]:
+        """Inside, an interruption says what is kept, and where; then the folder is free."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if self.folder is None:
+                raise
+            raise type(error)(f"{kept()} in {self.folder}") from error
+        finally:
+            self.free()
 
 
 @contextmanager

@@ -2,16 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from pathlib import Path
 
 import xarray as xr
 
 from posterity.audit.clause import Figure, Finding
 from posterity.errors import InputError
-from posterity.resume import check_settings, lock, written
+from posterity.resume import Held, check_settings, written
 
 FILE = "{}-clause-{}.nc"  # number of the model, number of the clause
 
@@ -25,21 +24,12 @@ class Kept:
         Raises:
             InputError: Another run does, or it cannot be made.
         """
-        self.folder, self.settings = None if folder is None else Path(folder), json.loads(json.dumps(settings))
-        self._lock = None if self.folder is None else lock(self.folder, rank)
+        self._held = Held(folder, rank)
+        self.folder, self.settings = self._held.folder, json.loads(json.dumps(settings))
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> AbstractContextManager[None]:
         """Inside, an interruption says where the rows are kept; then the folder is free."""
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            if self.folder is None:
-                raise
-            raise type(error)(f"the rows that were finished are kept in {self.folder}") from error
-        finally:
-            if self._lock is not None:
-                self._lock.close()
+        return self._held.working(lambda: "the rows that were finished are kept")
 
     def get(self, model: int, clause: int) -> Finding | None:
         """What an earlier attempt found.
