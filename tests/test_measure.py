@@ -16,6 +16,8 @@ from tiny import CONFIGS, summed_loss, tiny, tokens
 import posterity
 from posterity import derived
 from posterity.errors import InputError
+from posterity.estimate import _continued, estimate
+from posterity.sending import Head
 
 KEYS = ("q_proj", "k_proj", "v_proj")
 
@@ -330,6 +332,26 @@ def test_progress_shows_an_estimate_and_a_bar(capsys):
     shown = capsys.readouterr().err
     assert "2 windows of 12 tokens: about" in shown
     assert "2/2 windows" in shown
+
+
+@given(
+    linear=st.floats(1e-6, 1e-2), quadratic=st.floats(0, 1e-5), before=st.integers(16, 2000), more=st.integers(1, 2000)
+)
+def test_time_that_grows_with_the_square_of_the_context_is_estimated_from_two_trials(linear, quadratic, before, more):
+    rates = {tokens: linear + quadratic * tokens for tokens in (before, before + more)}
+    assert _continued(rates, 32768) == pytest.approx(linear + quadratic * 32768)
+    assert _continued({before: linear}, 32768) == linear
+    assert _continued({before: 2 * linear, before + more: linear}, 32768) == linear  # the first was cold
+
+
+def test_long_windows_are_tried_twice(monkeypatch):
+    tried = []
+    monkeypatch.setattr("posterity.estimate._rate", lambda model, ids, head: tried.append(len(ids)) or len(ids))
+    model = tiny("llama", max_position_embeddings=4096)
+    for length in (2047, 2048):
+        line = estimate(model, tokens(1, length)[0], 3, 1, False, Head(model), 0)
+    assert tried == [128, 256]
+    assert "about 3495 h 15 min" in line  # 3 windows of 2048 tokens, 2048 s each
 
 
 def test_what_is_no_model_is_refused_and_one_horizon_may_stand_alone():

@@ -1,4 +1,4 @@
-"""What a run will take, said before it starts: from a trial with the first few tokens of the first window."""
+"""What a run will take, said before it starts: from trials with the first tokens of the first window."""
 
 import time
 from weakref import WeakSet
@@ -12,6 +12,8 @@ from posterity.sending import CHUNK, Head, Sending
 from posterity.weights import projection_parameters
 
 TRIAL_TOKENS = 128
+LONG = 2048  # tokens: from here on attention, which is quadratic, is timed too, on these parts of a window
+PARTS = (1 / 16, 1 / 8)
 # Beside what autograd keeps: the inputs of attention modules, and what the allocator cannot use again; on the default
 # model (`bench.py context`) 0.9 times what autograd keeps at 512 tokens, 1.3 at 2048, 1.45 at 8192.
 _ALLOWANCE = 1.35
@@ -36,8 +38,9 @@ def estimate(
     """One line: memory and time of a run over windows as long as `ids`; `passes` more backward passes are counted as
     half of the trial each.
 
-    Activations are counted on the trial and grow linearly with the tokens. Time is that of the trial for every token;
-    attention's quadratic part is left out, so long contexts take longer.
+    Activations are counted on a trial and grow linearly with the tokens. Time is that of the trial for every token; in
+    long windows time per token is a linear function of their length, from two more trials. Behind a sliding window it
+    is not, and less than estimated.
     """
     trial = ids[None, :TRIAL_TOKENS]
     now = sum(x.numel() * x.element_size() for x in model.parameters())
@@ -58,8 +61,10 @@ def estimate(
     activations = sum({x.data_ptr(): x.nbytes() for x in storages if x.data_ptr() not in parameters}.values())
     sending.backward()
     model.zero_grad()
-    seconds = (time.perf_counter() - started) / trial.numel() * windows * len(ids)
-    seconds *= 1 + passes / 2
+    rates = {trial.numel(): (time.perf_counter() - started) / trial.numel()}
+    if len(ids) >= LONG:
+        rates = {tokens: _rate(model, ids[:tokens], head) for tokens in (int(part * len(ids)) for part in PARTS)}
+    seconds = windows * len(ids) * _continued(rates, len(ids)) * (1 + passes / 2)
     # Beside what is kept, the loss of a chunk holds its logits, their log-softmax and the gradients of both.
     at_once = min(batch * len(ids) * head.vocabulary, CHUNK) if head.apart else batch * len(ids) * head.vocabulary
     passing = _ALLOWANCE * batch * len(ids) * activations / trial.numel() + 4 * 4 * at_once
@@ -72,6 +77,20 @@ def estimate(
         f"{windows} window{'s'[: windows - 1]} of {len(ids)} tokens: about {_clock(seconds)} and {total / 1e9:.1f} GB "
         f"({now / 1e9:.1f} in use now, activations {passing / 1e9:.1f}, weight sums {sums / 1e9:.1f})"
     )
+
+
+def _rate(model: PreTrainedModel, ids: Tensor, head: Head) -> float:
+    """Seconds for each token of a window."""
+    started = time.perf_counter()
+    Sending(model, ids[None], head).backward()
+    model.zero_grad()
+    return (time.perf_counter() - started) / len(ids)
+
+
+def _continued(rates: dict[int, float], tokens: int) -> float:
+    """A rate at a larger number of tokens, on the straight line through the last two; it does not fall."""
+    (before, one), (last, two) = (list(rates.items()) * 2)[-2:]
+    return two + max(0.0, two - one) * (tokens - last) / max(1, last - before)
 
 
 def _attentions(model: PreTrainedModel) -> list:
