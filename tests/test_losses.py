@@ -481,6 +481,65 @@ def test_bad_horizons_are_refused_in_one_line():
         posterity.measure(model, None, ids, context=12, parameters=True, batch=2, progress=False)
 
 
+def spoilt(x, passes):
+    """Make the gradient at a tensor infinite in every backward pass but the first few."""
+    seen = []
+
+    def spoil(grad):
+        seen.append(grad)
+        return grad * torch.inf if len(seen) > passes else grad
+
+    x.register_hook(spoil)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"losses": True}, r"what the own losses send to layer model\.layers\.1\.self_attn"),
+        ({"horizons": (4,)}, r"at horizon 4 the gradient of layer model\.layers\.1\.self_attn"),
+    ],
+)
+def test_a_later_backward_pass_that_is_not_finite_is_named(asked, message):
+    model = tiny("llama")
+
+    def spoil(module, args, output):
+        if args[0].shape[1] == 12:  # not in the probe
+            spoilt(output, passes=1)
+
+    model.model.layers[1].mlp.register_forward_hook(spoil)
+    with pytest.raises(InputError, match=rf"^{message} is not finite in window .*#0: check the model"):
+        posterity.measure(model, None, tokens(), context=12, progress=False, **asked)
+
+
+def test_gradients_of_hidden_states_and_parameters_that_are_not_finite_are_named():
+    model = tiny("llama")
+
+    def spoil(module, args):
+        if args[0].shape[1] == 12:
+            spoilt(args[0], passes=1)
+
+    hook = model.model.layers[0].register_forward_pre_hook(spoil)
+    hidden = r"^the gradient of the hidden states of layer model\.layers\.0\.self_attn is not finite in window .*#0"
+    with pytest.raises(InputError, match=hidden):
+        posterity.measure(model, None, tokens(), context=12, losses=True, progress=False)
+    hook.remove()
+    spoilt(model.model.layers[1].mlp.down_proj.weight, passes=1)
+    with pytest.raises(InputError, match=r"^the gradient of the parameters is not finite in window .*#0"):
+        posterity.measure(model, None, tokens(), context=12, parameters=True, progress=False)
+
+
+def test_a_single_loss_whose_gradient_is_not_finite_is_named():
+    model = tiny("llama")
+
+    def spoil(module, args, output):
+        if args[0].shape[:2] == (4, 9):  # the rows of losses 4 to 7
+            spoilt(output, passes=0)
+
+    model.model.layers[1].mlp.register_forward_hook(spoil)
+    with pytest.raises(InputError, match=r"^the gradient of single losses in layer .* is not finite"):
+        posterity.inspect(model, None, tokens(1)[0], batch=4, progress=False)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_the_matrix_of_one_text_is_one_backward_pass_per_loss(name, batch):

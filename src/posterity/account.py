@@ -12,7 +12,7 @@ from posterity import result
 from posterity.attention import Backward
 from posterity.errors import InputError
 from posterity.hook import Layer, Watch
-from posterity.ledger import SIDES, STREAMS, Bins, self_part, tally
+from posterity.ledger import SIDES, STREAMS, Bins, finite, self_part, tally
 from posterity.losses import Payers
 from posterity.models import watching
 from posterity.provenance import provenance
@@ -71,10 +71,7 @@ class Ledger:
             )
         part = self_part(back)
         entry = tally(back, part, Bins.of(self.lags, back.lse.shape[2]), self._scratch)
-        if not entry.credit_by_position.isfinite().all():
-            raise InputError(
-                f"the gradient of layer {layer} is not finite{self.place}: check the model, or use float32"
-            )
+        finite(entry.credit_by_position, f"the gradient of layer {layer}", self.place)
         if self.weights:
             self._weights[layer].add(back, part, project)
         for name, x in vars(entry).items():

@@ -12,6 +12,7 @@ from posterity import corpus
 from posterity.attention import Backward, group_sum, working
 from posterity.errors import InputError
 from posterity.hook import Layer
+from posterity.ledger import finite
 from posterity.measure import frozen, measure, progress_bar, seeded
 from posterity.models import first_device, language_model, refuse_other_paths, watched
 from posterity.result import extended
@@ -117,7 +118,8 @@ class _Matrices:
 
     def variables(self, layers: tuple[Layer, ...]) -> dict[str, np.ndarray]:
         """The matrices of all layers."""
-        both = torch.stack([self.sums[layer] for layer in layers], 1).numpy()
+        every = [finite(self.sums[layer], f"the gradient of single losses in layer {layer}") for layer in layers]
+        both = torch.stack(every, 1).numpy()
         return {"inspect_credit": both[0], "inspect_norm": both[1]}
 
 

@@ -106,6 +106,13 @@ class SelfPart:
         return self.attention[..., None] * self.back.grad_output
 
 
+def finite(x: Tensor, what: str, place: str = "") -> Tensor:
+    """Give a tensor back; raise InputError if a number in it is not finite."""
+    if not x.isfinite().all():
+        raise InputError(f"{what} is not finite{place}: check the model, or use float32")
+    return x
+
+
 def self_part(back: Backward) -> SelfPart:
     """Self edges, elementwise: O(N d), no scores but the diagonal ones.
 

@@ -20,7 +20,7 @@ from posterity.attention import Backward, dot, working
 from posterity.errors import InputError
 from posterity.hook import Layer, Observer, Watch
 from posterity.horizon import Discount
-from posterity.ledger import self_part
+from posterity.ledger import finite, self_part
 from posterity.models import language_model, refuse_other_paths
 from posterity.sending import Sending
 from posterity.sums import Sums
@@ -47,6 +47,7 @@ class Payers:
         self.horizons, self.losses = tuple(horizons), losses or parameters
         self.sums = sums
         self._whole: dict[Layer, Backward] = {}
+        self._place = ""  # what is being sent, for messages
         self._curve: dict[Layer, list[Tensor]] = {}  # of the pass that is sent: by horizon
         self._hidden = _Hidden(self.model, watch, sums)
 
@@ -63,8 +64,13 @@ class Payers:
             stack.enter_context(self._hidden.watching())
         return stack
 
-    def send(self, sending: Sending) -> None:
-        """All backward passes of one forward pass; the first is the ordinary one, which every observer gets."""
+    def send(self, sending: Sending, place: str = "") -> None:
+        """All backward passes of one forward pass; the first is the ordinary one, which every observer gets.
+
+        Raises:
+            InputError: A gradient is not finite; the message names the layer, and `place`.
+        """
+        self._place = place
         head = self._gradients()  # of the parameters behind its input, which the later passes do not reach
         with self._hidden.taking("whole"):
             sending.backward(again=True)
@@ -77,10 +83,10 @@ class Payers:
             with self.watch.sending((rule, rule), self._observer(horizon)), self._hidden.taking(name):
                 sending.backward(again=horizon != self.passes[-1])
             if horizon == OWN and self.parameters:
-                rows = _by_module(self.model, whole, self._gradients())
-                self.sums.note("parameters", [torch.stack(rows)])
+                rows = torch.stack(_by_module(self.model, whole, self._gradients()))
+                self.sums.note("parameters", [finite(rows, "the gradient of the parameters", self._place)])
         if self.losses:
-            self._hidden.add(next(iter(self._whole.values())).lse)
+            self._hidden.add(next(iter(self._whole.values())).lse, self._place)
         for layer, rows in self._curve.items() if self.horizons else ():
             self.sums.note(f"{layer}/horizon_by_document", torch.stack(rows, -1))
         self._reset({})
@@ -137,7 +143,10 @@ class Payers:
             if horizon in self.horizons:
                 grads = (back.grad_query, back.grad_key, back.grad_value)
                 left = [dot(x, y).sum(-1, dtype=torch.float64) for x, y in zip(grads, whole.wholes, strict=True)]
-                self._curve[layer].append(torch.stack(left, -1))
+                curve = finite(
+                    torch.stack(left, -1), f"at horizon {horizon} the gradient of layer {layer}", self._place
+                )
+                self._curve[layer].append(curve)
 
         return observe
 
@@ -149,6 +158,7 @@ class Payers:
             (own.grad_value, part.value, whole.grad_value, whole.wholes[2]),
         )
         sums = torch.stack([_products(*(x.to(working(x.dtype)) for x in stream)) for stream in streams], 2)
+        finite(sums, f"what the own losses send to layer {layer}", self._place)
         self.sums.add(f"{layer}/loss_products", sums.sum(0))  # head, written, 9, position
         self.sums.note(f"{layer}/loss_credit_by_document", sums[..., :3, :].sum(-1))
 
@@ -206,7 +216,7 @@ class _Hidden:
         finally:
             self.name = None
 
-    def add(self, like: Float[Tensor, "window head position"]) -> None:
+    def add(self, like: Float[Tensor, "window head position"], place: str) -> None:
         """Squared norms and inner product of the own and the later part, by position; NaN where none was seen."""
         rows = []
         for layer in self.layers:
@@ -217,7 +227,8 @@ class _Hidden:
             whole, own = (x.to(working(x.dtype)) for x in (whole, own))
             later = whole - own
             terms = [(x * y).sum(-1) for x, y in ((own, own), (later, later), (own, later))]
-            rows.append(torch.stack(terms, 1).double())
+            row = torch.stack(terms, 1).double()
+            rows.append(finite(row, f"the gradient of the hidden states of layer {layer}", place))
         found = torch.stack([row.cpu() for row in rows], 1)  # window, layer, term, position
         self.sums.add("hidden", found.sum(0))
         self.sums.note("hidden", found.sum(-1))

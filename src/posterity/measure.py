@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -146,20 +146,17 @@ def _measure(some: list[corpus.Window], model: nn.Module, head: Head, payers: Pa
     names = [f"{window.text} #{window.index}" for window in some]
     ledger.place = f" in window {', '.join(names)}"
     ids = torch.stack([window.ids for window in some])
-    losses, send = _passes(model, ids, head, payers)
-    for loss, name in zip(losses, names, strict=True):
+    sending = Sending(model, ids, head)
+    for loss, name in zip(sending.losses, names, strict=True):
         if not loss.isfinite():
             raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
     length = ids.shape[1] - 1
-    ledger.sums.note("loss", losses.detach().cpu().double() / length)
+    ledger.sums.note("loss", sending.losses.cpu().double() / length)
     ledger.sums.note("tokens", torch.full((len(some),), length))
-    send()
-
-
-def _passes(model: nn.Module, ids: Tensor, head: Head, payers: Payers | None) -> tuple[Tensor, Callable[[], None]]:
-    """The losses of each window, and what sends them back."""
-    sending = Sending(model, ids, head)
-    return sending.losses, sending.backward if payers is None else lambda: payers.send(sending)
+    if payers is None:
+        sending.backward()
+    else:
+        payers.send(sending, ledger.place)
 
 
 def _growing(horizons: Sequence[int]) -> tuple[int, ...]:
