@@ -53,7 +53,14 @@ from posterity.sending import Head, Sending, run
 from posterity.sweep import Scratch
 
 ROUNDS = 5
-PRECISIONS = {"float32": torch.float32, "autocast": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXACT = "float64"  # what the other precisions are compared with
+PRECISIONS = {
+    EXACT: torch.float64,
+    "float32": torch.float32,
+    "autocast": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 LABELS = {
     "plain": "plain training step (all parameter gradients, sdpa)",
     "frozen": "plain step, frozen parameters",
@@ -386,18 +393,18 @@ def observed(query, key, value, grad, context):
 
 
 def precision(length=128):
-    """Each precision in a process of its own: what float32 says, and how far the others are from it."""
-    table = Table("SmolLM2-135M", "float32", "autocast", "bfloat16", "float16")
-    table.title = f"Two windows of {length} tokens: shares in per cent, with the largest difference from float32"
+    """Each precision in a process of its own: what float64 says, and how far the others are from it."""
+    table = Table("SmolLM2-135M", *PRECISIONS)
+    table.title = f"Two windows of {length} tokens: shares in per cent, with the largest difference from {EXACT}"
     found = {name: alone("in_precision", name, length) for name in PRECISIONS}
-    for label, right in found["float32"]["shares"].items():
+    for label, right in found[EXACT]["shares"].items():
         cells = []
         for name in PRECISIONS:
             pooled, by_layer = found[name]["shares"][label]
             off = max(abs(x - y) for x, y in zip(pooled, right[0], strict=True))
             most = max(abs(x - y) for x, y in zip(by_layer, right[1], strict=True))
             shown = " ".join(f"{100 * x:.2f}" for x in pooled[:3])
-            cells.append(shown if name == "float32" else f"{shown}\n± {100 * off:.2f}, a layer {100 * most:.2f}")
+            cells.append(shown if name == EXACT else f"{shown}\n± {100 * off:.2g}, a layer {100 * most:.2g}")
         table.add_row(label, *cells)
     for label in (
         "loss, nats per token",
@@ -428,7 +435,7 @@ def in_precision(name, length):
     }
     pair = [[one.values.ravel().tolist() for one in (of(()), of(("layer",)))] for of in shares.values()]
     here = zero.float().mean().item()
-    new = "" if name == "float32" else f"{100 * (zero & ~exact_zeros(length)).float().mean().item():.3f}"
+    new = "" if name in (EXACT, "float32") else f"{100 * (zero & ~exact_zeros(length)).float().mean().item():.3f}"
     return {
         "shares": dict(zip(shares, pair, strict=True)),
         "loss, nats per token": f"{float(result.loss.mean()):.4f}",
