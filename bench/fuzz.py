@@ -8,6 +8,7 @@ targets that take bytes are also fuzzed by coverage, each in a process of its ow
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+os.environ["HF_HUB_OFFLINE"] = "1"  # names that are no file are looked for on the hub, again and again
 
 
 def by_hypothesis(name: str, seconds: float) -> tuple[int, int, list[str]]:
@@ -44,7 +46,9 @@ def by_coverage(name: str, seconds: float) -> None:
     """Fuzz one target in this process; libFuzzer ends it and prints what it did."""
     import atheris
 
-    with atheris.instrument_imports(include=["posterity.corpus", "posterity.netcdf", "posterity.folder", "json"]):
+    with atheris.instrument_imports(
+        include=["posterity.corpus", "posterity.sources", "posterity.netcdf", "posterity.folder", "json"]
+    ):
         from hostile import TARGETS
     atheris.Setup([sys.argv[0], f"-max_total_time={int(seconds)}", "-rss_limit_mb=8000"], TARGETS[name][0])
     atheris.Fuzz()
