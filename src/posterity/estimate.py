@@ -89,8 +89,10 @@ def _rate(model: PreTrainedModel, ids: Tensor, head: Head) -> float:
 
 def _continued(rates: dict[int, float], tokens: int) -> float:
     """A rate at a larger number of tokens, on the straight line through the last two; it does not fall."""
-    (before, one), (last, two) = (list(rates.items()) * 2)[-2:]
-    return two + max(0.0, two - one) * (tokens - last) / max(1, last - before)
+    *earlier, (last, rate) = rates.items()
+    for before, lower in earlier[-1:]:
+        rate += max(0.0, rate - lower) * (tokens - last) / (last - before)
+    return rate
 
 
 def _attentions(model: PreTrainedModel) -> list:

@@ -24,8 +24,8 @@ from posterity.audit.clause import (
     mean_and_error,
 )
 from posterity.audit.pasts import COMMON, PASTS, all_windows, pooled, spread
-from posterity.errors import InputError
 from posterity.futures import Pull, pulls, read, recurring, sample, verify
+from posterity.ledger import finite
 from posterity.measure import frozen
 from posterity.models import watching
 from posterity.result import WRITTEN
@@ -102,8 +102,7 @@ class _Pulls:
         for at, pair in enumerate(layers):
             for stream, grads in enumerate(pair):
                 x = grads.detach().cpu().double().transpose(0, 1)  # head, draw, position, dim
-                if not x.isfinite().all():
-                    raise InputError("gradients at cached keys are not finite: check the model, or use float32")
+                finite(x, "the gradient at cached keys and values")
                 flat = x[:, :draws].flatten(2)
                 products[at, stream, : len(x)] = (flat @ flat.mT).numpy()
                 squares[at, stream, : len(x)] = x[:, :draws].square().sum(-1).mean(1).numpy()

@@ -16,6 +16,7 @@ from posterity.audit.clause import Chart, Clause, Figure, Finding, Subject, View
 from posterity.derived import ratio
 from posterity.errors import InputError
 from posterity.hook import Layer
+from posterity.ledger import finite
 from posterity.measure import check_context, check_tokens, frozen
 from posterity.models import first_device, watched
 from posterity.summary import percent
@@ -97,8 +98,8 @@ def query_gradients(model: PreTrainedModel, ids: Tensor, past: int) -> list[tupl
         logits = model(input_ids=ids, use_cache=False).logits[:, past:-1]
         targets = ids[:, past + 1 :].flatten().to(logits.device)
         cross_entropy(logits.to(working(logits.dtype)).flatten(0, 1), targets, reduction="sum").backward()
-    if not all(grad.isfinite().all() for grad, _ in found.values()):
-        raise InputError("gradients at the queries are not finite: check the model, or use float32")
+    for layer, (grad, _) in found.items():
+        finite(grad, f"the gradient at the queries of layer {layer}")
     return [found[layer] for layer in watch.layers]
 
 
