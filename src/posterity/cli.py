@@ -11,9 +11,28 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from posterity.edge import edge, rank, terminate
-from posterity.errors import InputError, one_line
-from posterity.outputs import Unfinished, alone, check_writable, hand_over, provenance, real_path, told_of
+from posterity.cli_training import compare, fold, train
+from posterity.edge import edge, terminate
+from posterity.errors import InputError
+from posterity.options import (
+    Device,
+    Dtype,
+    Field,
+    Horizons,
+    Model,
+    Output,
+    Page,
+    Resume,
+    Revision,
+    Run,
+    Seed,
+    SkipBroken,
+    Texts,
+    Trust,
+    given,
+    numbers,
+)
+from posterity.outputs import Unfinished, alone, check_writable, hand_over, provenance
 
 DOCUMENTS = 16
 
@@ -36,38 +55,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Shows, exactly, who the keys and values of causal attention are written for.",
 )
-
-Model = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file; 'default' or nothing: SmolLM2-135M-Instruct."),
-]
-Texts = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="TEXT", help="Files, '-', .jsonl files, dataset names (name:config:split); nothing: default text."
-    ),
-]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored unless given.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda:1, ..., or auto: over all devices; CUDA where there is one unless given.")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
-Field = Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")]
-SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken", help="Leave out broken lines of .jsonl files, and say how many.")
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]
-Page = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")]
-Horizons = Annotated[
-    str | None,
-    typer.Option(metavar="H,H,...", help="Horizon curve at these horizons, such as 1,2,4,8,16,32,64,128,256."),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with this command where it was interrupted; needs --output.")
-]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Result file that measure --output wrote.")]
 
 
 @app.command()
@@ -122,16 +109,16 @@ def measure(
     unfinished = Unfinished(output, resume)
     if unfinished.is_done(report):
         return
-    given = _given(
+    options = given(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
-        horizons=_numbers(horizons),
+        horizons=numbers(horizons),
     )  # fmt: skip
 
     def measured(name: str | None, texts: Any, part: str = "") -> Any:
         loaded = loading.load_model(name, dtype, device, revision, trust_remote_code)
         return posterity.measure(
             loaded.model, loaded.tokenizer, texts, limit=documents, attrs=provenance(loaded),
-            state=unfinished.part(part), processes=unfinished.processes, **given,
+            state=unfinished.part(part), processes=unfinished.processes, **options,
         )  # fmt: skip
 
     if folders:
@@ -170,166 +157,14 @@ def inspect(
     from posterity import loading
 
     check_writable(output, report, reads=[model or ""])
-    given = _given(batch=batch, seed=seed, horizons=_numbers(horizons))
+    options = given(batch=batch, seed=seed, horizons=numbers(horizons))
     loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
-    result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=provenance(loaded), **given)
+    result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=provenance(loaded), **options)
     hand_over(result, output, report)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """Only what was given is passed on: the defaults are those of the library's functions."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _numbers(text: str | None, option: str = "horizons", such: str = "1,2,4,8") -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(one) for one in text.split(","))
-    except ValueError:
-        raise InputError(f"--{option} expects whole numbers with commas, such as {such}; got {text!r}") from None
-
-
-def _assigned(given: list[str] | None) -> dict[str, float] | None:
-    """Numbers by name from NAME=NUMBER; whole ones stay whole."""
-    found: dict[str, float] = {}
-    for one in given or ():
-        name, _, number = one.partition("=")
-        try:
-            found[name.strip()] = int(number) if number.strip().lstrip("-").isdecimal() else float(number)
-        except ValueError:
-            raise InputError(f"--task expects NAME=NUMBER, such as chance=0.1; got {one!r}") from None
-    return found or None
-
-
-@app.command()
-def train(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted one goes on.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Type of transformers, from scratch; or folder or hub id, to go on from.  [default: llama]"),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="sines, induction, text, or files and datasets as for measure; may be repeated."),
-    ] = None,
-    horizon: Annotated[
-        str | None, typer.Option(help="full, myopic, discount:RATE, window:LAGS or leak:FRACTION.  [default: full]")
-    ] = None,
-    cut: Annotated[Literal["kv", "hidden"] | None, typer.Option(help="Where it cuts.  [default: kv]")] = None,
-    streams: Annotated[str | None, typer.Option(help="key, value or key,value.  [default: key,value]")] = None,
-    layers: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Layers that it cuts; all unless given.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.  [default: 1000]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows of one step.  [default: 16]")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a row of text.  [default: 128]")] = None,
-    rate: Annotated[float | None, typer.Option(help="Learning rate.  [default: 0.001]")] = None,
-    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.  [default: 50]")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Of a model from scratch.  [default: 128]")] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Of a model from scratch.  [default: 4]")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Of a model from scratch.  [default: 4]")] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Number of a built-in task; may be repeated.")
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints; a fifth of the run unless given.")
-    ] = None,
-    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep, the last ones.  [default: 2]")] = None,
-    monitor: Annotated[
-        int | None,
-        typer.Option(
-            "--monitor-every", min=1, help="Measure held-out rows every so many steps: monitor.nc, monitor.html."
-        ),
-    ] = None,
-    seed: Seed = None,
-    skip_broken: SkipBroken = False,
-) -> None:
-    """Train under a horizon.
-
-    Runs that differ only in --horizon start from the same weights and see the same batches; `compare` then shows what
-    the horizon costs.
-    """
-    from posterity import runs
-
-    settings = runs.Settings(
-        **_given(
-            model=model, data=None if data is None else tuple(data), horizon=horizon, cut=cut, steps=steps, batch=batch,
-            streams=None if streams is None else tuple(one.strip() for one in streams.split(",")),
-            layers=_numbers(layers, "layers", "0,1,-1"), context=context, rate=rate, warmup=warmup, width=width,
-            depth=depth, heads=heads, seed=seed, task=_assigned(task), skip_broken=skip_broken or None,
-        )
-    )  # fmt: skip
-    folder = runs.train(output, settings, monitor=monitor, **_given(save_every=save_every, keep=keep))
-    if rank() == "0":
-        typer.echo(one_line(f"trained: {folder}"))
-
-
-@app.command()
-def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs of `train`.")],
-    output: Output = None,
-    report: Page = None,
-) -> None:
-    """Show what horizons cost.
-
-    Prints the held-out loss of every run and its gap to the plain run (horizon full) of the same seed.
-    """
-    from posterity import comparison
-
-    check_writable(output, report, reads=folders)
-    compared = comparison.compare(folders)
-    if output is not None:
-        comparison.save(compared, output)
-    if report is not None:
-        comparison.page(compared, report)
-    comparison.table(compared)
-
-
-@app.command()
-def fold(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the folded model.")],
-    model: Model = None,
-    text: Texts = None,
-    budget: Annotated[
-        float | None, typer.Option(min=0, help="Nats per token that the loss may grow.  [default: 0.01]")
-    ] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 128]")] = None,
-    documents: Annotated[
-        int | None,
-        typer.Option(min=1, help="Windows on which every head is tried; four times as many judge.  [default: 4]"),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
-    field: Field = "text",
-    skip_broken: SkipBroken = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Let heads look only at themselves.
-
-    Finds the heads for which that costs least, folds as many as the budget allows, and writes the model with the list
-    of its folded heads, which `measure` and the other commands then run folded.
-    """
-    alone()
-    import posterity
-    from posterity import folded, loading, sources
-
-    if model is not None and real_path(output) == real_path(model):
-        raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")
-    folded.checked_folder(output)
-    skipped = sources.Skipped() if skip_broken else None
-    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
-    found = posterity.fold(
-        loaded.model, loaded.tokenizer, sources.documents(text or [], field, skipped),
-        **_given(budget=budget, context=context, limit=documents, batch=batch),
-    )  # fmt: skip
-    known = {**found.record(), **provenance(loaded), **told_of(skipped)}
-    folded.save_folded(loaded.model, loaded.tokenizer, found.by_layer, output, known)
-    typer.echo(str(found))
-    again = loading.load_model(str(output), dtype, device)
-    typer.echo(one_line(f"written and loaded again: {output}, loss {found.verify(again.model):.4f} as measured"))
+for _command in (train, compare, fold):
+    app.command()(_command)
 
 
 @app.command()
@@ -379,9 +214,9 @@ def audit(
     unfinished = Unfinished(output, resume)
     if unfinished.is_done(report):
         return
-    given = _given(
-        contexts=_numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
-        rows=_numbers(rows, "rows", "4,8"), seed=seed,
+    options = given(
+        contexts=numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
+        rows=numbers(rows, "rows", "4,8"), seed=seed,
     )  # fmt: skip
     folders, names = steps.checkpoints([model, *(text or [])] if model else [])
     skipped = sources.Skipped() if skip_broken else None
@@ -396,7 +231,7 @@ def audit(
     result = posterity.audit(
         {name: one.model for name, one in loaded.items()}, {name: one.tokenizer for name, one in loaded.items()},
         texts, quick=quick, control=control, attrs=provenance(first), state=unfinished.folder,
-        processes=unfinished.processes, **given,
+        processes=unfinished.processes, **options,
     )  # fmt: skip
     hand_over(result, output, report, skipped, unfinished)
 

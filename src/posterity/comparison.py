@@ -22,12 +22,15 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from posterity import loading, netcdf
+from posterity import netcdf
 from posterity.attention import working
 from posterity.errors import InputError, readable
 from posterity.measure import progress_bar
+from posterity.quiet import quiet
 from posterity.result import writable, write_whole
-from posterity.runs import FILE, Data, Settings, prepare
+from posterity.rows import Data, prepare
+from posterity.runs import FILE
+from posterity.settings import Settings
 from posterity.tasks import Regressor
 
 ARM = ("horizon", "cut", "streams", "layers")  # what may differ between runs that are compared, with the seed
@@ -98,7 +101,7 @@ def load_run(run: Run) -> tuple[PreTrainedModel, Data]:
         raise InputError(
             f"{run.folder}: the data {run.settings.data} are not those of the run: they have changed since"
         )
-    with loading.quiet():
+    with quiet():
         return kind.from_pretrained(run.folder).eval(), data
 
 

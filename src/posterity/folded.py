@@ -28,6 +28,7 @@ from posterity.errors import InputError
 from posterity.hook import FOLDED, folded_heads, register
 from posterity.mask import Mask
 from posterity.models import check, first_device, language_model
+from posterity.quiet import quiet
 from posterity.replay import differ, rounding
 from posterity.result import write_whole
 
@@ -62,8 +63,6 @@ def save_folded(model: nn.Module, tokenizer: Any, heads: Heads, folder: Path, kn
     Raises:
         InputError: The folder holds something else; it cannot be written; the model cannot be folded for good.
     """
-    from posterity.loading import quiet
-
     inner = language_model(model)
     target = checked_folder(folder)
     every = {number: sorted({*heads.get(number, ()), *own}) for number, own in _own(inner).items()}

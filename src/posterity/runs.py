@@ -9,24 +9,19 @@ from the same weights and see the same batches.
 """
 
 import contextlib
-import difflib
 import errno
-import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,188 +34,20 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 import posterity
-from posterity import corpus, loading, sources
+from posterity import loading
 from posterity.errors import InputError, one_line
 from posterity.hook import FOLDED
 from posterity.horizon import parse
 from posterity.monitor import Monitor
+from posterity.quiet import without_bars
 from posterity.result import write_whole
-from posterity.tasks import TASKS, Regressor
+from posterity.rows import Data, Rows, prepare
+from posterity.settings import Settings
+from posterity.tasks import Regressor
 from posterity.train import Trainer
 
-HELD_OUT = 0.1  # every tenth of many texts; of few texts the end of each
-HELD_OUT_ROWS = 512  # of a task
-HELD_OUT_SEED = 1_000_003  # the same rows for all runs of a task
 MONITORED = 4  # rows
-VOCABULARY = 1024  # of the tokenizer made for a model from scratch
 FILE = "run.json"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What makes a run.
-
-    Raises:
-        InputError: A setting out of its range.
-    """
-
-    model: str = "llama"  # a type of transformers, from scratch; or a folder or hub id, to go on from
-    data: tuple[str, ...] = ("text",)  # "text" (the default text), "sines", "induction"; or files, datasets
-    horizon: str = "full"
-    cut: str = "kv"
-    streams: tuple[str, ...] = ("key", "value")
-    layers: tuple[int, ...] | None = None
-    steps: int = 1000
-    batch: int = 16  # rows of one step, over all processes
-    context: int = 128
-    rate: float = 1e-3  # learning rate, after the warm-up; it then falls to 0 as a cosine
-    warmup: int = 50  # steps
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    seed: int = 0
-    task: dict[str, float] = field(default_factory=dict)  # numbers of a built-in task, such as {"chance": 0.1}
-    skip_broken: bool = False  # leave out broken lines of .jsonl files
-
-    def __post_init__(self):
-        """Check what can be checked without the model."""
-        parse(self.horizon)
-        if self.cut not in ("kv", "hidden"):
-            raise InputError(f'cut expects "kv" or "hidden"; got {self.cut!r}')
-        if not self.streams or not set(self.streams) <= {"key", "value"}:
-            raise InputError(f'streams expects "key", "value" or both; got {self.streams!r}')
-        for name in ("steps", "batch", "context", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected {name} of at least 1; got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise InputError(f"expected a width that {self.heads} heads divide; got {self.width}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"expected a seed from 0 to {2**32 - 1}; got {self.seed}")
-        if not 0 < self.rate < float("inf"):
-            raise InputError(f"expected a learning rate above 0; got {self.rate}")
-        if self.task and self.task_name is None:
-            raise InputError(f"only sines and induction take numbers of their own; got {self.task} for {self.data}")
-
-    @property
-    def task_name(self) -> str | None:
-        """The built-in task, if it is one."""
-        return self.data[0] if len(self.data) == 1 and self.data[0] in TASKS else None
-
-    def make_task(self) -> Any:
-        """The built-in task with its numbers."""
-        assert self.task_name is not None
-        kind = TASKS[self.task_name]
-        known = [one.name for one in fields(kind)]
-        if not set(self.task) <= set(known):
-            raise InputError(f"{self.task_name} takes {', '.join(known)}; got {', '.join(set(self.task) - set(known))}")
-        return kind(**self.task)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Rows to train on and rows to judge by: `input_ids` and `labels` each."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    vocabulary: int
-    context: int
-    tokenizer: Any = None
-    skipped: sources.Skipped | None = None
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all rows."""
-        state = hashlib.sha256()
-        for rows in (*self.train, *self.held_out):
-            state.update(str((rows.dtype, rows.shape)).encode())
-            state.update(rows.contiguous().numpy().tobytes())
-        return state.hexdigest()
-
-
-class Rows(Dataset):
-    """Rows as the Trainer wants them."""
-
-    def __init__(self, inputs: Tensor, labels: Tensor):
-        """Keep them; nothing is copied."""
-        self.inputs, self.labels = inputs, labels
-
-    def __len__(self) -> int:
-        """How many."""
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One row."""
-        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
-
-
-def prepare(settings: Settings, tokenizer: Any = None) -> Data:
-    """The rows of a run. A model from scratch on text gets a tokenizer made from the part that is trained on.
-
-    Raises:
-        InputError: As `posterity.corpus`; a text with fewer tokens than one window in either part.
-    """
-    if settings.task_name is not None:
-        task = settings.make_task()
-        train, held_out = (
-            task.inputs(rows, seed)
-            for rows, seed in ((settings.steps * settings.batch, settings.seed), (HELD_OUT_ROWS, HELD_OUT_SEED))
-        )
-        rows = ((train, task.labels(train)), (held_out, task.labels(held_out)))
-        return Data(*rows, getattr(task, "vocabulary", 64), task.length)
-    named = () if settings.data == ("text",) else settings.data
-    skipped = sources.Skipped() if settings.skip_broken else None
-    texts = [(name, _read(document)) for name, document in sources.documents(named, skipped=skipped)]
-    first, last = _split(texts)
-    tokenizer = tokenizer or _tokenizer([text for _, text in first])
-    rows = []
-    for part in (first, last):
-        ids = torch.stack([window.ids for window in corpus.windows(part, tokenizer, settings.context)])
-        rows.append((ids, ids))
-    return Data(rows[0], rows[1], len(tokenizer), settings.context, tokenizer, skipped)
-
-
-def _split(texts: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What is trained on and what is held out: of many texts every tenth, of few the last tenth of each."""
-    every = round(1 / HELD_OUT)
-    if len(texts) >= every:
-        last = texts[every - 1 :: every]
-        return [one for index, one in enumerate(texts) if index % every != every - 1], last
-    ends = [round(len(text) * (1 - HELD_OUT)) for _, text in texts]
-    first = [(name, text[:end]) for (name, text), end in zip(texts, ends, strict=True)]
-    return first, [(name, text[end:]) for (name, text), end in zip(texts, ends, strict=True)]
-
-
-def _check_data(settings: Settings) -> None:
-    """Raise InputError for built-in data that is mixed with other data or misspelt, before anything is looked up."""
-    built_in = [*TASKS, "text"]
-    mixed = [name for name in settings.data if name in built_in]
-    if mixed and len(settings.data) > 1:
-        raise InputError(f"expected {mixed[0]} alone, or files and datasets; got {', '.join(settings.data)}")
-    for name in settings.data:
-        near = difflib.get_close_matches(name, built_in, 1, 0.7)
-        if name not in built_in and near and not Path(name).exists():
-            raise InputError(
-                f"expected {', '.join(built_in)}, a file or a dataset; got {name!r}: did you mean {near[0]}?"
-            )
-
-
-def _read(document: Any) -> str:
-    return "".join(document.pieces()) if isinstance(document, corpus.Stream) else document
-
-
-def _tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE tokenizer made from these texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def make_model(settings: Settings, data: Data) -> PreTrainedModel:
@@ -285,7 +112,7 @@ def train(
     folder = Path(output)
     if "\0" in str(folder):
         raise InputError(f"{folder}: expected a folder that can be made: a name holds no zero byte; choose another")
-    _check_data(settings)
+    settings.check_data()
     scratch = settings.task_name is not None or settings.model in _types()
     loaded = None if scratch else loading.load_model(settings.model, "float32")
     if loaded is not None and getattr(loaded.model.config.get_text_config(decoder=True), FOLDED, None):
@@ -331,7 +158,7 @@ def train(
         trainer.add_callback(Bar())
     if trainer.is_world_process_zero():
         write_whole(folder / FILE, json.dumps({**known, **_made()}, indent=1).encode())
-    with _unclaimed(folder), _told_of_a_full_disk(folder), _without_bars_of_files():
+    with _unclaimed(folder), _told_of_a_full_disk(folder), without_bars():
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
@@ -346,18 +173,6 @@ class Bar(ProgressCallback):
         """Show the loss."""
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
-
-
-@contextlib.contextmanager
-def _without_bars_of_files() -> Iterator[None]:
-    """Inside, transformers shows no progress bar for every file that it writes."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
