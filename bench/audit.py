@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import posterity
-from posterity.audit.table import rows
+from posterity.reporting.audit_table import rows
 
 FOLDER = Path(__file__).parent.parent / "audits"
 RUNS = {"default": [], "control": ["--quick", "--control", "random"]}

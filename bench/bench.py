@@ -41,16 +41,20 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.trainer_callback import PrinterCallback
 
-from posterity import Monitor, Trainer, attention, corpus, derived, loading, runs
-from posterity.account import account
-from posterity.estimate import estimate
-from posterity.fused import CPU
-from posterity.ledger import Bins, self_part, tally
-from posterity.losses import Payers
-from posterity.measure import frozen, measure
-from posterity.models import watched
-from posterity.sending import Head, Sending, run
-from posterity.sweep import Scratch
+from posterity import Monitor, Trainer, attention
+from posterity.decomposition.credit import Bins, self_part, tally
+from posterity.decomposition.lag_sums import Scratch
+from posterity.inputs import model as loading
+from posterity.inputs import windows as corpus
+from posterity.measurement.account import account
+from posterity.measurement.estimate import estimate
+from posterity.measurement.loss_split import Payers
+from posterity.measurement.measure import frozen, measure
+from posterity.models.chunked_loss import Head, Sending, run
+from posterity.models.probe import watched
+from posterity.ops.fused_kernels import CPU
+from posterity.results import stats as derived
+from posterity.training import run as runs
 
 ROUNDS = 5
 EXACT = "float64"  # what the other precisions are compared with

@@ -47,7 +47,13 @@ def by_coverage(name: str, seconds: float) -> None:
     import atheris
 
     with atheris.instrument_imports(
-        include=["posterity.corpus", "posterity.sources", "posterity.netcdf", "posterity.folder", "json"]
+        include=[
+            "posterity.inputs.windows",
+            "posterity.inputs.text_sources",
+            "posterity.results.netcdf",
+            "posterity.inputs.model_files",
+            "json",
+        ]
     ):
         from hostile import TARGETS
     atheris.Setup([sys.argv[0], f"-max_total_time={int(seconds)}", "-rss_limit_mb=8000"], TARGETS[name][0])

@@ -172,7 +172,8 @@ def make_tiny(folder, context):
 
 
 def make_default(folder, context):
-    from posterity import corpus, loading
+    from posterity.inputs import model as loading
+    from posterity.inputs import windows as corpus
 
     loaded = loading.load_model(None)
     if not folder.exists():

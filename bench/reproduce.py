@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import posterity
-from posterity import comparison, myopia, runs
+from posterity.training import compare as comparison
+from posterity.training import myopia
+from posterity.training import run as runs
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "reproduce"

@@ -18,9 +18,9 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import mode, window
-from posterity.account import account
-from posterity.measure import frozen
-from posterity.sending import CHUNK, Head, Sending
+from posterity.measurement.account import account
+from posterity.measurement.measure import frozen
+from posterity.models.chunked_loss import CHUNK, Head, Sending
 
 PAGE = Path(__file__).parents[1] / "docs" / "clusters.md"
 TOKENS = 64

@@ -10,20 +10,20 @@ from jaxtyping import install_import_hook
 
 with install_import_hook(
     [
-        "posterity.attention",
-        "posterity.mask",
-        "posterity.ledger",
-        "posterity.readers",
-        "posterity.sweep",
-        "posterity.weights",
+        "posterity.ops.attention",
+        "posterity.ops.mask",
+        "posterity.decomposition.credit",
+        "posterity.decomposition.participation",
+        "posterity.decomposition.lag_sums",
+        "posterity.decomposition.weight_gradients",
     ],
     "beartype.beartype",
 ):
-    import posterity.attention
-    import posterity.ledger
-    import posterity.mask
-    import posterity.readers
-    import posterity.sweep
+    import posterity.decomposition.credit
+    import posterity.decomposition.lag_sums
+    import posterity.decomposition.participation
+    import posterity.ops.attention
+    import posterity.ops.mask
 
 import pytest
 import torch
@@ -40,4 +40,4 @@ def _hostile():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 4 x 8, so that short sequences meet every kind of block edge."""
-    monkeypatch.setitem(posterity.mask.BLOCK, "cpu", (4, 8))
+    monkeypatch.setitem(posterity.ops.mask.BLOCK, "cpu", (4, 8))

@@ -25,10 +25,11 @@ import torch
 import xarray as xr
 from tiny import tiny, tokens
 
-from posterity import audit, resume
-from posterity.audit import kept
-from posterity.measure import measure
-from posterity.processes import Processes
+from posterity import audit
+from posterity.clauses import saved_findings as kept
+from posterity.measurement import run_state as resume
+from posterity.measurement.distributed import Processes
+from posterity.measurement.measure import measure
 
 WINDOWS, CONTEXT = 9, 12
 EVERYTHING = {"losses": True, "horizons": (1, 2, 4), "parameters": True}

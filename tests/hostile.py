@@ -22,8 +22,12 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import posterity
-from posterity import cli, corpus, folder, netcdf, sources
+from posterity.cli import main as cli
 from posterity.errors import InputError
+from posterity.inputs import model_files as folder
+from posterity.inputs import text_sources as sources
+from posterity.inputs import windows as corpus
+from posterity.results import netcdf
 
 PLACE = Path(tempfile.mkdtemp(prefix="posterity-fuzz-"))
 PIECES = [b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\r", b"\xed\xa0\x80", b"\xe2\x82", b"a" * 5000, b" " * 999]

@@ -3,7 +3,7 @@
 import numpy as np
 import xarray as xr
 
-from posterity import result as results
+from posterity.results import schema as results
 
 ATTRS = {
     "posterity_version": "0.0.0",

@@ -8,10 +8,10 @@ from jaxtyping import TypeCheckError
 from reference import allowed_pairs, dense_attention
 from torch import nn
 
-from posterity.attention import attention
 from posterity.errors import InputError
-from posterity.horizon import Discount, Full
-from posterity.mask import Mask
+from posterity.ops.attention import attention
+from posterity.ops.horizon_rules import Discount, Full
+from posterity.ops.mask import Mask
 
 LENGTHS = (1, 3, 7, 8, 9, 16, 21)
 HEADS, GROUPS, DIM, DIM_V = 4, 2, 5, 3

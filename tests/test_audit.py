@@ -15,13 +15,14 @@ from tiny import summed_loss, tiny, tokens
 
 import posterity
 from posterity import InputError
-from posterity.audit import CLAUSES, Plan, Subject, outcome
-from posterity.audit.clause import FAILS, HOLDS, MIXED, View, judge, named
-from posterity.audit.growth import growth
-from posterity.audit.many_readers import many_readers
-from posterity.audit.table import rows, told
-from posterity.models import watched
-from posterity.readers import KINDS, readers
+from posterity.clauses.audit import CLAUSES, Plan, Subject
+from posterity.clauses.clause import FAILS, HOLDS, MIXED, View, judge, named
+from posterity.clauses.context_growth import growth
+from posterity.clauses.readers import many_readers
+from posterity.decomposition.participation import KINDS, readers
+from posterity.models.probe import watched
+from posterity.reporting.audit_table import rows, told
+from posterity.results import audit_schema as outcome
 
 SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 48}
 
@@ -207,7 +208,7 @@ def test_growth_measures_the_same_text_at_every_length():
 
 
 def test_an_exponent_is_the_slope_of_the_logarithms_and_its_error_a_jackknife():
-    from posterity.audit.growth import _exponent
+    from posterity.clauses.context_growth import _exponent
 
     contexts = (64, 128, 256)
     exact_power = np.stack([np.stack([c**-0.7 * np.ones(4), np.ones(4)]) for c in contexts])
@@ -229,7 +230,7 @@ def test_an_exponent_is_the_slope_of_the_logarithms_and_its_error_a_jackknife():
 
 
 def test_the_future_dominates_from_the_length_on_after_which_no_share_rises_above_one_half():
-    from posterity.audit.growth import _future_from
+    from posterity.clauses.context_growth import _future_from
 
     share = xr.DataArray(
         [[0.6, 0.4, 0.7, 0.4], [0.4, 0.6, 0.7, 0.4], [0.3, 0.4, 0.7, 0.4]],
@@ -261,8 +262,8 @@ def test_a_verdict_takes_two_standard_errors(value, error, verdict):
 
 
 def test_standard_errors_are_those_of_the_bootstrap():
-    from posterity.audit.clause import mean_and_error
-    from posterity.audit.pasts import pooled
+    from posterity.clauses.clause import mean_and_error
+    from posterity.clauses.pasts import pooled
 
     rng = np.random.default_rng(0)
     values, whole = rng.gamma(2.0, size=(40, 3)), rng.gamma(3.0, size=(40, 3))

@@ -12,11 +12,11 @@ from test_losses import exact
 from tiny import summed_loss, tiny, tokens
 
 from posterity import InputError
-from posterity.audit import self_default
-from posterity.audit.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
-from posterity.audit.outcome import assemble
-from posterity.measure import frozen
-from posterity.models import watched
+from posterity.clauses import self_default
+from posterity.clauses.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
+from posterity.measurement.measure import frozen
+from posterity.models.probe import watched
+from posterity.results.audit_schema import assemble
 
 NAMES = ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gpt_oss"]
 

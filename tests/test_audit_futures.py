@@ -13,12 +13,12 @@ from test_losses import close, exact
 from tiny import CONFIGS, tiny, tokens
 
 from posterity import InputError
-from posterity.audit import futures, pasts
-from posterity.audit.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
-from posterity.audit.outcome import assemble, load, save
-from posterity.futures import pulls, read, recurring, sample, verify
-from posterity.hook import watches
-from posterity.measure import frozen
+from posterity.clauses import futures, pasts
+from posterity.clauses.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
+from posterity.clauses.continuations import pulls, read, recurring, sample, verify
+from posterity.measurement.measure import frozen
+from posterity.models.watch import watches
+from posterity.results.audit_schema import assemble, load, save
 
 PREFIX = 7
 
@@ -493,6 +493,6 @@ def test_what_cannot_be_measured_is_refused_in_one_line():
 
 
 def test_row_9_refuses_models_with_other_paths_between_positions(monkeypatch):
-    monkeypatch.setattr("posterity.models.find_leaks", lambda *given: ("Convolution (layers.0)",))
+    monkeypatch.setattr("posterity.models.probe.find_leaks", lambda *given: ("Convolution (layers.0)",))
     with pytest.raises(InputError, match=r"the pull of futures .* but Convolution \(layers.0\) carries"):
         futures.on_average_over_futures(subject())

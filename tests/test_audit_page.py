@@ -10,7 +10,7 @@ from test_report import browser, opened
 from tiny import tiny, tokens
 
 import posterity
-from posterity.audit import CLAUSES
+from posterity.clauses.audit import CLAUSES
 
 SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "budget": 16, "prefix": 8}
 SMALL |= {"positions": 2, "prefixes": 2, "future": 4, "draws": 3}

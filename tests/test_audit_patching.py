@@ -10,10 +10,9 @@ from test_losses import exact
 from tiny import tiny, tokens
 
 from posterity import InputError
-from posterity.audit import later_use
-from posterity.audit.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
-from posterity.audit.outcome import assemble
-from posterity.audit.patching import (
+from posterity.clauses import later_use
+from posterity.clauses.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
+from posterity.models.patching import (
     LATER_MEAN,
     NO_SELF,
     OWN_MEAN,
@@ -23,7 +22,8 @@ from posterity.audit.patching import (
     head_counts,
     patched_losses,
 )
-from posterity.models import watching
+from posterity.models.probe import watching
+from posterity.results.audit_schema import assemble
 
 NAMES = ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gpt_oss"]
 AT = torch.tensor([2, 5, 6])

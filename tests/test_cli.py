@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 import posterity
-from posterity import cli
-from posterity.corpus import default_text
+from posterity.cli import main as cli
 from posterity.errors import InputError
-from posterity.loading import Loaded
-from posterity.processes import Processes
+from posterity.inputs.model import Loaded
+from posterity.inputs.windows import default_text
+from posterity.measurement.distributed import Processes
 
 SOURCE = str(Path(__file__).parents[1] / "src")
 
@@ -49,8 +49,8 @@ def calls(monkeypatch):
         return called
 
     loaded = Loaded("the model", "the tokenizer", "its name", "its revision")
-    monkeypatch.setattr("posterity.loading.load_model", note("load_model", loaded))
-    monkeypatch.setattr("posterity.result.writable", note("writable"))
+    monkeypatch.setattr("posterity.inputs.model.load_model", note("load_model", loaded))
+    monkeypatch.setattr("posterity.results.schema.writable", note("writable"))
     monkeypatch.setattr(posterity, "__version__", "9.9", raising=False)
     for name, answer in {
         "measure": "the result",
@@ -313,7 +313,9 @@ def test_no_file_of_another_kind_is_replaced(tmp_path, calls, option):
 
 
 def test_help_answers_without_importing_torch():
-    code = "import sys; from posterity import cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys; from posterity.cli import main; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     environment = {**os.environ, "PYTHONPATH": SOURCE}
     asked = [sys.executable, "-c", code]
     assert subprocess.run(asked, capture_output=True, text=True, env=environment, check=True).stdout == "[]\n"

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from posterity import sources
-from posterity.corpus import Stream, default_text, digest, windows
 from posterity.errors import InputError
-from posterity.sources import documents
+from posterity.inputs import text_sources as sources
+from posterity.inputs.text_sources import documents
+from posterity.inputs.windows import Stream, default_text, digest, windows
 
 WORDS = "the cat sat on the mat and the dog ran to the end of the long road \n"
 # From one to many characters in a token, with and without white space to cut at.
@@ -119,7 +119,7 @@ def test_tokens_much_longer_than_expected_and_cuts_inside_a_word_change_no_windo
 
 @given(ids_lists, ids_lists)
 def test_the_digest_is_the_same_exactly_when_tokens_and_boundaries_are(left, right):
-    from posterity.corpus import Window
+    from posterity.inputs.windows import Window
 
     def made(rows, text):
         return [Window(torch.tensor(row, dtype=torch.int64), text, 0) for row in rows]

@@ -10,9 +10,11 @@ from reference import by_lag
 from spy import spied
 
 import posterity
-from posterity import corpus, derived, loading
-from posterity.measure import frozen
-from posterity.sending import run
+from posterity.inputs import model as loading
+from posterity.inputs import windows as corpus
+from posterity.measurement.measure import frozen
+from posterity.models.chunked_loss import run
+from posterity.results import stats as derived
 
 pytestmark = pytest.mark.slow
 POSTERITY = [sys.executable, "-m", "posterity"]

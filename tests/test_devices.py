@@ -14,7 +14,7 @@ from tiny import tiny, tokens
 
 import posterity
 from posterity import InputError
-from posterity.loading import _device, load_model
+from posterity.inputs.model import _device, load_model
 
 
 def everything(model):
@@ -50,7 +50,7 @@ def test_auto_and_several_processes_on_one_machine_are_refused(folder, monkeypat
 
 
 def test_a_model_that_does_not_fit_is_refused(folder, monkeypatch):  # noqa: F811
-    import posterity.loading as loading
+    import posterity.inputs.model as loading
 
     original = loading._model
 

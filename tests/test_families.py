@@ -14,7 +14,8 @@ from families import TYPES, build
 from verification import TOLERANCE, double, nll, row, verify
 
 import posterity
-from posterity import InputError, check, derived
+from posterity import InputError, check
+from posterity.results import stats as derived
 
 PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
 ROWS = {
@@ -63,7 +64,7 @@ def test_the_page_lists_every_type_of_the_installed_transformers():
 
 
 def test_a_wrong_gradient_makes_a_type_wrong(monkeypatch):
-    operator = sys.modules["posterity.attention"]
+    operator = sys.modules["posterity.ops.attention"]
     own = operator._block_backward
 
     def off(*args, **kwargs):

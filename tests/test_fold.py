@@ -15,10 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import posterity
-from posterity import InputError, cli, derived, folded, loading
-from posterity.fold import Folded, folding, head_costs, longest
-from posterity.folded import keep_folded, load_folded, save_folded
-from posterity.models import check, watching
+from posterity import InputError
+from posterity.cli import main as cli
+from posterity.inputs import model as loading
+from posterity.measurement.head_folding import Folded, folding, head_costs, longest
+from posterity.models import folded_heads as folded
+from posterity.models.folded_heads import keep_folded, load_folded, save_folded
+from posterity.models.probe import check, watching
+from posterity.results import stats as derived
 
 HEADS = {0: [1, 3], 2: [0, 1, 2, 3]}
 FAMILIES = ["llama", "qwen3", "phi3", "gpt_neox", "gpt2", "mistral", "gemma2", "deepseek_v3"]

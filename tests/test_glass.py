@@ -7,8 +7,8 @@ import pytest
 from sample import sample
 from test_report import browser
 
-from posterity.report import render, report
-from posterity.report.glass import glass, visible
+from posterity.reporting.inspected_text import glass, visible
+from posterity.reporting.report import render, report
 
 WORDS = ["The", " cat", " sat", " on", " the", " mat", ",", " and", " it", " was", " warm", "."]
 HOSTILE = [

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posterity import fused
-from posterity.attention import _Attention, _Options, attention
-from posterity.horizon import Discount, EdgeWindow, Full, Myopic
-from posterity.ledger import Bins, self_part, tally
-from posterity.mask import Mask
+from posterity.decomposition.credit import Bins, self_part, tally
+from posterity.ops import fused_kernels as fused
+from posterity.ops.attention import _Attention, _Options, attention
+from posterity.ops.horizon_rules import Discount, EdgeWindow, Full, Myopic
+from posterity.ops.mask import Mask
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 HALF = torch.bfloat16

@@ -4,7 +4,7 @@ import pytest
 from hostile import command
 from typer.testing import CliRunner
 
-from posterity import cli
+from posterity.cli import main as cli
 
 NUL = "a\0b"
 

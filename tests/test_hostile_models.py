@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_loading import configure, folder, made, refusal  # noqa: F401
 
-from posterity.folder import TO_SAFETENSORS
-from posterity.loading import load_model
+from posterity.inputs.model import load_model
+from posterity.inputs.model_files import TO_SAFETENSORS
 
 
 class Evil:

@@ -11,9 +11,9 @@ from sample import sample
 from test_report import browser, opened, page
 
 import posterity
-from posterity import comparison
-from posterity.audit.outcome import KIND, KIND_VERSION
-from posterity.report import MARKS, shown
+from posterity.reporting.report import MARKS, shown
+from posterity.results.audit_schema import KIND, KIND_VERSION
+from posterity.training import compare as comparison
 
 SCRIPT = "<script>document.title='ran'</script><img src=//evil.example/x onerror=alert(1)><svg onload=alert(2)>"
 EVIL = [

@@ -7,10 +7,11 @@ from test_corpus import PLAIN, WORDS
 from typer.testing import CliRunner
 
 import posterity
-from posterity import cli, sources
-from posterity.corpus import windows
+from posterity.cli import main as cli
 from posterity.errors import InputError
-from posterity.sources import Skipped, documents
+from posterity.inputs import text_sources as sources
+from posterity.inputs.text_sources import Skipped, documents
+from posterity.inputs.windows import windows
 
 GOOD = json.dumps({"text": WORDS})
 BROKEN = {
@@ -55,10 +56,10 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
 def test_measure_says_what_it_skipped_and_the_result_knows_it(tmp_path, monkeypatch):
     from tiny import tiny
 
-    from posterity.loading import Loaded
+    from posterity.inputs.model import Loaded
 
     model = tiny("llama", vocab_size=len(PLAIN))
-    monkeypatch.setattr("posterity.loading.load_model", lambda *_: Loaded(model, PLAIN, "tiny", ""))
+    monkeypatch.setattr("posterity.inputs.model.load_model", lambda *_: Loaded(model, PLAIN, "tiny", ""))
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([GOOD, "{", "[", GOOD]))
     out = ["--context", "8", "--documents", "99", "-o", str(tmp_path / "run.nc")]
@@ -74,7 +75,7 @@ def test_measure_says_what_it_skipped_and_the_result_knows_it(tmp_path, monkeypa
 
 
 def test_a_run_of_broken_lines_is_another_run_and_knows_them(tmp_path, capsys):
-    from posterity import runs
+    from posterity.training import run as runs
 
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([json.dumps({"text": WORDS * 40}), "{"]))

@@ -5,12 +5,12 @@ import torch
 from reference import allowed_pairs, by_lag, dense_account
 from test_attention import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
 
-from posterity.attention import attention
+from posterity.decomposition.credit import Bins, self_part, tally
+from posterity.decomposition.lag_sums import sweep
+from posterity.decomposition.participation import readers
 from posterity.errors import InputError
-from posterity.ledger import Bins, self_part, tally
-from posterity.mask import Mask
-from posterity.readers import readers
-from posterity.sweep import sweep
+from posterity.ops.attention import attention
+from posterity.ops.mask import Mask
 
 
 def observed(query, key, value, grad, **options):
@@ -233,7 +233,9 @@ def test_a_pass_over_part_of_a_sequence_is_refused():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_masks_that_differ_between_heads_are_swept_right_when_heads_are_swept_in_parts(threads, monkeypatch):
-    monkeypatch.setattr("posterity.sweep._SCRATCH_BYTES", {"cpu": 1.0})  # as many heads at once as there are threads
+    monkeypatch.setattr(
+        "posterity.decomposition.lag_sums._SCRATCH_BYTES", {"cpu": 1.0}
+    )  # as many heads at once as there are threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     length, heads, folded = 21, 5, [1, 4]
     query, key, value = (torch.randn(2, heads, length, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))

@@ -10,8 +10,8 @@ from test_losses import exact
 from tiny import tiny, tokens
 
 from posterity import InputError, as_linear
-from posterity.audit.clause import HOLDS, MIXED, Plan, Subject, View
-from posterity.audit.straight import CLAUSES, straight
+from posterity.clauses.clause import HOLDS, MIXED, Plan, Subject, View
+from posterity.clauses.linearity import CLAUSES, straight
 
 CASES = [("llama", {}), ("llama", {"attention_bias": True}), ("gpt2", {}), ("gpt_neox", {}), ("phi3", {})]
 NAMES = ["llama", "llama with biases", "gpt2", "gpt_neox", "phi3"]
@@ -204,7 +204,7 @@ def mean_loss(model, ids, folded):
 
 def test_the_charts_of_row_8_come_from_a_saved_audit_with_or_without_its_costs(tmp_path):
     import posterity
-    from posterity.audit import outcome
+    from posterity.results import audit_schema as outcome
 
     models = {"one": tiny("llama"), "two": tiny("gpt_oss")}
     audit = posterity.audit(models, None, tokens(6, 10), rows=[8], short=10, budget=20, progress=False)

@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from posterity import loading
 from posterity.errors import InputError
-from posterity.loading import load_model
+from posterity.inputs import model as loading
+from posterity.inputs.model import load_model
 
 TEXT = "the cat sat on the mat and the dog ran"
 

@@ -21,8 +21,8 @@ from transformers.masking_utils import (
 
 import posterity
 from posterity import Discount, InputError, Myopic
-from posterity.mask import Mask
-from posterity.spans import Span
+from posterity.ops.intervals import Span
+from posterity.ops.mask import Mask
 
 LENGTH = 2048
 PACKED = torch.arange(LENGTH)[None] % 700  # positions that begin anew with every document
@@ -185,7 +185,7 @@ LONG = """
 import json, sys, torch
 from transformers import LlamaConfig, MistralConfig, LlamaForCausalLM, MistralForCausalLM
 import posterity
-from posterity import derived
+from posterity.results import stats as derived
 
 kind, length = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)

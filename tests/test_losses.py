@@ -14,10 +14,13 @@ from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 
 import posterity
-from posterity import Discount, EdgeWindow, Full, InputError, Myopic, corpus, derived, loading
-from posterity.hook import watches
-from posterity.models import watched
-from posterity.summary import rows
+from posterity import Discount, EdgeWindow, Full, InputError, Myopic
+from posterity.inputs import model as loading
+from posterity.inputs import windows as corpus
+from posterity.models.probe import watched
+from posterity.models.watch import watches
+from posterity.reporting.summary import rows
+from posterity.results import stats as derived
 
 
 def exact(name, **changes):

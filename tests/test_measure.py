@@ -14,10 +14,10 @@ from test_models import INPUTS, padded
 from tiny import CONFIGS, summed_loss, tiny, tokens
 
 import posterity
-from posterity import derived
 from posterity.errors import InputError
-from posterity.estimate import _continued, estimate
-from posterity.sending import Head
+from posterity.measurement.estimate import _continued, estimate
+from posterity.models.chunked_loss import Head
+from posterity.results import stats as derived
 
 KEYS = ("q_proj", "k_proj", "v_proj")
 
@@ -346,7 +346,9 @@ def test_time_that_grows_with_the_square_of_the_context_is_estimated_from_two_tr
 
 def test_long_windows_are_tried_twice(monkeypatch):
     tried = []
-    monkeypatch.setattr("posterity.estimate._rate", lambda model, ids, head: tried.append(len(ids)) or len(ids))
+    monkeypatch.setattr(
+        "posterity.measurement.estimate._rate", lambda model, ids, head: tried.append(len(ids)) or len(ids)
+    )
     model = tiny("llama", max_position_embeddings=4096)
     for length in (2047, 2048):
         line = estimate(model, tokens(1, length)[0], 3, 1, False, Head(model), 0)

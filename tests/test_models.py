@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 import posterity
 from posterity.errors import InputError
-from posterity.hook import watches
-from posterity.models import check, watched
+from posterity.models.probe import check, watched
+from posterity.models.watch import watches
 
 
 def ignore(layer, back, project):

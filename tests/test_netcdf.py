@@ -12,9 +12,9 @@ import xarray as xr
 from sample import sample
 
 import posterity
-from posterity import netcdf
-from posterity import result as results
 from posterity.errors import LONGEST, InputError
+from posterity.results import netcdf
+from posterity.results import schema as results
 
 
 @pytest.fixture(scope="module")

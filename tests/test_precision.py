@@ -9,10 +9,11 @@ from reference import by_lag
 from tiny import summed_loss, tiny, tokens
 
 import posterity
-from posterity import Discount, InputError, derived
-from posterity.attention import attention
-from posterity.ledger import Bins, self_part, tally
-from posterity.models import watched
+from posterity import Discount, InputError
+from posterity.decomposition.credit import Bins, self_part, tally
+from posterity.models.probe import watched
+from posterity.ops.attention import attention
+from posterity.results import stats as derived
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "autocast": torch.bfloat16}
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff: half a unit in the last place of 1

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 from sample import sample
 
-from posterity import derived
-from posterity import result as results
 from posterity.errors import InputError
-from posterity.report import Page, escaped_json, labels, plotly_script, report
-from posterity.report.charts import split
-from posterity.summary import horizon, percent, ranked_heads, rows, sentence, summary
+from posterity.reporting.charts import split
+from posterity.reporting.report import Page, escaped_json, labels, plotly_script, report
+from posterity.reporting.summary import horizon, percent, ranked_heads, rows, sentence, summary
+from posterity.results import schema as results
+from posterity.results import stats as derived
 
 HOSTILE = "<b>&lt;</b><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\"{{7*7}}%{y}\u2028"
 CHARTS = ["map", "lags", "layers", "positions", "first", "weights", "agreement"]

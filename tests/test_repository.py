@@ -165,8 +165,8 @@ def test_importing_the_package_loads_no_library():
 
 def test_a_public_name_is_the_function_even_where_a_module_has_it_too():
     import posterity
-    import posterity.measure
-    import posterity.report
+    import posterity.measurement.measure
+    import posterity.reporting.report
 
     for name in posterity.__all__:
         assert callable(getattr(posterity, name)), name
@@ -201,7 +201,7 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     from tiny import tiny, tokens
     from transformers import TrainingArguments
 
-    from posterity.runs import Rows
+    from posterity.training.run import Rows
 
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample import sample, weight_norms
 
-from posterity import derived
-from posterity import result as results
 from posterity.errors import InputError
+from posterity.results import schema as results
+from posterity.results import stats as derived
 
 
 @pytest.fixture(scope="module")
@@ -255,14 +255,14 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, plai
     code = f"""
 import sys
 from sample import sample
-from posterity import result
+from posterity.results import schema as result
 from posterity.errors import InputError
 try:
     result.save(sample(seed=1), {str(path)!r})
 except InputError as error:
     print(error)
 """
-    folders = [str(Path(__file__).parent), str(Path(results.__file__).parents[1])]
+    folders = [str(Path(__file__).parent), str(Path(results.__file__).parents[2])]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=limit,
                          env={"PYTHONPATH": ":".join(folders), "PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
     assert "File too large" in run.stdout, run.stderr
@@ -591,8 +591,8 @@ def test_heads_with_an_uncertain_share_are_weak(plain):
 
 
 def test_result_imports_no_torch():
-    code = "import posterity.result, sys; print('torch' in sys.modules)"
-    folder = str(Path(results.__file__).parents[1])
+    code = "import posterity.results.schema, sys; print('torch' in sys.modules)"
+    folder = str(Path(results.__file__).parents[2])
     bare = f"import sys, types; p = types.ModuleType('posterity'); p.__path__ = [{folder + '/posterity'!r}]; "
     code = bare + "sys.modules['posterity'] = p; " + code
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -18,9 +18,11 @@ from tiny import tiny, tokens
 from typer.testing import CliRunner
 
 import posterity
-from posterity import InputError, cli, resume
-from posterity.processes import Processes
-from posterity.sums import Sums
+from posterity import InputError
+from posterity.cli import main as cli
+from posterity.decomposition.accumulator import Sums
+from posterity.measurement import run_state as resume
+from posterity.measurement.distributed import Processes
 
 TESTS = Path(__file__).parent
 
@@ -83,7 +85,7 @@ def measure(state=None, model=None, documents=None, **options):
 
 def test_a_finished_state_gives_the_result_without_a_pass(tmp_path, monkeypatch):
     first = measure(tmp_path / "state")
-    monkeypatch.setitem(posterity.measure.__globals__, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("posterity.measurement.measure._measure", lambda *_: pytest.fail("measured again"))
     again = measure(tmp_path / "state")
     assert first.drop_attrs().identical(again.drop_attrs())
 
@@ -138,7 +140,7 @@ def test_a_window_that_stands_in_two_states_is_refused(tmp_path):
 
 
 def test_an_interruption_says_what_is_kept_and_half_a_window_is_not(tmp_path, monkeypatch):
-    accounts = importlib.import_module("posterity.account")
+    accounts = importlib.import_module("posterity.measurement.account")
     expected, original, calls = measure(), accounts.tally, []
 
     def interrupted(*args):
@@ -227,7 +229,7 @@ def command(tmp_path, monkeypatch):
     text.write_text("words " * 60)
     tokenizer = lambda text, **_: {"input_ids": [len(word) + 1 for word in text.split()]}  # noqa: E731
     loaded = SimpleNamespace(model=model, tokenizer=tokenizer, name="tiny", revision="")
-    monkeypatch.setattr("posterity.loading.load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("posterity.inputs.model.load_model", lambda *_, **__: loaded)
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
@@ -240,7 +242,7 @@ def command(tmp_path, monkeypatch):
 
 
 def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkeypatch):
-    original, calls = posterity.measure.__globals__["_measure"], []
+    original, calls = sys.modules["posterity.measurement.measure"]._measure, []
 
     def interrupted(*args):
         calls.append(1)
@@ -248,7 +250,7 @@ def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkey
             raise KeyboardInterrupt
         original(*args)
 
-    monkeypatch.setitem(posterity.measure.__globals__, "_measure", interrupted)
+    monkeypatch.setattr("posterity.measurement.measure._measure", interrupted)
     code, _, said = command()
     assert code == 130
     assert re.search(r"interrupted; [12] of 4 windows are kept in run.nc.state: add --resume to go on", said)
@@ -286,7 +288,7 @@ def test_resume_needs_an_output(monkeypatch):
 
 
 def test_checkpoints_are_resumed_each_from_its_own_state(tmp_path, monkeypatch):
-    from posterity.resume import remove
+    from posterity.measurement.run_state import remove
 
     for step in (1, 2):
         measure(tmp_path / "run.nc.state" / f"step-{step}", seed=step)
@@ -295,7 +297,7 @@ def test_checkpoints_are_resumed_each_from_its_own_state(tmp_path, monkeypatch):
 
 
 def test_what_else_stands_in_the_folder_of_a_state_stays(tmp_path):
-    from posterity.resume import remove
+    from posterity.measurement.run_state import remove
 
     measure(tmp_path / "state")
     (tmp_path / "state" / "notes.txt").write_text("mine")
@@ -323,7 +325,7 @@ def folder(tmp_path_factory):
     """A small model with the default tokenizer, as a folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from posterity import loading
+    from posterity.inputs import model as loading
 
     made, tokenizer = tmp_path_factory.mktemp("model"), loading.load_model(None).tokenizer
     torch.manual_seed(0)

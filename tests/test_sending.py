@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from verification import double
 
 import posterity
-from posterity import check, sending
-from posterity.measure import frozen
-from posterity.sending import Head, Sending
+from posterity import check
+from posterity.measurement.measure import frozen
+from posterity.models import chunked_loss as sending
+from posterity.models.chunked_loss import Head, Sending
 
 # A soft-cap, scales, a transform or a projection before the head, a bias; a head inside another module; tied weights.
 BEHIND = ["gemma2", "cohere", "granite", "minicpm3", "opt", "bert", "roberta", "electra", "xglm", "phi", "glm4", "mpt"]

@@ -18,13 +18,16 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from transformers import Trainer as PlainTrainer
 
 import posterity
-from posterity import Discount, EdgeWindow, Full, InputError, Monitor, Myopic, Trainer, derived, myopia, steps
-from posterity.comparison import compare, gaps, position_losses, read_run
-from posterity.hook import watches
-from posterity.horizon import Leak, parse
-from posterity.myopia import local_bonus, probe
-from posterity.runs import Rows, Settings, last_checkpoint, prepare, train
-from posterity.tasks import Induction, Regressor, Sines
+from posterity import Discount, EdgeWindow, Full, InputError, Monitor, Myopic, Trainer
+from posterity.models.watch import watches
+from posterity.ops.horizon_rules import Leak, parse
+from posterity.results import stats as derived
+from posterity.results import steps
+from posterity.training import myopia
+from posterity.training.compare import compare, gaps, position_losses, read_run
+from posterity.training.myopia import local_bonus, probe
+from posterity.training.run import Rows, Settings, last_checkpoint, prepare, train
+from posterity.training.tasks import Induction, Regressor, Sines
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 SMALL = {"data": ("induction",), "width": 16, "depth": 2, "heads": 2, "batch": 4, "steps": 6, "warmup": 1}
@@ -434,14 +437,14 @@ def test_folders_that_are_none_are_refused_in_one_line(tmp_path, text):
 
 
 def test_data_that_is_misspelt_or_mixed_is_refused_before_anything_is_looked_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("posterity.sources.documents", None)
+    monkeypatch.setattr("posterity.inputs.text_sources.documents", None)
     for data, line in ((("sinus",), "did you mean sines"), (("sines", "my.txt"), "expected sines alone")):
         with pytest.raises(InputError, match=line):
             train(tmp_path / "run", Settings(data=data), progress=False)
 
 
 def test_a_folded_model_is_not_trained_as_if_it_were_plain(tmp_path):
-    from posterity.folded import save_folded
+    from posterity.models.folded_heads import save_folded
 
     (tmp_path / "text.txt").write_text("one two three " * 200)
     save_folded(tiny("llama", torch.float32), tokenizer(), {0: [0]}, tmp_path / "folded", {})

@@ -10,14 +10,17 @@ from test_report import DRAWN, browser, data, opened, tables
 from typer.testing import CliRunner
 
 import posterity
-from posterity import cli, comparison, derived, steps
-from posterity import result as results
-from posterity.comparison import gaps
-from posterity.comparison import page as compared_page
+from posterity.cli import main as cli
 from posterity.errors import InputError
-from posterity.report import Page, report
-from posterity.steps import checkpoints
-from posterity.summary import heading
+from posterity.reporting.report import Page, report
+from posterity.reporting.summary import heading
+from posterity.results import schema as results
+from posterity.results import stats as derived
+from posterity.results import steps
+from posterity.results.steps import checkpoints
+from posterity.training import compare as comparison
+from posterity.training.compare import gaps
+from posterity.training.compare import page as compared_page
 
 PAID = {"losses": True, "horizons": (1, 2, 4), "parameters": ("model.a", "model.b")}
 

@@ -4,7 +4,7 @@ import numpy as np
 from cell import main, timed
 
 import posterity
-from posterity.sending import Head
+from posterity.models.chunked_loss import Head
 
 
 def measured(folder, model, ids, budget, quantity):

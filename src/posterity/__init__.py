@@ -1,33 +1,59 @@
 """Posterity shows, exactly, who the keys and values of causal attention are written for.
 
-The functions below are imported when they are first used, so that the command line answers at once.
+Each public name is imported from its module on first use (PEP 562), so that the command line answers at once and
+`posterity.load` needs no torch.
 """
 
-import importlib
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from posterity.account import account
-    from posterity.attention import attention
-    from posterity.audit import audit
-    from posterity.errors import InputError
-    from posterity.files import load, save
-    from posterity.fold import fold
-    from posterity.folded import load_folded
-    from posterity.horizon import Discount, EdgeWindow, Full, Leak, Myopic
-    from posterity.inspect import inspect
-    from posterity.linear import as_linear
-    from posterity.mask import Mask
-    from posterity.measure import measure
-    from posterity.models import check, horizon
-    from posterity.monitor import Monitor
-    from posterity.report import report
-    from posterity.summary import summary
-    from posterity.train import Trainer
+from posterity._version import __version__
 
+if TYPE_CHECKING:
+    from posterity.clauses.audit import audit
+    from posterity.errors import InputError
+    from posterity.inputs.model import load_folded
+    from posterity.measurement.account import account
+    from posterity.measurement.distributed import Processes
+    from posterity.measurement.head_folding import fold
+    from posterity.measurement.loss_matrix import inspect
+    from posterity.measurement.measure import measure
+    from posterity.models.linear import as_linear
+    from posterity.models.probe import check, horizon
+    from posterity.ops.attention import attention
+    from posterity.ops.horizon_rules import Discount, EdgeWindow, Full, Leak, Myopic
+    from posterity.ops.mask import Mask
+    from posterity.reporting.report import report
+    from posterity.reporting.summary import summary
+    from posterity.results import stats
+    from posterity.results.files import load, save
+    from posterity.training.compare import compare
+    from posterity.training.monitor import Monitor
+    from posterity.training.trainer import Trainer
+
+_HOMES = {
+    "clauses.audit": ("audit",),
+    "errors": ("InputError",),
+    "inputs.model": ("load_folded",),
+    "measurement.account": ("account",),
+    "measurement.distributed": ("Processes",),
+    "measurement.head_folding": ("fold",),
+    "measurement.loss_matrix": ("inspect",),
+    "measurement.measure": ("measure",),
+    "models.linear": ("as_linear",),
+    "models.probe": ("check", "horizon"),
+    "ops.attention": ("attention",),
+    "ops.horizon_rules": ("Discount", "EdgeWindow", "Full", "Leak", "Myopic"),
+    "ops.mask": ("Mask",),
+    "reporting.report": ("report",),
+    "reporting.summary": ("summary",),
+    "results": ("stats",),
+    "results.files": ("load", "save"),
+    "training.compare": ("compare",),
+    "training.monitor": ("Monitor",),
+    "training.trainer": ("Trainer",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Discount",
     "EdgeWindow",
@@ -37,12 +63,15 @@ __all__ = [
     "Mask",
     "Monitor",
     "Myopic",
+    "Processes",
     "Trainer",
+    "__version__",
     "account",
     "as_linear",
     "attention",
     "audit",
     "check",
+    "compare",
     "fold",
     "horizon",
     "inspect",
@@ -51,44 +80,21 @@ __all__ = [
     "measure",
     "report",
     "save",
+    "stats",
     "summary",
 ]
 
-try:
-    __version__ = version("posterity")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "unknown"
-
-_HOME = {
-    "InputError": "errors",
-    "Mask": "mask",
-    "as_linear": "linear",
-    "check": "models",
-    "load": "files",
-    "load_folded": "folded",
-    "save": "files",
-    **dict.fromkeys(("Discount", "EdgeWindow", "Full", "Leak", "Myopic"), "horizon"),
-    "Monitor": "monitor",
-    "Trainer": "train",
-    "horizon": "models",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Import a public function from its module, by default the one of the same name."""
-    if name not in __all__:
+    """Import a public name from its module, once."""
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, name)}"), name)
+    home = f"{__name__}.{_HOME[name]}"
+    value = import_module(f"{home}.stats") if name == "stats" else getattr(import_module(home), name)
     globals()[name] = value
     return value
 
 
-class _Package(ModuleType):
-    """Where a module and its function share a name, `posterity.<name>` is the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in __all__):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    """The public names, for tab completion."""
+    return __all__

@@ -1,6 +1,6 @@
 """`python -m posterity` is the command `posterity`."""
 
-from posterity.cli import main
+from posterity.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,359 @@
+"""The labelled result: its schema, and its file (netCDF, written whole or not at all).
+
+A result is an `xarray.Dataset` that holds sums and counts only; what is divided is divided in derived.py, once.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from posterity.errors import InputError
+from posterity.results import netcdf
+from posterity.results.netcdf import plain
+
+SCHEMA_VERSION = 1
+STREAMS = ("query", "key", "value")
+SIDES = ("self", "other")
+TERMS = ("self", "other", "inner")
+WRITTEN = ("key", "value")
+PARTS = ("own", "self later", "future")
+PAIRS = ("own", "self later", "future", "own . self later", "own . future", "self later . future")
+LOSS_TERMS = ("own", "later", "inner")
+LABELS = {
+    "stream": STREAMS,
+    "side": SIDES,
+    "term": TERMS,
+    "written": WRITTEN,
+    "part": PARTS,
+    "pair": PAIRS,
+    "loss_term": LOSS_TERMS,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variable of the schema; `kind` is "float" (float64), "int" (int64) or "str"."""
+
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    kind: str = "float"
+    required: bool = True
+
+
+COORDINATES = {
+    "layer": Entry(("layer",), "1", "attention layer", "int"),
+    "module": Entry(("layer",), "", "name of the attention module", "str"),
+    "head": Entry(("head",), "1", "query head", "int"),
+    "stream": Entry(("stream",), "", "whose gradient is accounted", "str"),
+    "lag": Entry(("lag",), "tokens", "lag, first of the bin", "int"),
+    "lag_end": Entry(("lag",), "tokens", "lag, last of the bin", "int"),
+    "side": Entry(("side",), "", "self edge or all other edges", "str"),
+    "position": Entry(("position",), "tokens", "position in the window", "int"),
+    "document": Entry(("document",), "1", "window of text", "int"),
+    "text": Entry(("document",), "", "where the window came from", "str"),
+    "term": Entry(("term",), "", "term of a squared norm", "str"),
+    "written": Entry(("written",), "", "what a position writes: key or value", "str", required=False),
+    "part": Entry(("part",), "", "which loss pays, through which edge", "str", required=False),
+    "pair": Entry(("pair",), "", "squared norm of a part, or inner product of two", "str", required=False),
+    "loss_term": Entry(("loss_term",), "", "term of a squared norm: own loss, later losses", "str", required=False),
+    "parameter": Entry(("parameter",), "", "module whose parameters are meant", "str", required=False),
+    "horizon": Entry(("horizon",), "tokens", "horizon h of the discount rate 1 - 1/h", "int", required=False),
+    "loss_position": Entry(("loss_position",), "tokens", "position of the loss", "int", required=False),
+    "token": Entry(("position",), "", "token at this position", "str", required=False),
+    "step": Entry(("step",), "steps", "training step of the model", "int", required=False),
+}
+_HEADS = ("layer", "head", "stream")
+SCHEMA = {
+    "credit": Entry((*_HEADS, "lag"), "nats^2", "credit of the edges of a lag"),
+    "mass": Entry((*_HEADS, "lag"), "nats", "sum of the norms of the terms of a lag"),
+    "attention": Entry(("layer", "head", "lag"), "1", "sum of the attention weights of a lag"),
+    "edges": Entry(("layer", "lag"), "1", "number of edges per head", "int"),
+    "credit_by_position": Entry((*_HEADS, "side", "position"), "nats^2", "credit by position of key or query"),
+    "attention_first": Entry(("layer", "head"), "1", "sum of the attention weights on the first key"),
+    "credit_by_document": Entry(("document", *_HEADS, "side"), "nats^2", "credit of one window"),
+    "first_by_document": Entry(("document", *_HEADS), "nats^2", "credit of the first position of one window"),
+    "profile_by_document": Entry(("document", "layer", "stream", "lag"), "nats^2", "credit of one window, all heads"),
+    "loss": Entry(("document",), "nats", "mean loss of a token"),
+    "tokens": Entry(("document",), "tokens", "number of losses", "int"),
+    "weight_by_document": Entry(
+        ("document", "layer", "stream", "term"), "nats^2", "weight gradient of one window, squared norm", required=False
+    ),
+    "weight_mean": Entry(
+        ("layer", "stream", "term"), "nats^2", "mean weight gradient, squared norm", required=False
+    ),
+    "loss_credit": Entry(
+        ("layer", "head", "written", "part", "position"), "nats^2", "credit by who pays", required=False
+    ),
+    "loss_gram": Entry(
+        ("layer", "head", "written", "pair", "position"), "nats^2", "inner products of the parts", required=False
+    ),
+    "loss_credit_by_document": Entry(
+        ("document", "layer", "head", "written", "part"), "nats^2", "credit of one window by who pays", required=False
+    ),
+    "hidden": Entry(
+        ("layer", "loss_term", "position"), "nats^2", "gradient of the layer's input, squared norm", required=False
+    ),
+    "hidden_by_document": Entry(
+        ("document", "layer", "loss_term"), "nats^2", "gradient of the layer's input, one window", required=False
+    ),
+    "parameter_by_document": Entry(
+        ("document", "parameter", "loss_term"), "nats^2", "gradient of a module's parameters", required=False
+    ),
+    "horizon_by_document": Entry(
+        ("document", *_HEADS, "horizon"), "nats^2", "credit of one window under a discount", required=False
+    ),
+    "inspect_credit": Entry(
+        ("layer", "written", "loss_position", "position"), "nats^2", "credit of one loss", required=False
+    ),
+    "inspect_norm": Entry(
+        ("layer", "written", "loss_position", "position"), "nats", "norm of the gradient of one loss", required=False
+    ),
+}  # fmt: skip
+TOGETHER = (
+    ("weight_by_document", "weight_mean"),
+    ("loss_credit", "loss_gram", "loss_credit_by_document", "hidden", "hidden_by_document"),
+    ("inspect_credit", "inspect_norm", "token"),
+)
+_DTYPES = {"float": np.dtype("float64"), "int": np.dtype("int64")}
+
+
+def build(
+    variables: Mapping[str, np.ndarray],
+    *,
+    modules: Sequence[str],
+    lag: Sequence[int] | np.ndarray,
+    lag_end: Sequence[int] | np.ndarray,
+    texts: Sequence[str],
+    attrs: Mapping[str, object],
+    **coordinates: Sequence[object] | np.ndarray,
+) -> xr.Dataset:
+    """Put the sums into one labelled Dataset; shapes as in `SCHEMA`. A wrong shape or name is a bug of the caller.
+
+    Args:
+        variables: arrays by the names of `SCHEMA`.
+        modules: name of each attention layer, in order.
+        lag: first lag of each bin; the first bin is lag 0 alone.
+        lag_end: last lag of each bin, inclusive.
+        texts: for each window the name of the text it came from.
+        attrs: provenance; None becomes "".
+        coordinates: those that only some results have: `parameter`, `horizon`, `token`.
+    """
+    head, position = np.shape(variables["credit"])[1], np.shape(variables["credit_by_position"])[-1]
+    values = {
+        **{name: np.array(labels) for name, labels in LABELS.items()}, **coordinates,
+        "loss_position": np.arange(position),
+        "layer": np.arange(len(modules)), "module": _texts(modules), "head": np.arange(head),
+        "lag": np.asarray(lag), "lag_end": np.asarray(lag_end), "position": np.arange(position),
+        "document": np.arange(len(texts)), "text": _texts(texts),
+    }  # fmt: skip
+    assert set(variables) <= set(SCHEMA), set(variables) - set(SCHEMA)
+    data = {name: _variable(SCHEMA[name], variables[name]) for name in SCHEMA if name in variables}
+    used = {dim for name in data for dim in SCHEMA[name].dims}
+    coords = {
+        name: _variable(entry, values[name])
+        for name, entry in COORDINATES.items()
+        if entry.required or (name in values and (name in used or name == "token"))
+    }
+    provenance = {name: plain(value) for name, value in attrs.items()}
+    result = xr.Dataset(data, coords, {**provenance, "schema_version": SCHEMA_VERSION})
+    flaw = _flaw(result)
+    assert flaw is None, flaw
+    return result
+
+
+def extended(
+    result: xr.Dataset, variables: Mapping[str, np.ndarray], **coordinates: Sequence[object] | np.ndarray
+) -> xr.Dataset:
+    """The result with more variables of the schema, and their coordinates."""
+    values = {"written": WRITTEN, "loss_position": result.position.values, **coordinates}
+    used = {dim for name in variables for dim in SCHEMA[name].dims} | set(coordinates)
+    more = result.assign({name: _variable(SCHEMA[name], array) for name, array in variables.items()})
+    return check(
+        more.assign_coords(
+            {name: _variable(COORDINATES[name], np.asarray(array)) for name, array in values.items() if name in used}
+        )
+    )
+
+
+def kind(result: object) -> str:
+    """What a Dataset says it is: "audit", "comparison", or "" for a result."""
+    return str(plain(getattr(result, "attrs", {}).get("kind")))
+
+
+def check(result: object) -> xr.Dataset:
+    """Return `result` if it is a result of this schema; InputError says what is wrong with it."""
+    flaw = _flaw(result) if isinstance(result, xr.Dataset) else f"{type(result).__name__} came"
+    if flaw is not None:
+        raise InputError(f"expected a result as posterity.measure returns it, but {flaw}; pass that Dataset unchanged")
+    assert isinstance(result, xr.Dataset)
+    return result
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+def save(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Write the result as compressed netCDF, whole or not at all; returns the path. Raises InputError."""
+    target = writable(path)
+    write_whole(target, netcdf.packed(check(result)))
+    return Path(path)
+
+
+def load(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read a result into memory and close the file. InputError for anything that is not a whole, sound result."""
+    return loaded(netcdf.read(path), path)
+
+
+def loaded(found: xr.Dataset, path: str | os.PathLike[str]) -> xr.Dataset:
+    """The result that `netcdf.read` found in a file, with the schema's own attributes. InputError as `load`."""
+    flaw = _flaw_of_form(found)
+    if flaw is None:
+        named = {**SCHEMA, **COORDINATES}
+        variables = {name: _variable(named[str(name)], one.values, one.dims) for name, one in found.variables.items()}
+        coords = {name: variables.pop(name) for name in COORDINATES if name in variables}
+        found = xr.Dataset(variables, coords, found.attrs)
+        flaw = _flaw_of_values(found)
+    if flaw is not None:
+        raise InputError(
+            f"{path}: expected a result file of posterity, but {flaw}; run `posterity measure` again, or read it with "
+            "the version that wrote it"
+        )
+    return found
+
+
+def writable(path: str | os.PathLike[str]) -> Path:
+    """Say before the work whether a file can be written at `path`; returns its real path. InputError has the reason."""
+    name = os.fspath(path)
+    try:
+        target = Path(os.path.realpath(name))
+        reason = _obstacle(target)
+    except (OSError, ValueError) as error:
+        target, reason = Path(), getattr(error, "strerror", None) or str(error)
+    if reason is not None:
+        raise InputError(f"{name!r}: expected a path where a file can be written, but {reason}; choose another path")
+    return target
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary file beside it, then one rename. InputError when it fails."""
+    part = target.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another path"
+        size = f"{len(data) / 1e6:.1f} MB"
+        raise InputError(
+            f"{target}: expected room and permission for {size}, but {error.strerror}; {advice}"
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _obstacle(target: Path) -> str | None:
+    """What stands in the way of writing a file at `target`; None if nothing does."""
+    folder = target.parent
+    if target.is_dir():
+        return "it is a folder"
+    if not folder.is_dir():
+        return f"the folder {str(folder)!r} does not exist"
+    if os.path.lexists(target):
+        if not target.is_file():
+            return "it is not a regular file"
+        if not os.access(target, os.W_OK):
+            return "the file there is write-protected"
+    probe = folder / f".{secrets.token_hex(8)}.part"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        return f"nothing can be written in the folder {str(folder)!r} ({error.strerror})"
+    return None
+
+
+def _flaw(result: xr.Dataset) -> str | None:
+    return _flaw_of_form(result) or _flaw_of_values(result)
+
+
+def _flaw_of_form(result: xr.Dataset) -> str | None:
+    """The first thing wrong with names, dimensions and kinds, as half a sentence; None if nothing is."""
+    version = plain(result.attrs.get("schema_version"))
+    if version != SCHEMA_VERSION:
+        return f"its schema version is {version!r} and this is posterity for version {SCHEMA_VERSION}"
+    for name, entry in {**COORDINATES, **SCHEMA}.items():
+        if name not in result.variables:
+            if entry.required:
+                return f"it has no {name!r}"
+            continue
+        variable = result.variables[name]
+        dims = ("step", *entry.dims) if "step" in result.dims and name in SCHEMA else entry.dims
+        if variable.dims != dims:
+            return f"{name!r} has the dimensions {variable.dims} where {dims} belong"
+        if entry.kind == "str" and variable.dtype.kind not in "UO":
+            return f"{name!r} holds {variable.dtype} where text belongs"
+        if entry.kind != "str" and variable.dtype.newbyteorder("=") != _DTYPES[entry.kind]:
+            return f"{name!r} holds {variable.dtype} where {_DTYPES[entry.kind]} belongs"
+        bare = next((dim for dim in dims if dim not in result.variables), None)
+        if bare is not None:
+            return f"{name!r} has no coordinate {bare!r}"
+    for group in TOGETHER:
+        missing = [name for name in group if name not in result.variables]
+        if 0 < len(missing) < len(group):
+            return f"it has no {missing[0]!r}"
+    unknown = set(result.variables) - set(SCHEMA) - set(COORDINATES)
+    if unknown:
+        return f"it holds {sorted(map(str, unknown))}, which no result has"
+    return f"its dimensions {dict(result.sizes)} hold nothing" if 0 in result.sizes.values() else None
+
+
+def _flaw_of_values(result: xr.Dataset) -> str | None:
+    """The first thing wrong with the values, as half a sentence; None if nothing is."""
+    for name, labels in LABELS.items():
+        if name in result.variables and tuple(result[name].values) != labels:
+            return f"the labels of {name!r} are {list(map(str, result[name].values))} where {list(labels)} belong"
+    for name in ("layer", "head", "position", "document", "loss_position"):
+        if name in result.variables and not np.array_equal(result[name], np.arange(result.sizes[name])):
+            return f"{name!r} does not count from 0 to {result.sizes[name] - 1}"
+    horizon = result["horizon"].values if "horizon" in result else np.array([1])
+    if (horizon < 1).any() or (np.diff(horizon) <= 0).any():
+        return "its horizons do not begin at 1 or more and grow"
+    if "step" in result.dims and ((result.step < 0).any() or (np.diff(result.step) <= 0).any()):
+        return "its steps do not begin at 0 or more and grow"
+    lag, lag_end = result["lag"].values, result["lag_end"].values
+    if lag[0] != 0 or lag_end[0] != 0 or (lag_end < lag).any() or not np.array_equal(lag[1:], lag_end[:-1] + 1):
+        return "its lags do not begin with lag 0 alone and go on without a gap"
+    for name, entry in SCHEMA.items():
+        if name in result and entry.kind == "float" and np.isinf(result[name].values).any():
+            return f"{name!r} holds an infinite number"
+        if name in result and entry.kind == "int" and (result[name].values < 0).any():
+            return f"{name!r} holds a negative number"
+    return None
+
+
+def _variable(entry: Entry, values: object, dims: Sequence[Hashable] | None = None) -> xr.Variable:
+    array = np.asarray(values)
+    if entry.kind == "str":
+        array = _texts(array)
+    else:
+        assert array.dtype.kind in ("iu" if entry.kind == "int" else "iuf"), (entry.long_name, array.dtype)
+        array = array.astype(_DTYPES[entry.kind])
+    dims = entry.dims if dims is None else dims
+    assert array.ndim == len(dims), (entry.long_name, array.shape)
+    units = {"units": entry.units} if entry.units else {}
+    return xr.Variable(dims, array, {**units, "long_name": entry.long_name})
+
+
+def _texts(values: Sequence[object] | np.ndarray) -> np.ndarray:
+    return np.array([str(plain(str(value))) for value in values], dtype=str)
