@@ -2,7 +2,7 @@
 
     python bench/fuzz.py --seconds 60
 
-Hypothesis makes the inputs of every target of tests/hostile.py. Where atheris is installed (it is no dependency), the
+Hypothesis makes the inputs of every target of tests/support/hostile.py. Where atheris is installed (it is no dependency), the
 targets that take bytes are also fuzzed by coverage, each in a process of its own.
 """
 
@@ -21,8 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # names that are no file are looked for on t
 
 def by_hypothesis(name: str, seconds: float) -> tuple[int, int, list[str]]:
     """Inputs tried and taken, and failures, each in its smallest form."""
-    from hostile import TARGETS
     from hypothesis import HealthCheck, given, settings
+    from support.hostile import TARGETS
 
     use, inputs = TARGETS[name]
     tried, failures, end = [0, 0], [], time.monotonic() + seconds
@@ -55,7 +55,7 @@ def by_coverage(name: str, seconds: float) -> None:
             "json",
         ]
     ):
-        from hostile import TARGETS
+        from support.hostile import TARGETS
     atheris.Setup([sys.argv[0], f"-max_total_time={int(seconds)}", "-rss_limit_mb=8000"], TARGETS[name][0])
     atheris.Fuzz()
 
@@ -71,7 +71,7 @@ def main() -> None:
         by_coverage(asked.coverage, asked.seconds)
         return
     warnings.simplefilter("ignore")
-    from hostile import BYTES, TARGETS
+    from support.hostile import BYTES, TARGETS
 
     found = 0
     print("| target | way | tried | taken | failures |\n|---|---|---|---|---|")

@@ -1,6 +1,6 @@
 """`make models`: docs/models.md, what Posterity does with every causal language model type of transformers.
 
-Builds a tiny random model of each type and compares it with its own eager path (tests/verification.py; 3 minutes).
+Builds a tiny random model of each type and compares it with its own eager path (tests/support/verification.py; 3 minutes).
 """
 
 import sys
@@ -15,8 +15,8 @@ from rich.progress import track
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from families import TYPES  # noqa: E402
-from verification import LENGTH, TOLERANCE, row, verify  # noqa: E402
+from support.families import TYPES  # noqa: E402
+from support.verification import LENGTH, TOLERANCE, row, verify  # noqa: E402
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import allowed_pairs, by_lag, dense_account, dense_attention
+from support.reference import allowed_pairs, by_lag, dense_account, dense_attention
 
 BENCH = Path(__file__).parent.parent / "bench"
 CELL = {"seconds": 2.5, "estimated": False, "peak": 3e9, "loaded": 1e9, "threads": 2, "versions": {"torch": "2.13.0"}}

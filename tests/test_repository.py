@@ -198,7 +198,7 @@ def test_tests_are_named_where_the_method_cites_them():
 def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     import matplotlib
     import torch
-    from tiny import tiny, tokens
+    from support.tiny import tiny, tokens
     from transformers import TrainingArguments
 
     from posterity.training.run import Rows
@@ -224,7 +224,7 @@ def test_every_variable_of_a_result_plots():
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    from sample import sample
+    from support.sample import sample
 
     result = sample()
     for name, variable in result.data_vars.items():

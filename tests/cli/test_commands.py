@@ -1,0 +1,343 @@
+"""The command line passes on what was asked for, and every mistake is one line and an exit code."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import posterity
+from posterity.cli import main as cli
+from posterity.errors import InputError
+from posterity.inputs.model import Loaded
+from posterity.inputs.windows import default_text
+from posterity.measurement.distributed import Processes
+
+SOURCE = str(Path(__file__).parents[2] / "src")
+
+
+def run(*args):
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+def process(*args, **options):
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "posterity", *args],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        **options,
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every function that a command calls, replaced by one that notes its arguments."""
+    made = []
+
+    def note(name, answer=None):
+        def called(*args, **options):
+            made.append((name, args, options))
+            return answer
+
+        return called
+
+    loaded = Loaded("the model", "the tokenizer", "its name", "its revision")
+    monkeypatch.setattr("posterity.inputs.model.load_model", note("load_model", loaded))
+    monkeypatch.setattr("posterity.results.schema.writable", note("writable"))
+    monkeypatch.setattr(posterity, "__version__", "9.9", raising=False)
+    for name, answer in {
+        "measure": "the result",
+        "inspect": "the result",
+        "audit": "the result",
+        "save": None,
+        "report": None,
+        "summary": None,
+        "load": "a run",
+    }.items():
+        monkeypatch.setattr(posterity, name, note(name, answer), raising=False)
+    return made
+
+
+def fail(monkeypatch, error):
+    def raised(*args, **options):
+        raise error
+
+    monkeypatch.setattr(posterity, "summary", raised, raising=False)
+    monkeypatch.setattr(posterity, "load", lambda path: None, raising=False)
+
+
+def test_measure_passes_on_what_was_given_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/posterity", "measure", "a b"])
+    answer = run("measure")
+    assert (answer.exit_code, answer.output) == (0, "")
+    loading, measuring, showing = calls
+    assert loading == ("load_model", (None, None, None, None, False), {})
+    attributes = {"model": "its name", "revision": "its revision", "command": "posterity measure 'a b'"}
+    assert measuring[1][:2] == ("the model", "the tokenizer")
+    assert list(measuring[1][2]) == [default_text()]
+    assert measuring[2] == {"limit": 16, "attrs": attributes, "state": None, "processes": Processes()}
+    assert showing == ("summary", ("the result",), {})
+
+
+def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    options = ["--context", 64, "--documents", 3, "--lags", "all", "--batch", 2, "--no-weights", "--seed", 7]
+    options += ["--dtype", "float64", "--device", "cpu", "--revision", "r", "--trust-remote-code"]
+    answer = run("measure", "org/model", text, *options, "--output", "run.nc", "--report", "page.html")
+    assert answer.exit_code == 0
+    names = [name for name, _, _ in calls]
+    assert names == ["writable", "writable", "load_model", "measure", "save", "report", "summary"]
+    assert calls[2][1] == ("org/model", "float64", "cpu", "r", True)
+    given = dict(calls[3][2])
+    del given["attrs"]
+    assert (given.pop("state"), given.pop("processes")) == (Path("run.nc.state"), Processes())
+    assert given == {"context": 64, "limit": 3, "lags": "all", "batch": 2, "weights": False, "seed": 7}
+    assert [name for name, _ in calls[3][1][2]] == [str(text)]
+    assert calls[4][1] == ("the result", Path("run.nc"))
+    assert calls[5][1] == ("the result", Path("page.html"))
+
+
+def test_who_pays_is_passed_on(calls):
+    assert run("measure", "--losses", "--parameters", "--horizons", "1,2, 4").exit_code == 0
+    given = dict(calls[1][2])
+    del given["attrs"], given["state"], given["processes"]
+    assert given == {"limit": 16, "losses": True, "parameters": True, "horizons": (1, 2, 4)}
+
+
+def test_inspect_passes_on_the_text_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["posterity", "inspect"])
+    assert run("inspect", "-t", "one text").exit_code == 0
+    attributes = {"model": "its name", "revision": "its revision", "command": "posterity inspect"}
+    assert calls == [
+        ("load_model", (None, None, None, None, False), {}),
+        ("inspect", ("the model", "the tokenizer", "one text"), {"attrs": attributes}),
+        ("summary", ("the result",), {}),
+    ]
+    calls.clear()
+    options = ["--batch", 2, "--horizons", "3,9", "--seed", 7, "-o", "one.nc", "-r", "one.html"]
+    assert run("inspect", "org/model", "--text", "one text", *options).exit_code == 0
+    assert [name for name, _, _ in calls] == [
+        "writable",
+        "writable",
+        "load_model",
+        "inspect",
+        "save",
+        "report",
+        "summary",
+    ]
+    given = dict(calls[3][2])
+    del given["attrs"]
+    assert given == {"batch": 2, "horizons": (3, 9), "seed": 7}
+
+
+def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["posterity", "audit"])
+    assert run("audit").exit_code == 0
+    _, auditing, showing = calls
+    attributes = {"model": "its name", "revision": "its revision", "command": "posterity audit"}
+    assert auditing[1][:2] == ({"its name": "the model"}, {"its name": "the tokenizer"})
+    assert list(auditing[1][2]) == [default_text()]
+    assert auditing[2] == {
+        "quick": False,
+        "control": None,
+        "attrs": attributes,
+        "state": None,
+        "processes": Processes(),
+    }
+    assert showing == ("summary", ("the result",), {})
+    calls.clear()
+    options = ["--rows", "4,8", "--contexts", "16,32", "--context", 64, "--documents", 3, "--budget", 99, "--seed", 7]
+    options += ["--quick", "--control", "random", "--beside", "other", "-o", "audit.nc", "-r", "audit.html"]
+    assert run("audit", "one", *options).exit_code == 0
+    names = [name for name, _, _ in calls]
+    assert names == ["writable", "writable", "load_model", "load_model", "audit", "save", "report", "summary"]
+    given = dict(calls[4][2])
+    del given["attrs"], given["state"], given["processes"]
+    assert list(calls[4][1][0]) == ["its name", "other"]
+    assert given == {
+        "quick": True, "control": "random", "rows": (4, 8), "contexts": (16, 32), "context": 64, "limit": 3,
+        "budget": 99, "seed": 7,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("horizons", ["few", "1;2", "1,,2", "1.5", ""])
+def test_horizons_that_are_no_numbers_are_refused_in_one_line_before_the_model_is_loaded(calls, horizons):
+    for command in (["measure"], ["inspect", "--text", "one"]):
+        answer = run(*command, "--horizons", horizons)
+        assert answer.exit_code == 2
+        assert answer.stderr.startswith(
+            "posterity: --horizons expects whole numbers with commas, such as 1,2,4,8; got "
+        )
+        assert answer.stderr.count("\n") == 1
+    assert calls == []
+
+
+def test_a_missing_text_stops_before_the_model_is_loaded(calls):
+    answer = run("measure", "default", "none.txt")
+    assert answer.exit_code == 2
+    assert re.fullmatch(r"posterity: expected a file.*there is no file none\.txt.*\n", answer.stderr)
+    assert calls == []
+
+
+def test_the_defaults_that_the_help_shows_are_those_of_the_library():
+    signature = inspect.signature(posterity.measure).parameters
+    text = " ".join(process("measure", "--help").stdout.split())
+    for name in ("context", "lags", "batch", "seed"):
+        shown = re.search(rf"--{name} <.*?\[default: (\w+)\]", text)
+        assert shown is not None
+        assert shown[1] == str(signature[name].default)
+    assert "[default: weights]" in text
+    assert signature["weights"].default is True
+
+
+def test_several_runs_make_one_page(calls):
+    assert run("report", "a.nc", "b.nc", "-o", "page.html").exit_code == 0
+    assert [call[:2] for call in calls] == [
+        ("writable", (Path("page.html"),)),
+        ("load", (Path("a.nc"),)),
+        ("load", (Path("b.nc"),)),
+        ("report", (["a run", "a run"], Path("page.html"))),
+    ]
+
+
+def test_summary_shows_a_run(calls):
+    assert run("summary", "a.nc").exit_code == 0
+    assert [call[:2] for call in calls] == [("load", (Path("a.nc"),)), ("summary", ("a run",))]
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 2)])
+def test_check_answers_in_one_line_and_by_its_exit_code(calls, monkeypatch, ok, code):
+    class Answer:
+        def __init__(self, model):
+            assert model == "the model"
+            self.ok = ok
+
+        def __str__(self):
+            return "its name: the answer"
+
+    monkeypatch.setattr(posterity, "check", Answer, raising=False)
+    answer = run("check", "its name")
+    assert (answer.exit_code, answer.stdout) == (code, "its name: the answer\n")
+
+
+def test_the_version_is_the_package_s(calls):
+    assert run("--version").stdout == "posterity 9.9\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("expected one;\n got two"), 2, "posterity: expected one; got two"),
+        (KeyboardInterrupt(), 130, "posterity: interrupted"),
+        (MemoryError(), 2, "posterity: out of memory: lower --context or --batch, or choose --dtype bfloat16"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "posterity: out of memory: .*"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 2, "posterity: out of memory: .*"),
+    ],
+)
+def test_mistakes_and_shortages_are_one_line_and_an_exit_code(monkeypatch, error, code, line):
+    fail(monkeypatch, error)
+    answer = run("summary", "a.nc")
+    assert answer.exit_code == code
+    assert answer.stdout == ""
+    assert re.fullmatch(line + "\n", answer.stderr)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), OSError("a bug"), KeyError("a bug")])
+def test_a_bug_keeps_its_traceback(monkeypatch, error):
+    fail(monkeypatch, error)
+    answer = run("summary", "a.nc")
+    assert answer.exception is error
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["measure", "--context", "1"],
+        ["measure", "--documents", "0"],
+        ["measure", "--lags", "few"],
+        ["measure", "--zorg"],
+        ["inspect"],
+        ["inspect", "--text", "one", "--batch", "0"],
+        ["report", "a.nc"],
+        ["report"],
+        ["summary"],
+        ["zorg"],
+    ],
+)
+def test_a_wrong_option_is_exit_code_2_and_nothing_is_called(calls, args):
+    answer = run(*args)
+    assert answer.exit_code == 2
+    assert re.fullmatch(r"posterity: [^\n]+; see (root|posterity)[^\n]* --help\n", answer.stderr)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("args", "which"),
+    [
+        (("measure", "default", "some.txt", "-o", "some.txt"), "is read here"),
+        (("measure", "default", "some.txt", "-o", "a.out", "-r", "./a.out"), "is the other output"),
+        (("inspect", "some.txt", "--text", "one", "-r", "some.txt"), "is read here"),
+        (("report", "some.txt", "-o", "some.txt"), "is read here"),
+    ],
+)
+def test_no_output_takes_the_place_of_an_input_or_of_the_other_output(tmp_path, monkeypatch, calls, args, which):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.txt").write_text("words")
+    answer = run(*args)
+    assert answer.exit_code == 2
+    assert re.fullmatch(rf"posterity: cannot write [^\n]+: it {which}; choose another file[^\n]*\n", answer.stderr)
+    assert [call for call in calls if call[0] != "writable"] == []
+    assert (tmp_path / "some.txt").read_text() == "words"
+
+
+@pytest.mark.parametrize("option", ["--output", "--report"])
+def test_no_file_of_another_kind_is_replaced(tmp_path, calls, option):
+    there = tmp_path / "model.safetensors"
+    there.write_bytes(b"weights")
+    for command in ("measure", "audit"):
+        answer = run(command, option, there)
+        assert answer.exit_code == 2
+        assert f"what is there is no {'result' if option == '--output' else 'page'}" in answer.output
+        assert answer.output.count("\n") == 1
+    assert there.read_bytes() == b"weights"
+    there.write_bytes(b"\x89HDF and so on" if option == "--output" else b"<!DOCTYPE html>")
+    assert run("measure", option, there).exit_code == 0
+
+
+def test_help_answers_without_importing_torch():
+    code = (
+        "import sys; from posterity.cli import main; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": SOURCE}
+    asked = [sys.executable, "-c", code]
+    assert subprocess.run(asked, capture_output=True, text=True, env=environment, check=True).stdout == "[]\n"
+    answer = process("--help")
+    assert answer.returncode == 0
+    assert all(command in answer.stdout for command in ("measure", "inspect", "report", "check", "summary"))
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_gone_brings_no_traceback(lines):
+    code = (
+        "import posterity\n"
+        "from posterity.cli import main\n"
+        "posterity.load = lambda path: None\n"
+        f"posterity.summary = lambda result: print('line\\n' * {lines})\n"
+        "import sys; sys.argv = ['posterity', 'summary', 'a.nc']; main.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "PYTHONUNBUFFERED": ""}
+    reading, writing = os.pipe()
+    os.close(reading)
+    asked = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
+    )
+    os.close(writing)
+    assert (asked.returncode, asked.stderr) == (141, "")

@@ -1,0 +1,363 @@
+"""The instrument on whole models: against dense accounts with autograd's own gradients, and against its own laws."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.reference import by_lag
+from support.spy import spied
+from support.tiny import CONFIGS, summed_loss, tiny, tokens
+from test_probe import INPUTS, padded
+
+import posterity
+from posterity.errors import InputError
+from posterity.measurement.estimate import _continued, estimate
+from posterity.models.chunked_loss import Head
+from posterity.results import stats as derived
+
+KEYS = ("q_proj", "k_proj", "v_proj")
+
+
+def own_loss(model, ids, given):
+    logits = model(input_ids=ids, use_cache=False, **{k: v for k, v in given.items() if k != "labels"}).logits
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.usefixtures("small_blocks")
+def test_every_number_equals_the_dense_account_of_autograds_gradients(name, inputs):
+    model, ids = tiny(name), tokens()
+    given, readers = INPUTS[inputs](ids), None
+    if inputs.endswith("padding"):
+        given["labels"] = padded(ids, inputs.split()[0])[1]
+        if inputs == "left padding":
+            given["labels"][1, 4] = -100
+        readers = given["attention_mask"].bool()
+    with spied(model) as spy:
+        own_loss(model, ids, given).backward()
+    with posterity.account(model, lags="all") as ledger:
+        own_loss(model, ids, given).backward()
+    ours = ledger.result()
+
+    def same(mine, right):
+        right = np.stack([np.asarray(x) for x in right])
+        np.testing.assert_allclose(mine.values, right, rtol=1e-10, atol=1e-10 * np.abs(right).max())
+
+    dense = spy.accounts(readers)
+    assert len(dense) == ours.sizes["layer"] > 1
+    same(ours.credit, [by_lag(x[0]).sum(1).movedim(0, 1) for x in dense])
+    same(ours.mass, [by_lag(x[1]).sum(1).movedim(0, 1) for x in dense])
+    same(ours.attention, [by_lag(x[2]).sum(0) for x in dense])
+    same(ours.edges, [by_lag(x[3][:, 0].long().expand(2, -1, -1)).sum(0) for x in dense])
+    starts = [0, 0] if readers is None else readers.int().argmax(1).tolist()
+    same(ours.attention_first, [sum(x[2][d, :, :, start].sum(-1) for d, start in enumerate(starts)) for x in dense])
+    same(ours.profile_by_document, [[by_lag(x[0]).sum(2)[:, d] for x in dense] for d in range(2)])
+    # the ledger balances against the gradients that autograd has for the model's own q, k, v
+    for call, layer in zip(spy.calls, range(len(dense)), strict=True):
+        for tensor, stream in zip(call[:3], ours.stream.values, strict=True):
+            balance = ours.credit.sel(layer=layer, stream=stream).sum().item()
+            assert balance == pytest.approx(tensor.grad.square().sum().item(), rel=1e-10)
+    assert float(derived.balance(ours).max()) < 1e-10
+
+
+PROJECTIONS = {  # rows of each parameter that make the query, key and value
+    "llama": lambda model: [{f"{n}.weight": slice(None)} for n in KEYS],
+    "qwen3": lambda model: [{f"{n}.weight": slice(None)} for n in KEYS],
+    "phi3": lambda model: [{"qkv_proj.weight": rows} for rows in (slice(0, 24), slice(24, 36), slice(36, 48))],
+    "gpt_neox": lambda model: [
+        {f"query_key_value.{n}": np.arange(72).reshape(4, 3, 6)[:, s].ravel() for n in ("weight", "bias")}
+        for s in range(3)
+    ],
+    "gpt2": lambda model: [
+        {f"c_attn.{n}": (..., slice(24 * s, 24 * s + 24)) for n in ("weight", "bias")} for s in range(3)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.usefixtures("small_blocks")
+def test_the_two_parts_of_a_weight_gradient_add_up_to_autograds_own(name, batch):
+    """|self|^2 + |other|^2 + 2 self.other is the squared norm of the rows of the parameter's gradient, exactly."""
+    model, ids = tiny(name), tokens(4)
+    ours = posterity.measure(model, None, ids, context=12, batch=batch, progress=False)
+    assert model.training is False
+    gradients = []
+    for row in ids:
+        model.zero_grad()
+        summed_loss(model, row[None]).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    module_of = dict(zip(ours.layer.values, ours.module.values, strict=True))
+    whole = ours.weight_by_document.sel(term="self") + ours.weight_by_document.sel(term="other")
+    whole = whole + 2 * ours.weight_by_document.sel(term="inner")
+    mean = (
+        ours.weight_mean.sel(term="self") + ours.weight_mean.sel(term="other") + 2 * ours.weight_mean.sel(term="inner")
+    )
+    for layer, module in module_of.items():
+        for stream, rows in zip(ours.stream.values, PROJECTIONS[name](model), strict=True):
+            per_document = [
+                torch.cat([g[f"{module}.{n}"][index].flatten() for n, index in rows.items()]) for g in gradients
+            ]
+            right = [g.square().sum().item() for g in per_document]
+            np.testing.assert_allclose(whole.sel(layer=layer, stream=stream), right, rtol=1e-6)
+            right = torch.stack(per_document).mean(0).square().sum().item()
+            assert mean.sel(layer=layer, stream=stream).item() == pytest.approx(right, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
+def test_the_self_part_of_a_weight_gradient_is_the_gradient_with_all_other_edges_cut(name):
+    """Cutting every other edge of the last layer in the backward pass leaves the self part of its weights' gradient."""
+    model, ids = tiny(name), tokens(1)
+    ours = posterity.measure(model, None, ids, context=12, progress=False)
+    layers = model.gpt_neox.layers if name == "gpt_neox" else model.model.layers
+    module = layers[-1].attention if name == "gpt_neox" else layers[-1].self_attn
+    index = 0
+
+    def keep_self(module_, query, key, value, attention_mask, scaling, **kwargs):
+        nonlocal index
+        index += 1
+        share = query.shape[1] // key.shape[1]
+        own = index == len(layers)
+        whole_query, eye = query, torch.eye(12, dtype=torch.double)
+        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        score = whole_query @ key.mT * scaling
+        if own:
+            score = score * eye + (score * (1 - eye)).detach()
+        weight = torch.softmax(score + attention_mask.clamp(min=-1e30), -1)
+        output = weight @ value
+        if own:  # values: only the self edge's term may reach them
+            output = output.detach() + (weight.detach() * eye) @ value - ((weight.detach() * eye) @ value).detach()
+            output = output + weight @ value.detach() - (weight @ value.detach()).detach()
+        return output.transpose(1, 2).contiguous(), None
+
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("keep_self", keep_self)
+    AttentionMaskInterface.register("keep_self", eager_mask)
+    model.set_attn_implementation("keep_self")
+    model.zero_grad()
+    summed_loss(model, ids).backward()
+    rows = PROJECTIONS[name](model)
+    for stream, parts in zip(ours.stream.values, rows, strict=True):
+        parameters = dict(module.named_parameters())
+        right = sum(parameters[n].grad[at].square().sum().item() for n, at in parts.items())
+        mine = ours.weight_by_document.sel(stream=stream, term="self").isel(layer=-1).item()
+        assert mine == pytest.approx(right, rel=1e-5), stream
+
+
+@settings(max_examples=8, deadline=None)
+@given(cuts=st.lists(st.integers(0, 5), max_size=3), batch=st.integers(1, 4))
+def test_any_split_of_the_documents_and_any_batch_gives_the_same_result(cuts, batch):
+    model, ids = tiny("llama", num_hidden_layers=2), tokens(5)
+    whole = posterity.measure(model, None, ids, context=12, progress=False)
+    edges = [0, *sorted(cuts), 5]
+    parts = [
+        posterity.measure(model, None, ids[a:b], context=12, batch=batch, progress=False)
+        for a, b in pairwise(edges)
+        if a < b
+    ]
+    for name in ("credit", "mass", "attention", "credit_by_position", "attention_first", "edges"):
+        xr.testing.assert_allclose(whole[name], sum(part[name] for part in parts), rtol=1e-9, atol=1e-12)
+    for name in (
+        "credit_by_document",
+        "first_by_document",
+        "profile_by_document",
+        "loss",
+        "tokens",
+        "weight_by_document",
+    ):
+        joined = xr.concat([part[name].drop_vars(("document", "text")) for part in parts], "document")
+        xr.testing.assert_allclose(whole[name].drop_vars(("document", "text")), joined, rtol=1e-6, atol=1e-9)
+
+
+def test_padding_on_the_left_changes_no_number_of_a_document():
+    """A document alone, and the same document behind four padding tokens: first position and positions included."""
+    model, ids = tiny("llama"), tokens(1)
+    with posterity.account(model, lags="all") as alone:
+        summed_loss(model, ids).backward()
+    behind = torch.cat((torch.ones(1, 4, dtype=torch.long), ids), 1)
+    mask = torch.cat((torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)), 1)
+    with posterity.account(model, lags="all") as padded_ledger:
+        places = {"attention_mask": mask, "position_ids": torch.cat((torch.zeros(4), torch.arange(12)))[None].long()}
+        own_loss(model, behind, places | {"labels": behind.masked_fill(torch.arange(16) < 5, -100)}).backward()
+    for name, right in alone.result().data_vars.items():
+        mine = padded_ledger.result()[name]
+        mine = mine.isel({dim: slice(0, right.sizes[dim]) for dim in ("lag", "position") if dim in mine.dims})
+        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+def test_the_corpus_of_a_ledger_is_the_sum_of_its_documents():
+    found = posterity.measure(tiny("llama"), None, tokens(3, 20), context=20, progress=False)
+    by_document = found.credit_by_document.sum("document")
+    xr.testing.assert_allclose(found.credit_by_position.sum("position"), by_document)
+    xr.testing.assert_allclose(found.credit.isel(lag=0, drop=True), by_document.sel(side="self", drop=True))
+    xr.testing.assert_allclose(found.profile_by_document.sum("document"), found.credit.sum("head"))
+    xr.testing.assert_allclose(found.attention.sum("lag"), xr.full_like(found.attention_first, 60.0))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_counts_once_and_gives_the_same(reentrant):
+    model, ids = tiny("llama"), tokens()
+    with posterity.account(model) as plain:
+        summed_loss(model, ids).backward()
+    model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with posterity.account(model) as checkpointed:
+        summed_loss(model, ids).backward()
+    for name, variable in plain.result().data_vars.items():
+        xr.testing.assert_allclose(variable, checkpointed.result()[name])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_model_gives_the_same():
+    model, ids = tiny("llama", dtype=torch.float32), tokens()
+    with posterity.account(model) as plain:
+        summed_loss(model, ids).backward()
+    compiled = torch.compile(model)
+    with posterity.account(compiled) as ledger:
+        summed_loss(compiled, ids).backward()
+    for name, variable in plain.result().data_vars.items():
+        largest = float(abs(variable).max())
+        xr.testing.assert_allclose(variable, ledger.result()[name], rtol=1e-4, atol=1e-4 * largest)
+
+
+def test_gradient_accumulation_and_unequal_lengths_add_documents():
+    model = tiny("llama")
+    with posterity.account(model) as ledger:
+        for length in (12, 30, 20):
+            summed_loss(model, tokens(1, length)).backward()
+    found = ledger.result()
+    assert found.sizes["document"] == 3
+    assert found.sizes["position"] == 30
+    for index, length in enumerate((12, 30, 20)):
+        alone = posterity.measure(model, None, tokens(1, length), context=length, progress=False)
+        mine = found.profile_by_document.isel(document=index).sel(lag=alone.lag)
+        xr.testing.assert_allclose(
+            mine.drop_vars(("document", "text", "lag_end")),
+            alone.profile_by_document[0].drop_vars(("document", "text", "lag_end")),
+        )
+
+
+def test_lags_all_summed_into_bins_equal_the_bins():
+    model, ids = tiny("llama"), tokens(2, 40)
+    fine = posterity.measure(model, None, ids, context=40, lags="all", progress=False)
+    coarse = posterity.measure(model, None, ids, context=40, progress=False)
+    two = posterity.measure(model, None, ids, context=40, lags="self", progress=False)
+    for name in ("credit", "mass", "attention", "edges", "profile_by_document"):
+        for bins in (coarse, two):
+            for b, (first, last) in enumerate(zip(bins.lag.values, bins.lag_end.values, strict=True)):
+                right = fine[name].sel(lag=slice(first, last)).sum("lag")
+                mine = bins[name].isel(lag=b)
+                if not mine.isnull().all():
+                    np.testing.assert_allclose(mine, right, rtol=1e-9, atol=1e-12)
+                else:
+                    assert bins is two
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = tiny("llama").train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    wanted = [p.requires_grad for p in model.parameters()]
+    posterity.measure(model, None, tokens(), context=12, progress=False)
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.model.embed_tokens._forward_hooks
+
+
+def test_random_numbers_are_left_alone():
+    model, state = tiny("llama"), torch.get_rng_state()
+    posterity.measure(model, None, tokens(), context=12, seed=7, progress=False)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_bad_input_is_named_in_one_line():
+    model = tiny("llama")
+    with pytest.raises(InputError, match="at most 64 tokens; got a context of 65"):
+        posterity.measure(model, None, tokens(1, 65), context=65, progress=False)
+    with pytest.raises(InputError, match=r"lags expects .* got 'thirds'"):
+        posterity.measure(model, None, tokens(), context=12, lags="thirds", progress=False)
+    with pytest.raises(InputError, match="batch of at least 1"):
+        posterity.measure(model, None, tokens(), context=12, batch=0, progress=False)
+    with pytest.raises(InputError, match="knows tokens 0 to 60; got 99 in window"):
+        posterity.measure(model, None, [[1] * 11 + [99]], context=12, progress=False)
+    with posterity.account(model) as ledger, pytest.raises(InputError, match="no backward pass"):
+        ledger.result()
+    with posterity.account(model) as ledger:
+        summed_loss(model, tokens()).backward()
+        late = summed_loss(model, tokens())
+    with pytest.raises(InputError, match="one text for each of 2 documents; got 1"):
+        ledger.result(["a"])
+    with pytest.raises(InputError, match="inside it"):
+        late.backward()
+    with posterity.account(model) as ledger:
+        with torch.no_grad():
+            model(input_ids=tokens())
+        cut = model.model.layers[1].register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+        summed_loss(model, tokens()).backward()
+        cut.remove()
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn has seen 0 of 2 documents"):
+        ledger.result()
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_document_and_layer():
+    model = tiny("llama")
+
+    def poison(module, args, output):
+        if args[0].shape[1] == 12:  # not in the probe
+            output.register_hook(lambda grad: grad * torch.inf)
+
+    model.model.layers[1].mlp.register_forward_hook(poison)
+    with pytest.raises(InputError, match=r"layer model\.layers\.1\.self_attn is not finite in window .*#0"):
+        posterity.measure(model, None, tokens(), context=12, progress=False)
+    model = tiny("llama")
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: output * (torch.nan if args[0].shape[1] == 12 else 1)
+    )
+    with pytest.raises(InputError, match=r"the loss of window .*#0 is not finite"):
+        posterity.measure(model, None, tokens(), context=12, progress=False)
+
+
+def test_progress_shows_an_estimate_and_a_bar(capsys):
+    posterity.measure(tiny("llama"), None, tokens(), context=12, progress=True)
+    shown = capsys.readouterr().err
+    assert "2 windows of 12 tokens: about" in shown
+    assert "2/2 windows" in shown
+
+
+@given(
+    linear=st.floats(1e-6, 1e-2), quadratic=st.floats(0, 1e-5), before=st.integers(16, 2000), more=st.integers(1, 2000)
+)
+def test_time_that_grows_with_the_square_of_the_context_is_estimated_from_two_trials(linear, quadratic, before, more):
+    rates = {tokens: linear + quadratic * tokens for tokens in (before, before + more)}
+    assert _continued(rates, 32768) == pytest.approx(linear + quadratic * 32768)
+    assert _continued({before: linear}, 32768) == linear
+    assert _continued({before: 2 * linear, before + more: linear}, 32768) == linear  # the first was cold
+
+
+def test_long_windows_are_tried_twice(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "posterity.measurement.estimate._rate", lambda model, ids, head: tried.append(len(ids)) or len(ids)
+    )
+    model = tiny("llama", max_position_embeddings=4096)
+    for length in (2047, 2048):
+        line = estimate(model, tokens(1, length)[0], 3, 1, False, Head(model), 0)
+    assert tried == [128, 256]
+    assert "about 3495 h 15 min" in line  # 3 windows of 2048 tokens, 2048 s each
+
+
+def test_what_is_no_model_is_refused_and_one_horizon_may_stand_alone():
+    with pytest.raises(InputError, match="expected a causal language model of transformers; got str: load it"):
+        posterity.measure("gpt2", None, tokens(), context=12)  # type: ignore[arg-type]
+    one = posterity.measure(tiny("llama"), None, tokens(), context=12, horizons=4, progress=False)  # type: ignore[arg-type]
+    assert one.horizon.values.tolist() == [4]

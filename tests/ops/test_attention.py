@@ -1,0 +1,259 @@
+"""The operator against dense attention written down in the reference, and against torch's own."""
+
+from functools import partial
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from support.reference import allowed_pairs, dense_attention
+from torch import nn
+
+from posterity.errors import InputError
+from posterity.ops.attention import attention
+from posterity.ops.horizon_rules import Discount, Full
+from posterity.ops.mask import Mask
+
+LENGTHS = (1, 3, 7, 8, 9, 16, 21)
+HEADS, GROUPS, DIM, DIM_V = 4, 2, 5, 3
+
+
+def mask_case(name, length, batch=2):
+    """(Mask, allowed pairs of the reference, readers)."""
+    window, documents, padding = None, None, None
+    if name == "window":
+        window = 3
+    if name == "packed":
+        documents = torch.arange(length) // 6
+    if name.endswith("padding"):
+        padding = torch.ones(batch, length, dtype=torch.bool)
+        padding[1, : length // 3] = False
+        if name == "right padding":
+            padding = padding.flip(1)
+    allowed = allowed_pairs(length, window, documents, padding)
+    if name == "plain":
+        return Mask(), allowed, None
+    if padding is not None:
+        return Mask(padding=padding), allowed, padding
+    return Mask(lambda query, key: allowed[0, 0][query, key]), allowed, None
+
+
+MASKS = ("plain", "window", "packed", "left padding", "right padding")
+
+
+def leaves(length, dim_v=DIM_V, sinks=False, batch=2, dtype=torch.double):
+    shapes = ((batch, HEADS, length, DIM), (batch, GROUPS, length, DIM), (batch, GROUPS, length, dim_v))
+    made = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    return [*made, torch.randn(HEADS, dtype=dtype).requires_grad_() if sinks else None]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dim_v", [DIM_V, DIM])
+@pytest.mark.usefixtures("small_blocks")
+def test_output_and_gradients_equal_dense_attention(length, name, softcap, sinks, dim_v):
+    query, key, value, sink = leaves(length, dim_v, sinks)
+    mask, allowed, _ = mask_case(name, length)
+    ours = attention(query, key, value, 0.7, mask=mask, softcap=softcap, sinks=sink)
+    dense = dense_attention(query, key, value, 0.7, allowed, softcap, sink)[0]
+    torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
+    inputs = [x for x in (query, key, value, sink) if x is not None]
+    grad = torch.randn_like(ours)
+    for mine, right in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(dense, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 9])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("name", ["plain", "window"])
+@pytest.mark.usefixtures("small_blocks")
+def test_gradcheck(length, contiguous, name):
+    query, key, value, sinks = leaves(length, sinks=name != "plain", batch=1)
+    if not contiguous:
+        query, key, value = (x.detach().mT.contiguous().mT.requires_grad_() for x in (query, key, value))
+        assert length == 1 or not query.is_contiguous()
+    mask = mask_case(name, length, 1)[0]
+
+    def run(query, key, value, sinks):
+        return attention(query, key, value, mask=mask, softcap=None if name == "plain" else 2.0, sinks=sinks)
+
+    assert torch.autograd.gradcheck(run, (query, key, value, sinks))
+
+
+BIASES = {  # of a batch of two and so many positions
+    "whole": lambda length: (2, HEADS, length, length),
+    "by head and key": lambda length: (1, HEADS, 1, length),
+    "by document and query": lambda length: (2, 1, length, 1),
+    "one number": lambda length: (1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("shape", BIASES)
+@pytest.mark.parametrize(("name", "softcap"), [("plain", None), ("plain", 1.5), ("left padding", None)])
+@pytest.mark.parametrize("horizon", [Full(), Discount(0.5)])
+@pytest.mark.usefixtures("small_blocks")
+def test_a_bias_and_sinks_of_each_query_have_the_gradients_of_dense_attention(length, shape, name, softcap, horizon):
+    """A horizon is about keys and values: it leaves the gradient of a bias, of sinks and of queries as it is."""
+    query, key, value, _ = leaves(length)
+    bias, sinks = (torch.randn(size).double().requires_grad_() for size in (BIASES[shape](length), (2, HEADS, length)))
+    mask, allowed, _ = mask_case(name, length)
+    ours = attention(
+        query, key, value, 0.7, mask=mask, softcap=softcap, sinks=sinks, bias=bias, horizon=lambda: (horizon, horizon)
+    )
+    dense = dense_attention(query, key, value, 0.7, allowed, softcap, sinks, bias)[0]
+    torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
+    inputs = (query, sinks, bias, *((key, value) if horizon == Full() else ()))
+    grad = torch.randn_like(ours)
+    for mine, right in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(dense, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 9])
+@pytest.mark.parametrize("shape", BIASES)
+@pytest.mark.usefixtures("small_blocks")
+def test_gradcheck_with_a_bias(length, shape):
+    query, key, value, _ = leaves(length)
+    bias, sinks = (torch.randn(size).double().requires_grad_() for size in (BIASES[shape](length), (2, HEADS, length)))
+
+    def run(query, key, value, sinks, bias):
+        return attention(query, key, value, softcap=2.0, sinks=sinks, bias=bias)
+
+    assert torch.autograd.gradcheck(run, (query, key, value, sinks, bias))
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    query, key, value, _ = leaves(5)
+    with pytest.raises(InputError, match=r"broadcasts to \[2, 4, 5, 5\]; got \[2, 3, 5, 5\]"):
+        attention(query, key, value, bias=torch.zeros(2, 3, 5, 5).double())
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+@pytest.mark.parametrize("name", ["plain", "window", "left padding"])
+@pytest.mark.usefixtures("small_blocks")
+def test_chosen_keys_are_the_only_edges(length, groups, size, name):
+    mask, allowed, readers = mask_case(name, length)
+    chosen = torch.randint(-1, -(-length // size), (2, groups, length, 3))
+    blocks = torch.arange(length) // size
+    seen = (chosen[..., None] == blocks).any(3).repeat_interleave(HEADS // groups, 1) & allowed
+    query, key, value, _ = leaves(length)
+    limited = mask.among(chosen, HEADS, size)
+    ours = attention(query, key, value, 0.7, mask=limited)
+    torch.testing.assert_close(ours, dense_attention(query, key, value, 0.7, seen)[0], rtol=1e-10, atol=1e-12)
+    counted = allowed[:, 0]
+    if readers is not None:
+        counted = counted & readers[:, :, None]
+    lags = torch.stack([counted.diagonal(-lag, 1, 2).sum(-1) for lag in range(length)], -1)
+    assert (limited.edges(length, query.device) == lags).all()
+    blind = ~seen.any(-1) if readers is None else ~seen.any(-1) & readers[:, None]
+    assert limited.blind(length, length, query.device) == blind.any()
+
+
+def test_a_mask_can_be_taken_whole_and_not_in_part():
+    mask = Mask()
+    assert mask[:, :, 0:, :] is mask
+    for index in ((slice(None), 0), (slice(None), slice(None), slice(-99, None)), 0):
+        with pytest.raises(TypeError, match="logits_to_keep=0"):
+            mask[index]
+
+
+@pytest.mark.parametrize("length", [1, 100, 129, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plain_attention_equals_scaled_dot_product_attention(length, dtype):
+    query, key, value, _ = leaves(length, DIM, dtype=dtype)
+    ours = attention(query, key, value)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    grad = torch.randn_like(ours)
+    for mine, right in zip(
+        (ours, *torch.autograd.grad(ours, (query, key, value), grad)),
+        (theirs, *torch.autograd.grad(theirs, (query, key, value), grad)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_fewer_queries_than_keys_stand_at_the_end():
+    query, key, value, _ = leaves(21)
+    whole = attention(query, key, value)
+    torch.testing.assert_close(attention(query[:, :, 13:], key, value), whole[:, :, 13:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_outside_the_band_are_never_touched():
+    mask = Mask(lambda query, key: (key <= query) & (query - key < 3))
+    lags = [
+        tile.lag - tile.columns.stop + tile.columns.start
+        for _, row in mask.tiles(64, 64, torch.device("cpu"))
+        for tile in row
+    ]
+    assert max(lags) < 3
+    assert sum(len(row) for _, row in mask.tiles(64, 64, torch.device("cpu"))) <= 2 * 64 // 4
+
+
+def test_a_mask_that_looks_ahead_is_refused():
+    query, key, value, _ = leaves(5)
+    with pytest.raises(InputError, match="later keys"):
+        attention(query, key, value, mask=Mask(lambda query, key: key <= query + 1))
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name():
+    query, key, value, _ = leaves(5)
+    with pytest.raises(InputError, match=r"head a multiple of group; got \[2, 3, 5, 5\]"):
+        attention(query[:, :3], key, value)
+    with pytest.raises(InputError, match="5 queries, 4 keys"):
+        attention(query, key[:, :, :4], value[:, :, :4])
+
+
+def test_shape_checks_are_on():
+    with pytest.raises(TypeCheckError):
+        attention(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_under_autocast_it_takes_what_fused_attention_takes():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
+    grad = torch.randn(2, 4, 9, 8).bfloat16()
+    found = []
+    for function in (attention, partial(nn.functional.scaled_dot_product_attention, is_causal=True)):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(query, key, value.bfloat16())  # rotary embedding leaves queries and keys in float32
+        found.append((out, *torch.autograd.grad(out, (query, key, value), grad)))
+    assert found[0][0].dtype == torch.bfloat16
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=2e-2, atol=2e-2)
+    wide = query.double(), key.double(), value.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attention(*wide), attention(*wide), rtol=0, atol=0)
+        assert attention(*wide).dtype == torch.float64
+
+
+@pytest.mark.parametrize("rule", [Full(), Discount(0.5)])
+def test_a_backward_pass_under_autocast_keeps_its_precision(rule):
+    torch.manual_seed(0)
+    given = [torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3)]
+    grad, found, seen = torch.randn(1, 2, 9, 8), [], []
+    for enabled in (False, True):
+        out = attention(*given, horizon=lambda: (rule, rule), observe=seen.append)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out, given, grad))
+    assert all(map(torch.equal, *found))
+    assert torch.equal(seen[0].grad_key, seen[1].grad_key)
+
+
+@pytest.mark.parametrize("late", [(0, 150), (3, 299), (127, 128), (130, 256), (298, 299)])
+def test_a_mask_with_a_single_later_key_is_refused_wherever_it_is(late):
+    query, later = late
+
+    def allowed(i, j):
+        return (j <= i) | ((i == query) & (j == later))
+
+    x = torch.randn(1, 1, 300, 4)
+    with pytest.raises(InputError, match="later keys"):
+        attention(x, x, x, mask=Mask(allowed))

@@ -1,0 +1,75 @@
+"""All ten rows together: on a tiny model beside random weights, through file, table and page; and the real model."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+from support.tiny import tiny, tokens
+from test_report import browser, opened
+
+import posterity
+from posterity.clauses.audit import CLAUSES
+
+SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "budget": 16, "prefix": 8}
+SMALL |= {"positions": 2, "prefixes": 2, "future": 4, "draws": 3}
+DRAWN = """() => [...document.querySelectorAll('.chart')].map(chart => ({
+    width: chart.querySelector('.main-svg').getBoundingClientRect().width,
+    marks: chart.querySelectorAll('.scatterlayer .trace, .heatmaplayer image, .barlayer .trace').length}))"""
+
+
+@pytest.fixture(scope="module")
+def audited():
+    return posterity.audit(tiny("llama"), None, tokens(6, 32), control="random", progress=False, **SMALL)
+
+
+def test_every_clause_is_there_once_and_in_order(audited):
+    assert [clause.number for clause in CLAUSES] == list(range(1, 11))
+    assert audited.clause.values.tolist() == list(range(1, 11))
+    assert set(audited.of_clause.values.tolist()) == set(range(1, 11))
+    assert audited.figure.sel(model="LlamaForCausalLM").notnull().sum() > 40
+
+
+def test_a_row_alone_finds_what_it_finds_among_all(audited):
+    for number in (6, 7, 9, 10):
+        alone = posterity.audit(tiny("llama"), None, tokens(6, 32), rows=[number], progress=False, **SMALL)
+        both = audited.sel(model="LlamaForCausalLM", measure=alone.measure)
+        np.testing.assert_allclose(alone.figure[0], both.figure, rtol=1e-9, atol=1e-12)
+
+
+def test_all_rows_survive_file_and_table(tmp_path, audited):
+    posterity.save(audited, tmp_path / "audit.nc")
+    loaded = posterity.load(tmp_path / "audit.nc")
+    assert loaded.equals(audited)
+    console = Console(record=True, width=80)
+    posterity.summary(loaded, console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(f"{one.number} · {one.name}" in text for one in CLAUSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 420])
+def test_every_picture_of_the_audit_is_drawn_without_an_error_or_a_request(tmp_path, audited, width):
+    with browser(viewport={"width": width, "height": 900}) as (tab, heard):
+        opened(tab, posterity.report(audited, tmp_path / "audit.html"))
+        drawn = tab.evaluate(DRAWN)
+        assert len(drawn) == tab.evaluate("document.querySelectorAll('figure').length") > 40
+        assert all(one["marks"] > 0 and 0 < one["width"] <= width for one in drawn)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert heard == []
+
+
+@pytest.mark.slow
+def test_the_laws_hold_on_the_default_model(tmp_path):
+    command = [sys.executable, "-m", "posterity", "audit", "--quick", "--rows", "1,4,7", "-o", str(tmp_path / "a.nc")]
+    done = subprocess.run([*command, "-r", str(tmp_path / "a.html")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 · The count and the weights" in done.stdout
+    found = posterity.load(tmp_path / "a.nc")
+    figure = dict(zip(found.measure.values.tolist(), found.figure.values[0].tolist(), strict=True))
+    assert figure["later terms for one own"] == 127.5
+    assert figure["error of the identity"] < 1e-4
+    assert 0 < figure["self share of W_K, one window"] < 0.5
+    assert "<html" in (tmp_path / "a.html").read_text()[:200].lower()

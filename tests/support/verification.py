@@ -1,0 +1,304 @@
+"""What one type of model really is: its own eager path beside Posterity's, by every input that a mask can express.
+
+Nothing of the package is used but its public functions. Both paths run wholly in float64, so that a difference is a
+mistake and not rounding: models that compute norms, routers and softmax in float32 are made to use float64 there.
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from support.families import IMPOSSIBLE, build
+from torch.overrides import TorchFunctionMode
+
+import posterity
+from posterity import InputError
+
+LENGTH, PADDING, FIRST = 20, 4, 9  # tokens of a row, padding tokens, length of the first of two packed documents
+POSITION = 7  # of the loss that is sent back alone
+# float64 has 16 digits. Sums of up to 1e3 terms over some 30 operations in a row, each of condition up to 1e2, leave 9.
+TOLERANCE = 1e-9
+
+
+@dataclass
+class Verdict:
+    """The class of a type, why, and what its run showed."""
+
+    kind: str  # exact, ledger only, refused, not built; or wrong, which no type may be
+    reason: str = ""
+    traits: list[str] = field(default_factory=list)  # what is special in it
+    hook: bool = True  # whether its attention goes through transformers' interface
+    error: float = 0.0  # the largest relative difference seen
+
+
+class _Double(TorchFunctionMode):
+    """Inside, what asks for float32 gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def double():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Double():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass
+class Call:
+    """What the eager attention function was given, and the gradients that autograd left at it."""
+
+    module: torch.nn.Module
+    streams: list[torch.Tensor]  # query, key, value, each a tensor of this call alone
+    pointer: int  # to the key's memory
+    mask: torch.Tensor | None
+    given: dict
+
+
+@contextlib.contextmanager
+def recorded():
+    """Inside, the eager attention functions of all modelling files note their calls."""
+    calls, before = [], []
+
+    def around(eager):
+        def attend(module, query, key, value, attention_mask, *args, **kwargs):
+            streams = [x.view_as(x) for x in (query, key, value)]
+            for x in streams:
+                if x.requires_grad:
+                    x.retain_grad()
+            calls.append(Call(module, streams, key.data_ptr(), attention_mask, kwargs))
+            return eager(module, *streams, attention_mask, *args, **kwargs)
+
+        return attend
+
+    for name, file in list(sys.modules.items()):
+        if name.startswith("transformers.models.") and "eager_attention_forward" in vars(file):
+            before.append((file, file.eager_attention_forward))
+            file.eager_attention_forward = around(file.eager_attention_forward)
+    try:
+        yield calls
+    finally:
+        for file, eager in before:
+            file.eager_attention_forward = eager
+
+
+def inputs(vocabulary):
+    """Named model inputs of two rows, each with labels."""
+    ids = torch.randint(3, vocabulary, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    found = {"plain": {"input_ids": ids, "labels": ids}}
+    for name in ("padding on both sides", "padding on the right"):
+        mask, labels = torch.ones_like(ids), ids.clone()
+        mask[0, -PADDING:] = 0
+        if name == "padding on both sides":
+            mask[1, :PADDING] = 0
+            labels[1, PADDING] = -100  # the last padding token would predict it
+        labels[mask == 0] = -100
+        found[name] = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    positions = torch.cat((torch.arange(FIRST), torch.arange(LENGTH - FIRST))).expand(2, -1)
+    return found | {"packed documents": {"input_ids": ids, "labels": ids, "position_ids": positions}}
+
+
+def nll(logits, labels):
+    """Negative log-likelihood of the next token, (row, position)."""
+    flat = logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1)
+
+
+def passed(model, given):
+    """(logits, loss, gradients by parameter) of one forward and backward pass."""
+    model.zero_grad()
+    output = model(**given, use_cache=False)
+    loss = output.loss if output.loss is not None else nll(output.logits, given["labels"]).mean()
+    loss.backward()
+    grads = {name: None if x.grad is None else x.grad.clone() for name, x in model.named_parameters()}
+    return output.logits.detach(), loss.detach(), grads
+
+
+def eager_pass(model, given):
+    """The same with the squared norms of the gradients at query, key and value, for each call that has them."""
+    with recorded() as calls:
+        found = passed(model, given)
+    norms = [[x.grad.square().sum().item() for x in call.streams] for call in calls if call.streams[0].grad is not None]
+    return *found, norms, calls
+
+
+def apart(one, other, scale=None):
+    """Largest difference, relative to the largest number; infinite if something is not a number."""
+    scale = other.abs().max() if scale is None else scale
+    difference = ((one - other).abs().max() / scale.clamp(min=1e-300)).item()
+    return difference if difference == difference else float("inf")
+
+
+def compare(model, given, eager, weights):
+    """Errors of one input, by name."""
+    logits, loss, grads, norms, _ = eager
+    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    with posterity.account(model, weights=weights) as ledger:
+        ours = passed(model, given)
+    errors = {"logits": apart(ours[0][real], logits[real]), "loss": apart(ours[1], loss)}
+    zero = torch.zeros(())
+    largest = max(x.abs().max() for x in grads.values() if x is not None)
+    for name, grad in grads.items():
+        one, other = (zero if x is None else x for x in (ours[2][name], grad))
+        errors[f"gradient of {name}"] = apart(one, other, largest)
+    credit = torch.tensor(ledger.result().credit.sum(("head", "lag")).values)
+    if len(norms) != len(credit):
+        return errors | {f"{len(credit)} calls accounted for instead of {len(norms)}": float("inf")}
+    for number, (mine, norm) in enumerate(zip(credit, norms, strict=True)):
+        errors[f"balance of call {number}"] = apart(mine, torch.tensor(norm))
+    return errors
+
+
+def eager_own_loss(model, ids):
+    """Credit of the loss at `POSITION` in its own keys and values, (call, key or value)."""
+    grads = []
+    with recorded() as calls:
+        losses = nll(model(input_ids=ids, use_cache=False).logits, ids)
+        for loss in (losses[0, POSITION], losses.sum()):
+            for x in (x for call in calls for x in call.streams):
+                x.grad = None
+            loss.backward(retain_graph=True)
+            with_grad = [call.streams for call in calls if call.streams[0].grad is not None]
+            grads.append([[x.grad[0, :, POSITION].clone() for x in streams[1:]] for streams in with_grad])
+    return torch.tensor([[(x * y).sum() for x, y in zip(*call, strict=True)] for call in zip(*grads, strict=True)])
+
+
+def own_loss(model, ids):
+    """The same from Posterity."""
+    result = posterity.measure(model, None, ids, context=LENGTH, losses=True, weights=False, progress=False)
+    found = result.loss_credit.isel(part=0, position=POSITION).sum("head").transpose("layer", ...)
+    return torch.tensor(found.values)
+
+
+def verify(name):
+    """The verdict on one type."""
+    if name in IMPOSSIBLE:
+        return Verdict("not built", IMPOSSIBLE[name])
+    with double():
+        model = build(name, torch.float64)
+        found = posterity.check(model)
+        if not found.ok:
+            return Verdict("refused", found.reason, hook=uses_the_hook(model))
+        verdict = Verdict("ledger only" if found.other_paths else "exact")
+        if found.other_paths:
+            verdict.reason = found.reason.partition("through ")[2].partition(", so that")[0]
+        given = inputs(model.config.get_text_config().vocab_size)
+        eager = {what: eager_pass(model, some) for what, some in given.items()}
+        verdict.traits = traits(model, eager["plain"][-1])
+        if "written out" in found.reason:
+            verdict.traits.append("its N × N mask")
+        if not isolates(model, given["packed documents"], eager["packed documents"][0]):
+            verdict.traits.append("packed documents see each other")
+        ids = given["plain"]["input_ids"][:1]
+        wanted = None if found.other_paths else eager_own_loss(model, ids)
+        errors = {}
+        with posterity.account(model, weights=False):  # one probe for all that follows
+            for what, some in given.items():
+                if what != "padding on the right" or "padding on the right only" in verdict.traits:
+                    found = attempt(model, some, eager[what], what, verdict.traits)
+                    errors |= {f"{what}: {error}": size for error, size in found.items()}
+            if wanted is not None:
+                errors["own loss"] = apart(own_loss(model, ids), wanted)
+            else:
+                with contextlib.suppress(InputError):
+                    own_loss(model, ids)
+                    errors["who pays is not refused"] = float("inf")
+    worst = max(errors, key=errors.__getitem__)
+    verdict.error = errors[worst]
+    if verdict.error > TOLERANCE:
+        verdict.kind, verdict.reason = "wrong", f"{worst} is off by {verdict.error:.1e}"
+    return verdict
+
+
+def attempt(model, given, eager, what, found):
+    """Errors of one input; what is refused of it goes to the traits."""
+    try:
+        return compare(model, given, eager, weights=what == "plain")
+    except InputError as error:
+        if "measure without the weights" in str(error):
+            found.append("no split of the weights")
+            return compare(model, given, eager, weights=False)
+        if "put the padding on the right" in str(error) and what == "padding on both sides":
+            found.append("padding on the right only")
+        elif "packed documents are not measured" in str(error) and what == "packed documents":
+            found.append("no packed documents")
+        else:
+            raise
+        return {}
+
+
+def row(name, verdict):
+    """The line of one type in docs/models.md."""
+    words = "; ".join(x for x in (verdict.reason, ", ".join(verdict.traits)) if x)
+    return f"| {name} | {verdict.kind} | {words.replace('|', '∣')} |"
+
+
+def uses_the_hook(model):
+    """Whether a plain forward pass of the type comes through transformers' attention interface."""
+    ids = torch.arange(4 * LENGTH).view(4, LENGTH) % 60 + 3  # four rows: for four streams of tokens at once
+    with recorded() as calls, contextlib.suppress(Exception), torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return bool(calls)
+
+
+def isolates(model, given, logits):
+    """Whether, in the model itself, a packed document does not depend on the one before."""
+    ids = given["input_ids"].clone()
+    ids[:, 0] = (ids[:, 0] + 1) % 60 + 3
+    with torch.no_grad():
+        other = model(**given | {"input_ids": ids}, use_cache=False).logits
+    return apart(other[:, FIRST:], logits[:, FIRST:]) < TOLERANCE
+
+
+def traits(model, calls):
+    """What is special in the attention of a type, from the calls of a plain forward pass of two rows."""
+    found = []
+    modules = [call.module for call in calls]
+    shapes = {(call.streams[1].shape[-1], call.streams[2].shape[-1]) for call in calls}
+    owners = {}
+    for call in calls:
+        owners.setdefault(call.pointer, set()).add(call.module)
+    towers = [getattr(model.config, part, None) for part in model.config.sub_configs]
+    towers = [part for part in towers if part is not None and part is not model.config.get_text_config(decoder=True)]
+    if any(part is getattr(module, "config", None) for module in model.modules() for part in towers):
+        found.append("language tower only")
+    found += dict.fromkeys(x for call in calls for x in mask_traits(call.mask))
+    for name, words in (("s_aux", "sinks"), ("sinks", "sinks of each query"), ("softcap", "soft-cap")):
+        if any(call.given.get(name) is not None for call in calls):
+            found.append(words)
+    if any(call.given.get("position_bias") is not None for call in calls):
+        found.append("position bias")
+    if any(key != value for key, value in shapes):
+        found.append("keys wider than values" if all(k >= v for k, v in shapes) else "values wider than keys")
+    if any(len(some) > 1 for some in owners.values()):
+        found.append("keys and values shared by layers")
+    if len(set(modules)) < len(modules):
+        found.append("modules called several times")
+    if any(not call.streams[0].requires_grad for call in calls):
+        found.append("some calls without gradient")
+    return found
+
+
+def mask_traits(mask):
+    """What a mask (two rows, head, query, key) shows."""
+    if mask is None or mask.dim() != 4:
+        return
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if mask.dtype != torch.bool and mask.masked_fill(~allowed, 0).any():
+        yield "learned mask"
+    if len(allowed) > 1 and (allowed[0] != allowed[1]).any():
+        yield "keys chosen by content"
+        return
+    seen = allowed[0, 0].sum(-1)
+    if (seen < torch.arange(1, len(seen) + 1)).any():
+        yield "sliding window" if (seen.diff() >= 0).all() else "chunks"
