@@ -49,9 +49,10 @@ from posterity.inputs import windows as corpus
 from posterity.measurement.account import account
 from posterity.measurement.estimate import estimate
 from posterity.measurement.loss_split import Payers
-from posterity.measurement.measure import frozen, measure
+from posterity.measurement.measure import measure
+from posterity.models.attach import watched
 from posterity.models.chunked_loss import Head, Sending, run
-from posterity.models.probe import watched
+from posterity.models.language_model import frozen
 from posterity.ops.fused_kernels import CPU
 from posterity.results import stats as derived
 from posterity.training import run as runs

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import posterity
+from posterity.results.comparison_schema import gaps
 from posterity.training import compare as comparison
 from posterity.training import myopia
 from posterity.training import run as runs
@@ -80,7 +81,7 @@ def mean_and_error(values):
 def gaps_table(title, folders, seeds, more=None):
     """Loss and gap of every arm."""
     compared = comparison.compare(list(folders.values()), progress=False)
-    found = comparison.gaps(compared)
+    found = gaps(compared)
     table = Table("arm", "held-out loss", "myopia gap", *(more or {}), title=f"{title}, {len(seeds)} seeds")
     arms = list(dict.fromkeys(arm for arm, _ in folders))
     for arm, label in zip(arms, found.arm.values, strict=True):

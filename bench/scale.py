@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import mode, window
 from posterity.measurement.account import account
-from posterity.measurement.measure import frozen
 from posterity.models.chunked_loss import CHUNK, Head, Sending
+from posterity.models.language_model import frozen
 
 PAGE = Path(__file__).parents[1] / "docs" / "clusters.md"
 TOKENS = 64

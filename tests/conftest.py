@@ -8,21 +8,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from jaxtyping import install_import_hook
 
-with install_import_hook(
-    [
-        "posterity.ops.attention",
-        "posterity.ops.mask",
-        "posterity.decomposition.credit",
-        "posterity.decomposition.participation",
-        "posterity.decomposition.lag_sums",
-        "posterity.decomposition.weight_gradients",
-    ],
-    "beartype.beartype",
-):
-    import posterity.decomposition.credit
-    import posterity.decomposition.lag_sums
+with install_import_hook(["posterity.ops", "posterity.decomposition"], "beartype.beartype"):
     import posterity.decomposition.participation
-    import posterity.ops.attention
+    import posterity.decomposition.weight_gradients
     import posterity.ops.mask
 
 import pytest

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from posterity.measurement.head_folding import fold
     from posterity.measurement.loss_matrix import inspect
     from posterity.measurement.measure import measure
+    from posterity.models.horizon import horizon
     from posterity.models.linear import as_linear
-    from posterity.models.probe import check, horizon
+    from posterity.models.probe import check
     from posterity.ops.attention import attention
     from posterity.ops.horizon_rules import Discount, EdgeWindow, Full, Leak, Myopic
     from posterity.ops.mask import Mask
@@ -41,7 +42,8 @@ _HOMES = {
     "measurement.loss_matrix": ("inspect",),
     "measurement.measure": ("measure",),
     "models.linear": ("as_linear",),
-    "models.probe": ("check", "horizon"),
+    "models.horizon": ("horizon",),
+    "models.probe": ("check",),
     "ops.attention": ("attention",),
     "ops.horizon_rules": ("Discount", "EdgeWindow", "Full", "Leak", "Myopic"),
     "ops.mask": ("Mask",),

@@ -9,20 +9,23 @@ import pytest
 import torch
 import xarray as xr
 from rich.console import Console
+from support.loss_oracles import exact
 from support.spy import spied
 from support.tiny import summed_loss, tiny, tokens
-from test_loss_split import exact
 
 import posterity
 from posterity import InputError
 from posterity.clauses.audit import CLAUSES, Plan, Subject
-from posterity.clauses.clause import FAILS, HOLDS, MIXED, View, judge, named
+from posterity.clauses.clause import judge
 from posterity.clauses.context_growth import growth
+from posterity.clauses.drawing import View
 from posterity.clauses.readers import many_readers
 from posterity.decomposition.participation import KINDS, readers
-from posterity.models.probe import watched
+from posterity.models.attach import watched
 from posterity.reporting.audit_table import rows, told
-from posterity.results import audit_schema as outcome
+from posterity.results.audit_schema import AUDIT, FAILS, HOLDS, MIXED
+from posterity.results.formatting import named
+from posterity.results.kind import kind_name
 
 SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 48}
 
@@ -262,8 +265,8 @@ def test_a_verdict_takes_two_standard_errors(value, error, verdict):
 
 
 def test_standard_errors_are_those_of_the_bootstrap():
-    from posterity.clauses.clause import mean_and_error
     from posterity.clauses.pasts import pooled
+    from posterity.results.stats import mean_and_error
 
     rng = np.random.default_rng(0)
     values, whole = rng.gamma(2.0, size=(40, 3)), rng.gamma(3.0, size=(40, 3))
@@ -433,4 +436,4 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, audited):
     wrong.to_netcdf(tmp_path / "wrong.nc", engine="h5netcdf")
     with pytest.raises(InputError, match="a verdict is none of holds, fails, mixed"):
         posterity.load(tmp_path / "wrong.nc")
-    assert outcome.is_audit(audited)
+    assert kind_name(audited) == AUDIT.name

@@ -7,18 +7,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.loss_oracles import close, exact
 from support.reference import dense_attention
 from support.spy import attending, spied
 from support.tiny import CONFIGS, tiny, tokens
-from test_loss_split import close, exact
 
 from posterity import InputError
 from posterity.clauses import futures, pasts
-from posterity.clauses.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
+from posterity.clauses.clause import Plan, Subject
 from posterity.clauses.continuations import pulls, read, recurring, sample, verify
-from posterity.measurement.measure import frozen
+from posterity.clauses.dataset import assemble
+from posterity.clauses.drawing import View
+from posterity.models.language_model import frozen
 from posterity.models.watch import watches
-from posterity.results.audit_schema import assemble, load, save
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED
+from posterity.results.files import load, save
 
 PREFIX = 7
 

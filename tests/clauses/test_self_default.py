@@ -6,17 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.loss_oracles import exact
 from support.reference import dense_attention
 from support.spy import spied
 from support.tiny import summed_loss, tiny, tokens
-from test_loss_split import exact
 
 from posterity import InputError
 from posterity.clauses import self_default
-from posterity.clauses.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
-from posterity.measurement.measure import frozen
-from posterity.models.probe import watched
-from posterity.results.audit_schema import assemble
+from posterity.clauses.clause import Plan, Subject
+from posterity.clauses.dataset import assemble
+from posterity.clauses.drawing import View
+from posterity.models.attach import watched
+from posterity.models.language_model import frozen
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED
 
 NAMES = ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gpt_oss"]
 

@@ -50,7 +50,7 @@ def calls(monkeypatch):
 
     loaded = Loaded("the model", "the tokenizer", "its name", "its revision")
     monkeypatch.setattr("posterity.inputs.model.load_model", note("load_model", loaded))
-    monkeypatch.setattr("posterity.results.schema.writable", note("writable"))
+    monkeypatch.setattr("posterity.atomic_files.writable", note("writable"))
     monkeypatch.setattr(posterity, "__version__", "9.9", raising=False)
     for name, answer in {
         "measure": "the result",

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.attention_cases import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
 from support.reference import allowed_pairs, by_lag, dense_account
-from test_attention import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
 
 from posterity.decomposition.credit import Bins, self_part, tally
 from posterity.decomposition.lag_sums import sweep

@@ -10,7 +10,6 @@ import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from support.tiny import tiny, tokens
-from test_model import folder, made  # noqa: F401
 
 import posterity
 from posterity import InputError
@@ -35,7 +34,7 @@ def test_a_model_whose_modules_move_their_inputs_between_devices_gives_the_same_
         assert np.array_equal(one[variable].values, two[variable].values, equal_nan=True), variable
 
 
-def test_auto_loads_the_same_model(folder):  # noqa: F811
+def test_auto_loads_the_same_model(folder):
     one, two = load_model(str(folder)).model, load_model(str(folder), device="auto").model
     assert not two.training
     for (name, x), (other, y) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
@@ -43,13 +42,13 @@ def test_auto_loads_the_same_model(folder):  # noqa: F811
         assert torch.equal(x, y)
 
 
-def test_auto_and_several_processes_on_one_machine_are_refused(folder, monkeypatch):  # noqa: F811
+def test_auto_and_several_processes_on_one_machine_are_refused(folder, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="start one process a machine, or leave --device out"):
         load_model(str(folder), device="auto")
 
 
-def test_a_model_that_does_not_fit_is_refused(folder, monkeypatch):  # noqa: F811
+def test_a_model_that_does_not_fit_is_refused(folder, monkeypatch):
     import posterity.inputs.model as loading
 
     original = loading._model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import configure, folder, made, refusal  # noqa: F401
+from support.model_folders import configure, refusal
 
 from posterity.inputs.model import load_model
 from posterity.inputs.model_files import TO_SAFETENSORS
@@ -34,13 +34,13 @@ def canary(tmp_path):
 
 
 @pytest.fixture
-def folder_with_code(folder, canary):  # noqa: F811
+def folder_with_code(folder, canary):
     for name in ("code", "configuration_llama", "modeling_llama", "tokenization_llama", "torch", "json"):
         (folder / f"{name}.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Zorg: pass\n")
     return folder
 
 
-def index(folder, files):  # noqa: F811
+def index(folder, files):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
@@ -48,7 +48,7 @@ PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mod
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_weights_in_a_pickle_are_refused_unread_with_the_way_to_convert_them(folder, canary, name):  # noqa: F811
+def test_weights_in_a_pickle_are_refused_unread_with_the_way_to_convert_them(folder, canary, name):
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Evil(canary)))
     message = refusal(str(folder))
@@ -57,7 +57,7 @@ def test_weights_in_a_pickle_are_refused_unread_with_the_way_to_convert_them(fol
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_a_pickle_by_the_name_of_safetensors_is_refused_unread(folder, canary, zipped):  # noqa: F811
+def test_a_pickle_by_the_name_of_safetensors_is_refused_unread(folder, canary, zipped):
     if zipped:
         torch.save({"weight": Evil(canary)}, folder / "model.safetensors")
     else:
@@ -65,7 +65,7 @@ def test_a_pickle_by_the_name_of_safetensors_is_refused_unread(folder, canary, z
     assert "is a pickle by its form" in refusal(str(folder))
 
 
-def test_a_header_whose_length_begins_like_a_pickle_is_read(folder):  # noqa: F811
+def test_a_header_whose_length_begins_like_a_pickle_is_read(folder):
     """The first byte of a length may be 0x80, as that of a pickle is."""
     file = folder / "model.safetensors"
     data = file.read_bytes()
@@ -88,7 +88,7 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(folder):  # noqa: F8
         ({"a": "missing.safetensors"}, "missing.safetensors: No such file"),
     ],
 )
-def test_an_index_names_safetensors_files_beside_it_and_nothing_else(folder, canary, files, reason):  # noqa: F811
+def test_an_index_names_safetensors_files_beside_it_and_nothing_else(folder, canary, files, reason):
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(canary)))
     index(folder, files)
@@ -96,7 +96,7 @@ def test_an_index_names_safetensors_files_beside_it_and_nothing_else(folder, can
 
 
 @pytest.mark.parametrize("length", [2**63, 2**40, 90_000_001, 0, 1])
-def test_a_header_that_claims_a_size_of_its_own_is_refused(folder, length):  # noqa: F811
+def test_a_header_that_claims_a_size_of_its_own_is_refused(folder, length):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
     assert "its weights are damaged" in refusal(str(folder))
 
@@ -145,13 +145,13 @@ def test_code_beside_the_weights_never_runs_by_itself(folder_with_code, monkeypa
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"[" * 100_000, b"\xff\xfe", b"{"], ids=repr)
-def test_files_that_are_not_what_their_names_say_are_refused(folder, name, data):  # noqa: F811
+def test_files_that_are_not_what_their_names_say_are_refused(folder, name, data):
     (folder / name).write_bytes(data)
     refusal(str(folder))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_links_in_a_loop_and_folders_by_the_name_of_a_file_are_refused(folder, name):  # noqa: F811
+def test_links_in_a_loop_and_folders_by_the_name_of_a_file_are_refused(folder, name):
     (folder / name).unlink()
     (folder / name).symlink_to(folder / name)
     refusal(str(folder))
@@ -164,12 +164,12 @@ HEADS = [[], 3, {"0": [9]}, {"9": [0]}, {"0": [-1]}, {"0": [0.7]}, {"0": ["1"]},
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_folded_heads_that_cannot_be_are_refused(folder, heads):  # noqa: F811
+def test_folded_heads_that_cannot_be_are_refused(folder, heads):
     (folder / "folded.json").write_text(json.dumps({"version": 1, "heads": heads}))
     refusal(str(folder))
 
 
-def test_folded_heads_that_are_no_json_are_refused(folder):  # noqa: F811
+def test_folded_heads_that_are_no_json_are_refused(folder):
     for text in ("", "[" * 100_000, '{"version": 1, "heads": {"0": [1e400]}}', "\0"):
         (folder / "folded.json").write_text(text)
         assert "damaged: fold it again" in refusal(str(folder))

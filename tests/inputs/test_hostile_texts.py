@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_windows import PLAIN, WORDS
+from support.texts import PLAIN, WORDS
 from typer.testing import CliRunner
 
 import posterity

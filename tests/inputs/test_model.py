@@ -4,72 +4,23 @@ import json
 import os
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from support.model_folders import TEXT, configure, refusal, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BartConfig,
     BertConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
     T5Config,
     ViTConfig,
 )
 from transformers.utils import logging
 
-from posterity.errors import InputError
 from posterity.inputs import model as loading
 from posterity.inputs.model import load_model
-
-TEXT = "the cat sat on the mat and the dog ran"
-
-
-def tiny_config(**changes):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaConfig(vocab_size=300, num_key_value_heads=1, **sizes, **changes)
-
-
-def tiny_tokenizer():
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    core.train_from_iterator([TEXT] * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made") / "model"
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config()).to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(made, tmp_path):
-    """A tiny model and its tokenizer, to be spoiled by the test."""
-    return Path(shutil.copytree(made, tmp_path / "model"))
-
-
-def configure(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def refusal(*args, **options):
-    with pytest.raises(InputError) as caught:
-        load_model(*args, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_folder_loads_as_stored_in_eval_mode_with_its_tokenizer(folder):

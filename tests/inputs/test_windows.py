@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from support.texts import LONG, PLAIN, WORDS, byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -19,28 +20,6 @@ from posterity.errors import InputError
 from posterity.inputs import text_sources as sources
 from posterity.inputs.text_sources import documents
 from posterity.inputs.windows import Stream, default_text, digest, windows
-
-WORDS = "the cat sat on the mat and the dog ran to the end of the long road \n"
-# From one to many characters in a token, with and without white space to cut at.
-LONG = ["cat", "table", "market", "wonderful", "antidisestablishmentarianism"]
-
-
-def byte_tokenizer(begin=False, end=False):
-    """A byte-level BPE with a few merges; limit 8, so that a longer text would bring the library's warning."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-    )
-    core.train_from_iterator([WORDS + " ".join(LONG)] * 10, trainer)
-    if begin or end:
-        form = " ".join(["<s>"] * begin + ["$A"] + ["</s>"] * end)
-        core.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", model_max_length=8)
 
 
 def unigram_tokenizer():
@@ -52,7 +31,6 @@ def unigram_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
 
 
-PLAIN = byte_tokenizer()
 TOKENIZERS = {"plain": PLAIN, "begin and end": byte_tokenizer(True, True), "unigram": unigram_tokenizer()}
 
 ids_lists = st.lists(st.lists(st.integers(0, 50), max_size=30), min_size=1, max_size=6)

@@ -12,8 +12,8 @@ from support.spy import spied
 import posterity
 from posterity.inputs import model as loading
 from posterity.inputs import windows as corpus
-from posterity.measurement.measure import frozen
 from posterity.models.chunked_loss import run
+from posterity.models.language_model import frozen
 from posterity.results import stats as derived
 
 pytestmark = pytest.mark.slow

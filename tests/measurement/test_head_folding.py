@@ -5,23 +5,26 @@ import json
 
 import pytest
 import torch
+from support.loss_oracles import exact
+from support.losses_by_hand import mean_loss
 from support.reference import dense_attention
 from support.spy import Spy, attending
+from support.texts import tokenizer
 from support.tiny import summed_loss, tiny, tokens
-from test_linear import mean_loss
-from test_loss_split import exact
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import posterity
 from posterity import InputError
 from posterity.cli import main as cli
 from posterity.inputs import model as loading
-from posterity.measurement.head_folding import Folded, folding, head_costs, longest
+from posterity.inputs.folded_folder import save_folded
+from posterity.inputs.model import load_folded
+from posterity.measurement.head_folding import Folded, head_costs, longest
 from posterity.models import folded_heads as folded
-from posterity.models.folded_heads import keep_folded, load_folded, save_folded
-from posterity.models.probe import check, watching
+from posterity.models.attach import watching
+from posterity.models.folded_heads import folding, keep_folded
+from posterity.models.probe import check
 from posterity.results import stats as derived
 
 HEADS = {0: [1, 3], 2: [0, 1, 2, 3]}
@@ -175,12 +178,6 @@ def test_no_budget_folds_harmless_heads_only(found):
 
 
 # A model that runs folded for good
-
-
-def tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(61)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.batches import INPUTS, padded
 from support.reference import by_lag
 from support.spy import spied
 from support.tiny import CONFIGS, summed_loss, tiny, tokens
-from test_probe import INPUTS, padded
 
 import posterity
 from posterity.errors import InputError

@@ -11,7 +11,7 @@ from support.tiny import summed_loss, tiny, tokens
 import posterity
 from posterity import Discount, InputError
 from posterity.decomposition.credit import Bins, self_part, tally
-from posterity.models.probe import watched
+from posterity.models.attach import watched
 from posterity.ops.attention import attention
 from posterity.results import stats as derived
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 from support.families import IMPOSSIBLE, TYPES, build
+from support.loss_oracles import by_position, close, exact, own_of, remaining
 from support.tiny import CONFIGS, summed_loss, tiny, tokens
 from support.verification import double
-from test_loss_split import by_position, close, exact, own_of, remaining
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import posterity
 from posterity import check
-from posterity.measurement.measure import frozen
 from posterity.models import chunked_loss as sending
 from posterity.models.chunked_loss import Head, Sending
+from posterity.models.language_model import frozen
 
 # A soft-cap, scales, a transform or a projection before the head, a bias; a head inside another module; tied weights.
 BEHIND = ["gemma2", "cohere", "granite", "minicpm3", "opt", "bert", "roberta", "electra", "xglm", "phi", "glm4", "mpt"]

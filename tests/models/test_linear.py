@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 from support.families import build
+from support.loss_oracles import exact
+from support.losses_by_hand import mean_loss
 from support.reference import dense_attention
 from support.spy import attending
 from support.tiny import tiny, tokens
-from test_loss_split import exact
 
-from posterity import InputError, as_linear
-from posterity.clauses.clause import HOLDS, MIXED, Plan, Subject, View
+from posterity import InputError, as_linear, load, save
+from posterity.clauses.clause import Plan, Subject
+from posterity.clauses.drawing import View
 from posterity.clauses.linearity import CLAUSES, straight
+from posterity.results.audit_schema import HOLDS, MIXED
 
 CASES = [("llama", {}), ("llama", {"attention_bias": True}), ("gpt2", {}), ("gpt_neox", {}), ("phi3", {})]
 NAMES = ["llama", "llama with biases", "gpt2", "gpt_neox", "phi3"]
@@ -186,29 +189,12 @@ def test_row_8_prices_heads_as_a_diagonal_mask_by_hand_does():
     assert names["loss change with these heads together"].value <= 0.02
 
 
-def mean_loss(model, ids, folded):
-    """Mean loss of a token in every window; folded heads (by layer) have a diagonal mask, written down by hand."""
-
-    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        lower = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
-        allowed = lower.expand(query.shape[1], -1, -1).clone()
-        allowed[folded.get(module.layer_idx, [])] = torch.eye(query.shape[2], dtype=torch.bool)
-        output, _, _ = dense_attention(query, key, value, scaling, allowed[None])
-        return output.transpose(1, 2).contiguous(), None
-
-    with attending(model, "by hand", attend), torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids), -1).mean(1)
-
-
 def test_the_charts_of_row_8_come_from_a_saved_audit_with_or_without_its_costs(tmp_path):
     import posterity
-    from posterity.results import audit_schema as outcome
 
     models = {"one": tiny("llama"), "two": tiny("gpt_oss")}
     audit = posterity.audit(models, None, tokens(6, 10), rows=[8], short=10, budget=20, progress=False)
-    saved = outcome.load(outcome.save(audit, tmp_path / "audit.nc"))
+    saved = load(save(audit, tmp_path / "audit.nc"))
     charts = CLAUSES[0].draw(View(saved, "one"))
     assert [chart.traces[0]["type"] for chart in charts] == ["heatmap", "scatter"]
     cost = audit.straight_cost.sel(model="one").values

@@ -5,13 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.loss_oracles import exact
 from support.spy import attending
 from support.tiny import tiny, tokens
-from test_loss_split import exact
 
 from posterity import InputError
 from posterity.clauses import later_use
-from posterity.clauses.clause import FAILS, HOLDS, MIXED, Plan, Subject, View
+from posterity.clauses.clause import Plan, Subject
+from posterity.clauses.dataset import assemble
+from posterity.clauses.drawing import View
+from posterity.models.attach import watching
 from posterity.models.patching import (
     LATER_MEAN,
     NO_SELF,
@@ -22,8 +25,7 @@ from posterity.models.patching import (
     head_counts,
     patched_losses,
 )
-from posterity.models.probe import watching
-from posterity.results.audit_schema import assemble
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED
 
 NAMES = ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gpt_oss"]
 AT = torch.tensor([2, 5, 6])

@@ -5,45 +5,14 @@ from functools import partial
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from support.reference import allowed_pairs, dense_attention
+from support.attention_cases import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
+from support.reference import dense_attention
 from torch import nn
 
 from posterity.errors import InputError
 from posterity.ops.attention import attention
 from posterity.ops.horizon_rules import Discount, Full
 from posterity.ops.mask import Mask
-
-LENGTHS = (1, 3, 7, 8, 9, 16, 21)
-HEADS, GROUPS, DIM, DIM_V = 4, 2, 5, 3
-
-
-def mask_case(name, length, batch=2):
-    """(Mask, allowed pairs of the reference, readers)."""
-    window, documents, padding = None, None, None
-    if name == "window":
-        window = 3
-    if name == "packed":
-        documents = torch.arange(length) // 6
-    if name.endswith("padding"):
-        padding = torch.ones(batch, length, dtype=torch.bool)
-        padding[1, : length // 3] = False
-        if name == "right padding":
-            padding = padding.flip(1)
-    allowed = allowed_pairs(length, window, documents, padding)
-    if name == "plain":
-        return Mask(), allowed, None
-    if padding is not None:
-        return Mask(padding=padding), allowed, padding
-    return Mask(lambda query, key: allowed[0, 0][query, key]), allowed, None
-
-
-MASKS = ("plain", "window", "packed", "left padding", "right padding")
-
-
-def leaves(length, dim_v=DIM_V, sinks=False, batch=2, dtype=torch.double):
-    shapes = ((batch, HEADS, length, DIM), (batch, GROUPS, length, DIM), (batch, GROUPS, length, dim_v))
-    made = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-    return [*made, torch.randn(HEADS, dtype=dtype).requires_grad_() if sinks else None]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -81,14 +50,6 @@ def test_gradcheck(length, contiguous, name):
         return attention(query, key, value, mask=mask, softcap=None if name == "plain" else 2.0, sinks=sinks)
 
     assert torch.autograd.gradcheck(run, (query, key, value, sinks))
-
-
-BIASES = {  # of a batch of two and so many positions
-    "whole": lambda length: (2, HEADS, length, length),
-    "by head and key": lambda length: (1, HEADS, 1, length),
-    "by document and query": lambda length: (2, 1, length, 1),
-    "one number": lambda length: (1, 1, 1, 1),
-}
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 from rich.console import Console
+from support.pages import browser, opened
 from support.tiny import tiny, tokens
-from test_report import browser, opened
 
 import posterity
 from posterity.clauses.audit import CLAUSES

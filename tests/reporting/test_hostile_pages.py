@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import xarray as xr
 from rich.console import Console
+from support.pages import browser, opened, page
 from support.sample import sample
-from test_report import browser, opened, page
 
 import posterity
-from posterity.reporting.report import MARKS, shown
+from posterity.reporting.html import MARKS, shown
 from posterity.results.audit_schema import KIND, KIND_VERSION
 from posterity.training import compare as comparison
 

@@ -4,11 +4,12 @@ import base64
 
 import numpy as np
 import pytest
+from support.pages import browser
 from support.sample import sample
-from test_report import browser
 
 from posterity.reporting.inspected_text import glass, visible
-from posterity.reporting.report import render, report
+from posterity.reporting.report import report
+from posterity.reporting.result_page import render
 
 WORDS = ["The", " cat", " sat", " on", " the", " mat", ",", " and", " it", " was", " warm", "."]
 HOSTILE = [

@@ -4,35 +4,30 @@ import html
 import io
 import json
 import re
-from contextlib import contextmanager
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from rich.console import Console
+from support.pages import DRAWN, Reader, browser, data, opened, page, tables
 from support.sample import sample
 
 from posterity.errors import InputError
 from posterity.reporting.charts import split
-from posterity.reporting.report import Page, escaped_json, labels, plotly_script, report
-from posterity.reporting.summary import horizon, percent, ranked_heads, rows, sentence, summary
+from posterity.reporting.html import escaped_json, plotly_script
+from posterity.reporting.report import report
+from posterity.reporting.result_page import labels
+from posterity.reporting.summary import ranked_heads, rows, sentence, summary
 from posterity.results import schema as results
 from posterity.results import stats as derived
+from posterity.results.files import load, save
+from posterity.results.formatting import horizon_text as horizon
+from posterity.results.formatting import percent
 
 HOSTILE = "<b>&lt;</b><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\"{{7*7}}%{y}\u2028"
 CHARTS = ["map", "lags", "layers", "positions", "first", "weights", "agreement"]
 PAYERS = ["payers", "inputs", "paid", "modules", "horizons", "reach"]
 KINDS = ["self_attn.q_proj", "mlp.experts.0.up", "mlp.experts.1.up"]
 PARAMETERS = ["model.embed", *(f"model.layers.{layer}.{kind}" for layer in range(4) for kind in KINDS), "model.norm"]
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
@@ -50,66 +45,10 @@ def paid():
     return sample(losses=True, horizons=(1, 2, 4, 8, 16, 32), parameters=PARAMETERS, missing_heads=1)
 
 
-PAGES = {}
-
-
-def page(*given) -> str:
-    """The page of these results, made once for each."""
-    key = tuple(map(id, given))
-    if key not in PAGES:
-        made = report(list(given))
-        assert isinstance(made, Page)
-        PAGES[key] = given, made.html
-    return PAGES[key][1]
-
-
 def printed(result, width=80) -> str:
     file = io.StringIO()
     summary(result, Console(file=file, width=width, highlight=False))
     return file.getvalue()
-
-
-class Reader(HTMLParser):
-    """Tags with their attributes, text outside scripts and styles, and the contents of scripts."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self.scripts, self.inside = [], "", [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self.inside = ""
-
-    def handle_data(self, data):
-        if self.inside == "script":
-            self.scripts[-1] += data
-        elif self.inside != "style":
-            self.text += data
-
-
-def tables(text) -> dict[str, list[list[str]]]:
-    """Rows of text of each table with a caption, the first row that of the column headers."""
-    found = {}
-    for one in re.findall(r"<table>(<caption>.*?)</table>", text, re.DOTALL):
-        caption = re.search("<caption>(.*?)</caption>", one)
-        rows = re.findall("<tr.*?>(.*?)</tr>", one, re.DOTALL)
-        found[html.unescape(caption[1])] = [
-            [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows
-        ]
-    return found
-
-
-def data(text) -> list[dict]:
-    """What the script of the page draws, one for each result."""
-    read = Reader(text)
-    kinds = [attrs.get("type") for tag, attrs in read.tags if tag == "script"]
-    return json.loads(read.scripts[kinds.index("application/json")])
 
 
 def pooled(part, whole) -> tuple[np.ndarray, np.ndarray]:
@@ -241,10 +180,10 @@ def test_the_data_of_the_page_is_json_that_no_parser_mistakes_for_markup(hostile
 
 
 def test_a_page_does_not_take_the_place_of_its_result(tmp_path, plain):
-    results.save(plain, tmp_path / "run.nc")
+    save(plain, tmp_path / "run.nc")
     with pytest.raises(InputError, match="would take the place of the result"):
         report(tmp_path / "run.nc", tmp_path / "." / "run.nc")
-    assert results.load(tmp_path / "run.nc").identical(plain)
+    assert load(tmp_path / "run.nc").identical(plain)
 
 
 def test_escaped_json_means_the_same():
@@ -312,7 +251,7 @@ def test_the_page_is_written_whole_to_its_path(tmp_path, plain):
 
 
 def test_a_report_can_be_made_from_files(tmp_path, plain):
-    saved = results.save(plain, tmp_path / "run.nc")
+    saved = save(plain, tmp_path / "run.nc")
     assert report(saved).html == page(plain)
     assert report([str(saved), plain]).html == page(plain, plain)
 
@@ -511,42 +450,6 @@ def test_the_layer_is_the_first_number_in_a_modules_name(name, kind):
 
 
 # ---- in a browser
-
-
-@contextmanager
-def browser(**options):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
-        context = chromium.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
-        context.set_default_timeout(60_000)
-        tab, heard = context.new_page(), []
-        tab.on("console", lambda message: heard.append(message.text))
-        tab.on("pageerror", lambda error: heard.append(str(error)))
-        tab.on("dialog", lambda dialog: (heard.append("dialog"), dialog.dismiss()))
-        tab.on("request", lambda request: None if own(request.url) else heard.append(request.url[:200]))
-        tab.route("**/*", lambda route: route.continue_() if own(route.request.url) else route.abort())
-        yield tab, heard
-        chromium.close()
-
-
-def own(url):
-    return url.startswith(("file:", "data:", "blob:", "about:"))
-
-
-def opened(tab, path):
-    tab.goto(f"file://{path}")
-    tab.wait_for_selector("html[data-drawn]")
-    return tab
-
-
-DRAWN = """() => [...document.querySelectorAll('.chart')].map(chart => ({
-    id: chart.dataset.chart, size: chart.querySelector('.main-svg').getBoundingClientRect().width,
-    panels: chart.querySelectorAll('.cartesianlayer > .subplot').length,
-    marks: chart.querySelectorAll('.scatterlayer .trace, .heatmaplayer image, .barlayer .trace').length,
-    saves: chart.querySelectorAll('.modebar-btn[data-title$=SVG], .modebar-btn[data-title$=PNG]').length,
-}))"""
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from support.sample import sample
 import posterity
 from posterity.errors import LONGEST, InputError
 from posterity.results import netcdf
-from posterity.results import schema as results
+from posterity.results.files import save
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_attributes_at_which_the_c_library_would_crash_are_refused(path, name, v
 
 
 def test_every_changed_byte_of_a_file_is_found(tmp_path, plain):
-    path = results.save(plain, tmp_path / "run.nc")
+    path = save(plain, tmp_path / "run.nc")
     whole = path.read_bytes()
     for place in (0, 9, 40, len(whole) // 3, len(whole) // 2, len(whole) - 200, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -137,7 +137,7 @@ def test_every_changed_byte_of_a_file_is_found(tmp_path, plain):
 
 
 def test_other_programs_read_a_sealed_file_and_their_changes_are_kept(tmp_path, plain):
-    path = results.save(plain, tmp_path / "run.nc")
+    path = save(plain, tmp_path / "run.nc")
     with xr.open_dataset(path, engine="h5netcdf", decode_times=False, mask_and_scale=False) as file:
         assert file.load().equals(plain)
     with h5py.File(path, "r+") as file:

@@ -16,9 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.sample import sample, weight_norms
 
+from posterity import atomic_files
+from posterity.atomic_files import writable, write_whole
 from posterity.errors import InputError
 from posterity.results import schema as results
 from posterity.results import stats as derived
+from posterity.results.files import load, save
+from posterity.results.schema import RESULT
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +49,15 @@ def documents(number=40, seed=0, size=()):
 
 def test_a_result_comes_back_from_its_file_as_it_was(tmp_path, plain, uneven):
     for number, result in enumerate((plain, uneven, sample(lags="self", with_weights=False))):
-        path = results.save(result, tmp_path / f"{number}.nc")
-        assert results.load(path).identical(result)
+        path = save(result, tmp_path / f"{number}.nc")
+        assert load(path).identical(result)
 
 
 def test_a_loaded_result_holds_no_file(tmp_path, plain):
-    path = results.save(plain, tmp_path / "run.nc")
-    loaded = results.load(path)
+    path = save(plain, tmp_path / "run.nc")
+    loaded = load(path)
     path.unlink()
-    assert results.save(loaded, path).exists()
+    assert save(loaded, path).exists()
     assert not [name for name in loaded.variables if not isinstance(loaded[name].variable._data, np.ndarray)
                 and name not in loaded.indexes]  # fmt: skip
 
@@ -65,14 +69,14 @@ def full():
 
 
 def test_every_variable_of_a_file_has_units_and_a_long_name(tmp_path):
-    loaded = results.load(results.save(full(), tmp_path / "run.nc"))
+    loaded = load(save(full(), tmp_path / "run.nc"))
     for name, entry in results.SCHEMA.items():
         assert loaded[name].attrs == {"units": entry.units, "long_name": entry.long_name}
 
 
 def test_a_full_result_comes_back_as_it_was(tmp_path):
     assert set(results.SCHEMA) == set(full().data_vars)
-    assert results.load(results.save(full(), tmp_path / "run.nc")).identical(full())
+    assert load(save(full(), tmp_path / "run.nc")).identical(full())
 
 
 @pytest.mark.parametrize(
@@ -86,13 +90,13 @@ def test_a_full_result_comes_back_as_it_was(tmp_path):
 )
 def test_a_result_that_lacks_half_of_a_group_is_refused(name, message):
     with pytest.raises(InputError, match=message):
-        results.check(full().drop_vars(name))
+        RESULT.check(full().drop_vars(name))
 
 
 @pytest.mark.parametrize("horizons", [[0, 8, 64], [1, 1, 2]])
 def test_horizons_that_do_not_grow_are_refused(horizons):
     with pytest.raises(InputError, match="horizons do not begin at 1 or more and grow"):
-        results.check(full().assign_coords(horizon=("horizon", horizons, full().horizon.attrs)))
+        RESULT.check(full().assign_coords(horizon=("horizon", horizons, full().horizon.attrs)))
 
 
 def test_the_parts_of_who_pays_add_up():
@@ -125,22 +129,22 @@ def test_names_with_control_characters_come_back_readable(tmp_path):
     result = sample(documents=2, texts=["a\x00b\x1b[31m", "c\udcff\u202ed"], model="e\x07\nf")
     assert list(result.text.values) == ["a�b�[31m", "c?�d"]
     assert result.attrs["model"] == "e� f"
-    assert results.load(results.save(result, tmp_path / "run.nc")).identical(result)
+    assert load(save(result, tmp_path / "run.nc")).identical(result)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.9999])
 def test_a_truncated_file_is_refused_in_one_line(tmp_path, plain, share):
-    path = results.save(plain, tmp_path / "run.nc")
+    path = save(plain, tmp_path / "run.nc")
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(InputError, match="cannot be read") as caught:
-        results.load(path)
+        load(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 
 
 def test_a_damaged_number_is_found(tmp_path, plain):
-    path = results.save(plain, tmp_path / "run.nc")
+    path = save(plain, tmp_path / "run.nc")
     whole = bytearray(path.read_bytes())
     with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
         packed = file["credit"].encoding
@@ -150,23 +154,23 @@ def test_a_damaged_number_is_found(tmp_path, plain):
     whole[place + 40] ^= 0xFF
     path.write_bytes(whole)
     with pytest.raises(InputError, match="cannot be read"):
-        results.load(path)
+        load(path)
 
 
 def test_what_is_no_result_is_refused(tmp_path, plain):
     path = tmp_path / "run.nc"
     with pytest.raises(InputError, match="does not exist"):
-        results.load(path)
+        load(path)
     with pytest.raises(InputError, match="does not exist"):
-        results.load("a\0b")
+        load("a\0b")
     with pytest.raises(InputError, match="is a folder"):
-        results.load(tmp_path)
+        load(tmp_path)
     path.write_text("layer,head\n")
     with pytest.raises(InputError, match="cannot be read"):
-        results.load(path)
+        load(path)
     xr.Dataset({"x": 1.0}).to_netcdf(path, engine="h5netcdf")
     with pytest.raises(InputError, match="schema version is ''"):
-        results.load(path)
+        load(path)
 
 
 WRONG = {
@@ -193,7 +197,7 @@ WRONG = {
 @pytest.mark.parametrize("reason", WRONG)
 def test_a_wrong_schema_is_refused_with_the_reason(plain, reason):
     with pytest.raises(InputError, match=reason) as caught:
-        results.check(WRONG[reason](plain))
+        RESULT.check(WRONG[reason](plain))
     assert "\n" not in str(caught.value)
 
 
@@ -203,11 +207,11 @@ def test_a_wrong_schema_is_refused_with_the_reason(plain, reason):
 def test_a_file_with_a_wrong_schema_is_neither_written_nor_read(tmp_path, plain, reason):
     wrong = next(change for name, change in WRONG.items() if reason in name)(plain)
     with pytest.raises(InputError, match=reason):
-        results.save(wrong, tmp_path / "run.nc")
+        save(wrong, tmp_path / "run.nc")
     assert not list(tmp_path.iterdir())
     wrong.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
     with pytest.raises(InputError, match=reason) as caught:
-        results.load(tmp_path / "run.nc")
+        load(tmp_path / "run.nc")
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
@@ -222,30 +226,30 @@ def test_a_file_that_claims_more_than_it_holds_is_not_loaded(tmp_path, plain):
             chunks = tuple(min(10, file.dimensions[dim].size) for dim in variable.dims)
             file.create_variable(name, variable.dims, kind, chunks=chunks)
     with pytest.raises(InputError, match="that are not in it"):
-        results.load(path)
+        load(path)
 
 
 def test_only_a_dataset_passes_the_check():
     with pytest.raises(InputError, match="but str came"):
-        results.check("run.nc")
+        RESULT.check("run.nc")
 
 
 def test_saving_replaces_the_file_and_leaves_nothing_else(tmp_path, plain, uneven):
-    path = results.save(plain, tmp_path / "run.nc")
-    results.save(uneven, path)
-    assert results.load(path).identical(uneven)
+    path = save(plain, tmp_path / "run.nc")
+    save(uneven, path)
+    assert load(path).identical(uneven)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_saving_through_a_link_keeps_the_link(tmp_path, plain):
     (tmp_path / "run.nc").symlink_to(tmp_path / "real.nc")
-    results.save(plain, tmp_path / "run.nc")
+    save(plain, tmp_path / "run.nc")
     assert (tmp_path / "run.nc").is_symlink()
-    assert results.load(tmp_path / "real.nc").identical(plain)
+    assert load(tmp_path / "real.nc").identical(plain)
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, plain):
-    path = results.save(plain, tmp_path / "run.nc")
+    path = save(plain, tmp_path / "run.nc")
     old = path.read_bytes()
 
     def limit():
@@ -255,10 +259,9 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, plai
     code = f"""
 import sys
 from support.sample import sample
-from posterity.results import schema as result
-from posterity.errors import InputError
+from posterity import InputError, save
 try:
-    result.save(sample(seed=1), {str(path)!r})
+    save(sample(seed=1), {str(path)!r})
 except InputError as error:
     print(error)
 """
@@ -276,9 +279,9 @@ def test_a_file_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "page.html").write_bytes(b"old")
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(atomic_files.os, "replace", full)
     with pytest.raises(InputError, match="No space left on device; free some space"):
-        results.write_whole(tmp_path / "page.html", b"new")
+        write_whole(tmp_path / "page.html", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("page.html", b"old")]
 
 
@@ -286,9 +289,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "fsync", interrupt)
+    monkeypatch.setattr(atomic_files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        results.write_whole(tmp_path / "page.html", b"x")
+        write_whole(tmp_path / "page.html", b"x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -303,16 +306,16 @@ def test_a_path_that_cannot_be_written_is_refused_with_the_reason(tmp_path, monk
     }
     for path, reason in cases.items():
         with pytest.raises(InputError, match=reason) as caught:
-            results.writable(path)
+            writable(path)
         assert "\n" not in str(caught.value)
     (tmp_path / "run.nc").touch()
-    monkeypatch.setattr(results.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(atomic_files.os, "access", lambda path, mode: False)
     with pytest.raises(InputError, match="write-protected"):
-        results.writable(tmp_path / "run.nc")
+        writable(tmp_path / "run.nc")
 
 
 def test_the_check_of_a_path_leaves_no_trace(tmp_path):
-    assert results.writable(tmp_path / "run.nc") == (tmp_path / "run.nc").resolve()
+    assert writable(tmp_path / "run.nc") == (tmp_path / "run.nc").resolve()
     assert list(tmp_path.iterdir()) == []
 
 

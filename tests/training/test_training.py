@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from support.loss_oracles import dense
+from support.texts import tokenizer
 from support.tiny import tiny, tokens
-from test_head_folding import tokenizer
-from test_loss_split import dense
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers import Trainer as PlainTrainer
 
@@ -23,8 +23,9 @@ from posterity.models.watch import watches
 from posterity.ops.horizon_rules import Leak, parse
 from posterity.results import stats as derived
 from posterity.results import steps
+from posterity.results.comparison_schema import gaps
 from posterity.training import myopia
-from posterity.training.compare import compare, gaps, position_losses, read_run
+from posterity.training.compare import compare, position_losses, read_run
 from posterity.training.myopia import local_bonus, probe
 from posterity.training.run import Rows, Settings, last_checkpoint, prepare, train
 from posterity.training.tasks import Induction, Regressor, Sines
@@ -171,7 +172,7 @@ def test_a_diverged_run_stops_and_keeps_the_checkpoint_before(tmp_path):
 DDP = """
 import sys, torch, torch.distributed
 sys.path[:0] = [{tests!r}]
-from test_training import arguments, tiny, tokens, Rows, Trainer, Discount
+from training.test_training import arguments, tiny, tokens, Rows, Trainer, Discount
 ids = tokens(64)
 backend = "gloo" if {world} > 1 else None
 given = arguments({folder!r}, per_device_train_batch_size={rows}, max_grad_norm=0, optim="sgd", ddp_backend=backend)
@@ -444,7 +445,7 @@ def test_data_that_is_misspelt_or_mixed_is_refused_before_anything_is_looked_up(
 
 
 def test_a_folded_model_is_not_trained_as_if_it_were_plain(tmp_path):
-    from posterity.models.folded_heads import save_folded
+    from posterity.inputs.folded_folder import save_folded
 
     (tmp_path / "text.txt").write_text("one two three " * 200)
     save_folded(tiny("llama", torch.float32), tokenizer(), {0: [0]}, tmp_path / "folded", {})

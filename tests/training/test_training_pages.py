@@ -5,22 +5,21 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
+from support.pages import DRAWN, browser, data, opened, tables
 from support.sample import sample
-from test_report import DRAWN, browser, data, opened, tables
 from typer.testing import CliRunner
 
 import posterity
 from posterity.cli import main as cli
 from posterity.errors import InputError
+from posterity.inputs.checkpoints import checkpoints
 from posterity.reporting.report import Page, report
 from posterity.reporting.summary import heading
-from posterity.results import schema as results
 from posterity.results import stats as derived
 from posterity.results import steps
-from posterity.results.steps import checkpoints
-from posterity.training import compare as comparison
-from posterity.training.compare import gaps
-from posterity.training.compare import page as compared_page
+from posterity.results.comparison_schema import gaps
+from posterity.results.files import save
+from posterity.results.schema import RESULT
 
 PAID = {"losses": True, "horizons": (1, 2, 4), "parameters": ("model.a", "model.b")}
 
@@ -50,7 +49,7 @@ def test_steps_are_kept_whole_in_memory_and_in_a_file(tmp_path, measured, steppe
         assert list(found.step.values) == [0, 100, 250]
         parts = steps.by_step(found)
         for step, one in measured.items():
-            results.check(parts[step])
+            RESULT.check(parts[step])
             for name, variable in one.data_vars.items():
                 np.testing.assert_array_equal(parts[step][name], variable, err_msg=str(name))
         assert steps.latest(found).equals(parts[250])
@@ -97,7 +96,7 @@ def test_results_that_do_not_belong_together_are_refused(measured, stepped):
     with pytest.raises(InputError, match="at least one step; got none"):
         steps.over_steps({})
     with pytest.raises(InputError, match="steps do not begin at 0 or more and grow"):
-        results.check(stepped.isel(step=[1, 0]))
+        RESULT.check(stepped.isel(step=[1, 0]))
 
 
 def test_summary_and_page_say_which_step_they_show(measured, stepped):
@@ -242,7 +241,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, args, line
 
 def test_a_comparison_is_read_again_by_every_command(tmp_path, compared):
     given = compared.assign_attrs(kind="comparison")
-    comparison.save(given, tmp_path / "gap.nc")
+    save(given, tmp_path / "gap.nc")
     assert posterity.load(tmp_path / "gap.nc").equals(given)
     shown = run("summary", tmp_path / "gap.nc")
     assert shown.exit_code == 0, shown.output
@@ -269,7 +268,7 @@ def compared():
 
 @pytest.mark.slow
 def test_the_page_of_compared_runs_is_drawn_without_an_error(tmp_path, compared):
-    compared_page(compared, tmp_path / "gap.html")
+    posterity.report(compared, tmp_path / "gap.html")
     with browser() as (tab, heard):
         opened(tab, tmp_path / "gap.html")
         assert tab.locator("table.summary").inner_text().count("<b>x</b>") == 1

@@ -19,19 +19,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from posterity._version import __version__
 from posterity.clauses import futures, later_use, self_default
 from posterity.clauses import linearity as straight
-from posterity.clauses.clause import REFUSED, Clause, Finding, Plan, Subject
+from posterity.clauses.clause import Clause, Plan, Subject
 from posterity.clauses.context_growth import GROWTH
 from posterity.clauses.credit_shares import LOOK_AHEAD, LOOK_BACK, WEIGHTS
+from posterity.clauses.dataset import assemble
 from posterity.clauses.readers import READERS
 from posterity.clauses.saved_findings import Kept
 from posterity.errors import InputError
 from posterity.inputs import windows as corpus
 from posterity.measurement.distributed import Processes
-from posterity.measurement.measure import seeded
 from posterity.measurement.provenance import provenance
 from posterity.measurement.run_state import fingerprint
-from posterity.models.probe import first_device, language_model
-from posterity.results.audit_schema import assemble
+from posterity.models.language_model import first_device, language_model, seeded
+from posterity.results.audit_schema import REFUSED, Finding
 
 CLAUSES: tuple[Clause, ...] = (
     LOOK_BACK, LOOK_AHEAD, READERS, WEIGHTS, GROWTH,
@@ -72,7 +72,7 @@ def audit(
         progress: Whether to show progress bars on stderr.
         attrs: Provenance to add.
         state: A folder that keeps what each row found; where it holds some, the audit goes on from there.
-        processes: `posterity.measurement.distributed.Processes.join()` in each process that torchrun started: they share the rows
+        processes: `posterity.Processes.join()` in each process that torchrun started: they share the rows
             and all return the same result. `documents` are read by the first of them only.
         changes: How much is measured (posterity.clauses.clause.Plan), such as `contexts=(64, 128)` or `budget=512`. What
             is not given shrinks for a model that reads fewer tokens; the plan that was used is in `attrs`.

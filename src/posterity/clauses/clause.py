@@ -3,10 +3,9 @@
 Every clause is one function from a `Subject` to a `Finding`, and one from the audit's Dataset to its charts.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -17,12 +16,13 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posterity.clauses.drawing import Chart, View
 from posterity.errors import InputError
 from posterity.inputs import windows as corpus
-from posterity.measurement.measure import measure, progress_bar
-
-HOLDS, FAILS, MIXED = "holds", "fails", "mixed"
-REFUSED = "not measured"  # what the row needs, this model or text has not
+from posterity.measurement.measure import measure
+from posterity.progress import progress_bar
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED, Finding
+from posterity.results.formatting import named
 
 
 @dataclass(frozen=True)
@@ -131,77 +131,6 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One number of a row, with its standard error and what chance or counting predicts."""
-
-    name: str
-    value: float
-    error: float = math.nan
-    baseline: float = math.nan
-    formula: str = ""
-    expected: str = ""  # what the baseline is
-    units: str = "1"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one row found on one model."""
-
-    figures: Sequence[Figure]
-    verdict: str
-    reason: str  # one sentence; in which layers and heads, where the verdict is mixed
-    variables: Mapping[str, xr.DataArray] = field(default_factory=dict)  # with units and long_name; names of the row
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A picture as plotly wants it: traces and layout as plain lists and numbers, None where nothing is known."""
-
-    title: str
-    text: str
-    traces: list[dict[str, Any]]
-    x: str = ""
-    y: str = ""
-    layout: dict[str, Any] = field(default_factory=dict)
-
-
-class View(Mapping[str, xr.DataArray]):
-    """The audit of one model, as charts read it: `audit["look_back_share"]` or `audit.look_back_share`.
-
-    What other rows or models have and this variable has not (a layer, a lag) is left out.
-    """
-
-    def __init__(self, audit: xr.Dataset, model: str):
-        """Look at one model of an audit."""
-        self._audit = audit.sel(model=model, drop=True)
-
-    def __getitem__(self, name: str) -> xr.DataArray:
-        found = self._audit[name]
-        for dim in found.dims:
-            if found.dtype.kind == "f":
-                found = found.dropna(dim, how="all")
-        return found.transpose(*self._audit[name].dims)
-
-    def __getattr__(self, name: str) -> xr.DataArray:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __iter__(self) -> Iterator[str]:
-        """Names of variables that hold something for this model."""
-        return (
-            str(name) for name, one in self._audit.data_vars.items() if one.dtype.kind != "f" or one.notnull().any()
-        )
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __contains__(self, name: object) -> bool:
-        return name in set(self)
-
-
-@dataclass(frozen=True)
 class Clause:
     """One row of the audit."""
 
@@ -242,18 +171,6 @@ def judge(
     return verdict, named(against, what), int(holding.sum())
 
 
-def named(chosen: np.ndarray, what: str = "layer", most: int = 8) -> str:
-    """Parts in words: "layers 0, 3 and 7", "heads L0 H3, L2 H1 and 12 more"; "" for none."""
-    at = np.argwhere(chosen)
-    if not len(at):
-        return ""
-    words = [str(one[0]) if len(one) == 1 else f"L{one[0]} H{one[1]}" for one in at]
-    if len(words) > most:
-        words = [*words[:most], f"{len(words) - most} more"]
-    listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"{what}{'s' * (len(words) > 1)} {listed}"
-
-
 def array(dims: str | Sequence[str], values: Any, long_name: str, units: str = "1", **coords: Any) -> xr.DataArray:
     """A labelled array of a finding; layer, head and position are numbered if no coordinate is given."""
     dims = dims.split() if isinstance(dims, str) else list(dims)
@@ -266,32 +183,3 @@ def labelled(values: xr.DataArray, long_name: str, units: str = "1") -> xr.DataA
     """The values with their dimensions' coordinates alone."""
     kept = values.reset_coords(drop=True)
     return kept.assign_attrs(long_name=long_name, units=units)
-
-
-def mean_and_error(values: Any, axis: int = 0) -> tuple[Any, Any]:
-    """Mean over documents and its standard error; NaN for one document."""
-    values = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
-    number = values.shape[axis]
-    error = values.std(axis, ddof=1) / math.sqrt(number) if number > 1 else np.full_like(values.mean(axis), math.nan)
-    return values.mean(axis), error
-
-
-def plain(values: Any) -> list[float | None]:
-    """Numbers for a chart."""
-    return [float(x) if math.isfinite(x) else None for x in np.asarray(values, dtype=float).ravel()]
-
-
-def line(name: str, x: Any, y: Any, error: Any = None, **style: Any) -> dict[str, Any]:
-    """A trace of points joined by a line, with error bars where errors are given."""
-    trace: dict[str, Any] = {
-        "type": "scatter", "mode": "lines+markers", "name": name, "x": list(np.asarray(x).tolist()), "y": plain(y),
-    }  # fmt: skip
-    if error is not None:
-        trace["error_y"] = {"type": "data", "array": plain(error), "thickness": 1}
-    return trace | style
-
-
-def grid(values: Any, name: str = "", **style: Any) -> dict[str, Any]:
-    """A map of layers (down) and heads (across)."""
-    rows = [plain(row) for row in np.asarray(values, dtype=float)]
-    return {"type": "heatmap", "z": rows, "name": name, "hoverongaps": False, **style}

@@ -7,26 +7,15 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from posterity.clauses.clause import (
-    FAILS,
-    HOLDS,
-    MIXED,
-    Chart,
-    Clause,
-    Figure,
-    Finding,
-    Subject,
-    View,
-    array,
-    labelled,
-    line,
-    named,
-)
+from posterity.axes import WRITTEN
+from posterity.clauses.clause import Clause, Subject, array, labelled
+from posterity.clauses.drawing import Chart, View, line
 from posterity.inputs import windows as corpus
 from posterity.measurement.measure import measure
-from posterity.models.probe import watching
+from posterity.models.attach import watching
 from posterity.results import stats as derived
-from posterity.results.schema import WRITTEN
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED, Figure, Finding
+from posterity.results.formatting import named
 
 CURVES = ("key credit", "value credit", "W_K", "W_V", "mean a_ii")
 

@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from posterity.errors import InputError
-from posterity.models.probe import first_device, refuse_other_paths, watching
-from posterity.models.recompute import differ, rounding
+from posterity.models.attach import refuse_other_paths, watching
+from posterity.models.language_model import differ, first_device, rounding
 from posterity.models.watch import Attending, Layer
 from posterity.ops.attention import working
 

@@ -5,22 +5,12 @@ from collections.abc import Callable
 
 import xarray as xr
 
-from posterity.clauses.clause import (
-    HOLDS,
-    MIXED,
-    Chart,
-    Clause,
-    Figure,
-    Finding,
-    Subject,
-    View,
-    judge,
-    labelled,
-    line,
-)
-from posterity.reporting.summary import percent
+from posterity.axes import WRITTEN
+from posterity.clauses.clause import Clause, Subject, judge, labelled
+from posterity.clauses.drawing import Chart, View, line
 from posterity.results import stats as derived
-from posterity.results.schema import WRITTEN
+from posterity.results.audit_schema import HOLDS, MIXED, Figure, Finding
+from posterity.results.formatting import percent
 
 
 def look_back(subject: Subject) -> Finding:

@@ -7,29 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posterity.clauses.clause import (
-    FAILS,
-    HOLDS,
-    MIXED,
-    Chart,
-    Clause,
-    Figure,
-    Finding,
-    Subject,
-    View,
-    array,
-    judge,
-    line,
-    mean_and_error,
-)
+from posterity.axes import WRITTEN
+from posterity.clauses.clause import Clause, Subject, array, judge
 from posterity.clauses.continuations import Pull, pulls, read, recurring, sample, verify
+from posterity.clauses.drawing import Chart, View, line
 from posterity.clauses.pasts import COMMON, PASTS, all_windows, pooled, spread
 from posterity.decomposition.credit import finite
 from posterity.inputs import windows as corpus
-from posterity.measurement.measure import frozen
-from posterity.models.probe import watching
-from posterity.reporting.summary import percent
-from posterity.results.schema import WRITTEN
+from posterity.models.attach import watching
+from posterity.models.language_model import frozen
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED, Figure, Finding
+from posterity.results.formatting import percent
+from posterity.results.stats import mean_and_error
 
 NGRAM = 16  # tokens that must recur in the text, with other futures, for real futures to be compared
 BROKEN = 4.0  # standard errors of a mean that vanishes by law

@@ -13,22 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posterity.clauses.clause import (
-    MIXED,
-    Chart,
-    Clause,
-    Figure,
-    Finding,
-    Subject,
-    View,
-    array,
-    grid,
-    judge,
-    line,
-    mean_and_error,
-    plain,
-)
+from posterity.clauses.clause import Clause, Subject, array, judge
+from posterity.clauses.drawing import Chart, View, grid, line, plain
 from posterity.errors import InputError
+from posterity.models.attach import refuse_other_paths, watching
 from posterity.models.patching import (
     LATER_MEAN,
     NO_SELF,
@@ -39,7 +27,8 @@ from posterity.models.patching import (
     head_counts,
     patched_losses,
 )
-from posterity.models.probe import refuse_other_paths, watching
+from posterity.results.audit_schema import MIXED, Figure, Finding
+from posterity.results.stats import mean_and_error
 
 EFFECTS = {  # variable: (kind of patch, what it shows, units)
     "no_self": (NO_SELF, "loss change without the self edge", "nats per token"),

@@ -7,40 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posterity.clauses.clause import (
-    FAILS,
-    HOLDS,
-    MIXED,
-    Chart,
-    Clause,
-    Figure,
-    Finding,
-    Subject,
-    View,
-    array,
-    grid,
-    line,
-    named,
-)
+from posterity.clauses.clause import Clause, Subject, array
+from posterity.clauses.drawing import Chart, View, grid, line
 from posterity.errors import InputError
-from posterity.measurement.head_folding import (
-    Costs,
-    Head,
-    Losses,
-    Trial,
-    Windows,
-    head_costs,
-    head_counts,
-    longest,
-    parts,
-)
-from posterity.measurement.measure import frozen
+from posterity.measurement.head_folding import Costs, Losses, Trial, Windows, head_costs, longest, parts
+from posterity.models.attach import watching
+from posterity.models.folded_heads import Head, head_counts
+from posterity.models.language_model import first_device, frozen, rounding
 from posterity.models.linear import as_linear
-from posterity.models.probe import first_device, watching
-from posterity.models.recompute import rounding
 from posterity.models.watch import Attending, Layer
 from posterity.ops.attention import attention
 from posterity.ops.mask import Mask
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED, Figure, Finding
+from posterity.results.formatting import named
 
 
 def straight(subject: Subject) -> Finding:

@@ -10,15 +10,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, pad
 from transformers import PreTrainedModel
 
-from posterity.clauses.clause import Chart, Clause, Figure, Finding, Subject, View, array, grid, judge, line, named
+from posterity.clauses.clause import Clause, Subject, array, judge
+from posterity.clauses.drawing import Chart, View, grid, line
 from posterity.decomposition.credit import finite
 from posterity.errors import InputError
 from posterity.inputs import windows as corpus
-from posterity.measurement.measure import check_context, check_tokens, frozen
-from posterity.models.probe import first_device, watched
+from posterity.measurement.measure import check_context, check_tokens
+from posterity.models.attach import watched
+from posterity.models.language_model import first_device, frozen
 from posterity.models.watch import Layer
 from posterity.ops.attention import Backward, working
-from posterity.reporting.summary import percent
+from posterity.results.audit_schema import Figure, Finding
+from posterity.results.formatting import named, percent
 from posterity.results.stats import ratio
 
 COMMON = 0.5  # of the squared gradient: with more, one past (or future) tells most of what all tell together
@@ -81,7 +84,7 @@ def query_gradients(model: PreTrainedModel, ids: Tensor, past: int) -> list[tupl
     """Gradients of the losses inside a segment (nats) at its queries, and these: (past, head, offset, dim) each.
 
     Args:
-        model: With frozen parameters (`posterity.measurement.measure.frozen`).
+        model: With frozen parameters (`posterity.models.language_model.frozen`).
         ids: The same segment behind several pasts, (past, token).
         past: Tokens before the segment. The last query of the segment has no loss after it and is left out.
 

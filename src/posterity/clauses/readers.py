@@ -6,25 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posterity.clauses.clause import (
-    MIXED,
-    Chart,
-    Clause,
-    Figure,
-    Finding,
-    Subject,
-    View,
-    array,
-    judge,
-    line,
-    mean_and_error,
-)
+from posterity.clauses.clause import Clause, Subject, array, judge
+from posterity.clauses.drawing import Chart, View, line
 from posterity.decomposition.participation import KINDS, readers
-from posterity.measurement.measure import frozen
+from posterity.models.attach import watched
 from posterity.models.chunked_loss import run
-from posterity.models.probe import watched
+from posterity.models.language_model import frozen
 from posterity.models.watch import Layer
 from posterity.ops.attention import Backward
+from posterity.results.audit_schema import MIXED, Figure, Finding
+from posterity.results.stats import mean_and_error
 
 
 def many_readers(subject: Subject) -> Finding:

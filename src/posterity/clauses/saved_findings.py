@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 import xarray as xr
 
-from posterity.clauses.clause import Figure, Finding
 from posterity.errors import InputError
 from posterity.measurement.run_state import Held, check_settings, written
+from posterity.results.audit_schema import Figure, Finding
 
 FILE = "{}-clause-{}.nc"  # number of the model, number of the clause
 

@@ -12,27 +12,18 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from posterity.clauses.clause import (
-    Chart,
-    Clause,
-    Figure,
-    Finding,
-    Subject,
-    View,
-    array,
-    grid,
-    judge,
-    line,
-    mean_and_error,
-    named,
-)
+from posterity.clauses.clause import Clause, Subject, array, judge
+from posterity.clauses.drawing import Chart, View, grid, line
 from posterity.errors import InputError
-from posterity.measurement.measure import frozen
+from posterity.models.attach import watched
 from posterity.models.chunked_loss import run
+from posterity.models.language_model import frozen
 from posterity.models.patching import dense_edges
-from posterity.models.probe import watched
 from posterity.models.watch import Attending, Layer, Watch
 from posterity.ops.attention import Backward, dot, one_edge
+from posterity.results.audit_schema import Figure, Finding
+from posterity.results.formatting import named
+from posterity.results.stats import mean_and_error
 
 LONGEST, SHORTEST = 256, 4
 SINK = 0.3  # mean attention to the first position from which on a head counts as a sink

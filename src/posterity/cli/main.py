@@ -99,10 +99,11 @@ def measure(
     import posterity
     from posterity.inputs import model as loading
     from posterity.inputs import text_sources as sources
+    from posterity.inputs.checkpoints import checkpoints
     from posterity.results import steps
 
     check_writable(output, report, reads=[model or "", *(text or [])])
-    folders, names = steps.checkpoints([model, *(text or [])] if model else [])
+    folders, names = checkpoints([model, *(text or [])] if model else [])
     names = names if folders else text or []
     if len(folders) > 1 and "-" in names:
         raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
@@ -209,7 +210,7 @@ def audit(
     import posterity
     from posterity.inputs import model as loading
     from posterity.inputs import text_sources as sources
-    from posterity.results import steps
+    from posterity.inputs.checkpoints import checkpoints
 
     others = beside or []
     if len({model or "default", *others}) <= len(others):
@@ -222,7 +223,7 @@ def audit(
         contexts=numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
         rows=numbers(rows, "rows", "4,8"), seed=seed,
     )  # fmt: skip
-    folders, names = steps.checkpoints([model, *(text or [])] if model else [])
+    folders, names = checkpoints([model, *(text or [])] if model else [])
     skipped = sources.Skipped() if skip_broken else None
     texts = sources.documents(names if folders else text or [], field, skipped)
     wanted = {f"step {step}": one for step, one in folders.items()} or {"": model}

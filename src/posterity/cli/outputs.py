@@ -19,7 +19,7 @@ def check_writable(output: Path | None, report: Path | None = None, reads: Itera
 
     A file that is there already is replaced only by one of its kind: a result by a result, a page by a page.
     """
-    from posterity.results.schema import writable
+    from posterity.atomic_files import writable
 
     taken = {real_path(one): "is read here" for one in reads if str(one)}
     for kind, path in (("result", output), ("page", report)):

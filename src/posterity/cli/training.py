@@ -97,15 +97,15 @@ def compare(
 
     Prints the held-out loss of every run and its gap to the plain run (horizon full) of the same seed.
     """
-    from posterity.training import compare as comparison
+    import posterity
 
     check_writable(output, report, reads=folders)
-    compared = comparison.compare(folders)
+    compared = posterity.compare(folders)
     if output is not None:
-        comparison.save(compared, output)
+        posterity.save(compared, output)
     if report is not None:
-        comparison.page(compared, report)
-    comparison.table(compared)
+        posterity.report(compared, report)
+    posterity.summary(compared)
 
 
 def fold(
@@ -135,9 +135,9 @@ def fold(
     """
     alone()
     import posterity
+    from posterity.inputs import folded_folder as folded
     from posterity.inputs import model as loading
     from posterity.inputs import text_sources as sources
-    from posterity.models import folded_heads as folded
 
     if model is not None and real_path(output) == real_path(model):
         raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")

@@ -1,0 +1,5 @@
+"""Gradients as sums of terms: which edges, lags and positions they come from. Imports torch only.
+
+In reading order: `credit` (one backward pass), `lag_sums` (the sums along the diagonals of all blocks),
+`weight_gradients` (W_Q, W_K, W_V), `participation` (how many readers a key has), `accumulator` (sums over documents).
+"""

@@ -26,8 +26,6 @@ from posterity.errors import InputError
 from posterity.ops.attention import Backward, dot, one_edge, self_edges, working
 from posterity.ops.mask import Tile
 
-STREAMS = ("query", "key", "value")
-SIDES = ("self", "other")
 EXACT_LAGS = 16  # lags below this have a bin each; beyond, four bins an octave
 
 

@@ -11,11 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from posterity.axes import SIDES
 from posterity.decomposition.accumulator import Sums
-from posterity.decomposition.credit import SIDES, SelfPart
+from posterity.decomposition.credit import SelfPart
 from posterity.ops.attention import Backward, group_sum, working
-
-TERMS = ("self", "other", "inner")
 
 
 @dataclass(frozen=True)

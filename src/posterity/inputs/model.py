@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from posterity.errors import InputError, readable
 from posterity.inputs import model_files as folders
+from posterity.inputs.folded_folder import FILE as FOLDED_FILE
 from posterity.inputs.model_files import TO_SAFETENSORS
 from posterity.models.transformers_logging import quiet
 
@@ -73,7 +75,7 @@ def load_model(
     Raises:
         InputError: when the model cannot be found, is incomplete, or is no causal language model.
     """
-    from posterity.models.folded_heads import run_as_saved
+    from posterity.inputs.folded_folder import run_as_saved
 
     kind, target = _dtype(dtype), None if device == "auto" else _device(device)
     with quiet():
@@ -375,3 +377,16 @@ def _sha256(file: Path) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(" :.") or type(error).__name__
+
+
+def load_folded(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """Load a model that `posterity fold` wrote; it runs folded for good, and can be measured as it is.
+
+    Raises:
+        InputError: The folder holds no folded model, or one that is damaged.
+    """
+    if not (Path(folder) / FOLDED_FILE).is_file():
+        raise InputError(
+            f"expected a folder that `posterity fold` wrote; {folder} has no {FOLDED_FILE}: load it as any model"
+        )
+    return load_model(os.fspath(folder)).model

@@ -8,14 +8,15 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from posterity.axes import SIDES, STREAMS, TERMS
 from posterity.decomposition.accumulator import Sums
-from posterity.decomposition.credit import SIDES, STREAMS, Bins, finite, self_part, tally
+from posterity.decomposition.credit import Bins, finite, self_part, tally
 from posterity.decomposition.lag_sums import Scratch
-from posterity.decomposition.weight_gradients import TERMS, Projections, WeightSplit
+from posterity.decomposition.weight_gradients import Projections, WeightSplit
 from posterity.errors import InputError
 from posterity.measurement.loss_split import Payers
 from posterity.measurement.provenance import provenance
-from posterity.models.probe import watching
+from posterity.models.attach import watching
 from posterity.models.watch import Layer, Watch
 from posterity.ops.attention import Backward
 from posterity.results import schema as result

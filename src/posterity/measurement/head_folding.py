@@ -4,9 +4,8 @@ A folded head passes the own value of each position on: its softmax over one edg
 used, and with the output projection it is a linear layer (linear.py).
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,14 +15,12 @@ from torch import Tensor, nn
 
 from posterity.errors import InputError
 from posterity.inputs import windows as corpus
-from posterity.measurement.measure import frozen, progress_bar
+from posterity.models.attach import watching
 from posterity.models.chunked_loss import run
-from posterity.models.folded_heads import mask_of, pass_own_values
-from posterity.models.probe import first_device, language_model, watching
-from posterity.models.watch import Attending, Layer, Watch
-from posterity.ops.attention import attention
+from posterity.models.folded_heads import Head, folding, head_counts, heads_by_layer
+from posterity.models.language_model import frozen, language_model
+from posterity.progress import progress_bar
 
-Head = tuple[int, int]  # number of the attention layer, query head
 Windows = Sequence[Int64[Tensor, " position"]]
 
 
@@ -75,7 +72,7 @@ class Folded:
     @property
     def by_layer(self) -> dict[int, list[int]]:
         """The folded heads of each layer that has some."""
-        return _by_layer(self.heads)
+        return heads_by_layer(self.heads)
 
     def __str__(self) -> str:
         """How many heads are folded in which layers, and what that costs, in lines."""
@@ -178,75 +175,6 @@ def parts(windows: Windows, limit: int) -> tuple[Windows, Windows, Windows]:
     return windows[:first], windows[first:second], windows[second:]
 
 
-@contextlib.contextmanager
-def folding(model: nn.Module, heads: Mapping[int, Iterable[int]] | Iterable[Head]) -> Iterator[None]:
-    """Inside, these heads pass their own value on, and the rest attends as usual; gradients flow.
-
-    Args:
-        model: A causal language model of transformers; restored on exit.
-        heads: Query heads by number of the attention layer, or pairs (layer, head).
-
-    Raises:
-        InputError: No such head; a model that cannot be measured; one with attention sinks, which take a part of the
-            weight even where a position sees only itself.
-    """
-    given: Any = heads
-    if isinstance(heads, Mapping):
-        given = [(layer, head) for layer, some in heads.items() for head in some]
-    pairs: list[Head] = list(given)
-    with watching(model) as watch:
-        counts = head_counts(model)
-        for layer, head in pairs:
-            if not 0 <= layer < len(counts) or not 0 <= head < counts[layer]:
-                most = f"layers from 0 to {len(counts) - 1} and heads from 0 to {max(counts) - 1}"
-                raise InputError(f"expected heads (layer, head), {most}; got ({layer}, {head})")
-        with watch.replacing(_Replacement(watch, _by_layer(pairs))):
-            yield
-
-
-class _Replacement:
-    """The output of an attention call with folded heads; None for a layer that has none."""
-
-    def __init__(self, watch: Watch, heads: Mapping[int, Sequence[int]]):
-        self.outer = watch.replacement
-        self.heads = {watch.layers[number]: some for number, some in heads.items()}
-
-    def __call__(self, layer: Layer, given: Attending) -> Tensor | None:
-        whole = None if self.outer is None else self.outer(layer, given)
-        heads = self.heads.get(layer)
-        if not heads:
-            return whole
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, rest: list[int]) -> Tensor:
-            if whole is not None:
-                return whole[:, rest]
-            return attention(query, key, value, given.scale, mask=mask_of(given.mask, rest), softcap=given.softcap)
-
-        return pass_own_values(given.query, given.key, given.value, heads, attend)
-
-
-def head_counts(model: nn.Module) -> list[int]:
-    """Query heads of every attention layer.
-
-    Raises:
-        InputError: Its attention has sinks: then a head that sees only itself does not pass its own value on.
-    """
-    inner, counts = language_model(model), []
-
-    def note(layer: Layer, given: Attending) -> None:
-        if given.sinks is not None:
-            raise InputError(
-                f"{type(inner).__name__} cannot be folded: its attention has sinks (in {layer}), which take a part of "
-                "the weight even where a position sees only itself"
-            )
-        counts.append(given.query.shape[1])
-
-    ids = torch.zeros(1, 2, dtype=torch.long, device=first_device(inner))
-    with watching(inner) as watch, watch.replacing(note), frozen(inner), torch.no_grad():
-        inner(input_ids=ids, use_cache=False)
-    return counts
-
-
 def head_costs(
     model: nn.Module, windows: Windows, *, batch: int = 8, advance: Callable[[int, int], None] | None = None
 ) -> Costs:
@@ -309,10 +237,3 @@ def longest(cost: Callable[[int], float], count: int, budget: float) -> int:
         else:
             beyond = middle
     return within
-
-
-def _by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for layer, head in sorted({*heads}):
-        found.setdefault(layer, []).append(head)
-    return found

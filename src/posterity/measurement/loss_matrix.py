@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from posterity.decomposition.credit import finite
 from posterity.errors import InputError
 from posterity.inputs import windows as corpus
-from posterity.measurement.measure import frozen, measure, progress_bar, seeded
+from posterity.measurement.measure import measure
+from posterity.models.attach import refuse_other_paths, watched
 from posterity.models.chunked_loss import run
-from posterity.models.probe import first_device, language_model, refuse_other_paths, watched
+from posterity.models.language_model import first_device, frozen, language_model, seeded
 from posterity.models.watch import Layer
 from posterity.ops.attention import Backward, group_sum, working
+from posterity.progress import progress_bar
 from posterity.results.schema import extended
 
 LONGEST = 256  # tokens: the matrices have tokens^2 numbers for every layer

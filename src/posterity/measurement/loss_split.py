@@ -20,8 +20,9 @@ from posterity.decomposition.accumulator import Sums
 from posterity.decomposition.credit import finite, self_part
 from posterity.decomposition.weight_gradients import Projections, norms
 from posterity.errors import InputError
+from posterity.models.attach import refuse_other_paths
 from posterity.models.chunked_loss import Sending
-from posterity.models.probe import language_model, refuse_other_paths
+from posterity.models.language_model import holder, language_model
 from posterity.models.watch import Layer, Observer, Watch
 from posterity.ops.attention import Backward, dot, working
 from posterity.ops.horizon_rules import Discount
@@ -248,12 +249,6 @@ class _Hidden:
             x.register_hook(take)
 
         return mark
-
-
-def holder(model: nn.Module, name: str) -> nn.Module:
-    """The layer around an attention module; the module itself if it stands in a list."""
-    around = model.get_submodule(name.rpartition(".")[0])
-    return model.get_submodule(name) if isinstance(around, nn.ModuleList) else around
 
 
 def _owners(model: nn.Module) -> list[tuple[str, list[str]]]:

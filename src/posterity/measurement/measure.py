@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from posterity._version import __version__
@@ -24,7 +22,8 @@ from posterity.measurement.estimate import estimate
 from posterity.measurement.loss_split import Payers
 from posterity.measurement.run_state import State, fingerprint
 from posterity.models.chunked_loss import Head, Sending
-from posterity.models.probe import language_model
+from posterity.models.language_model import frozen, language_model, seeded
+from posterity.progress import progress_bar
 
 
 def measure(
@@ -71,7 +70,7 @@ def measure(
         attrs: Provenance to add to the result.
         state: A folder that keeps what has been measured; where it holds some, the run goes on from there. It stays
             when the run is done.
-        processes: `posterity.measurement.distributed.Processes.join()` in each process that torchrun started: they share the windows
+        processes: `posterity.Processes.join()` in each process that torchrun started: they share the windows
             and all return the same result. `documents` are read by the first of them only.
 
     Returns:
@@ -185,58 +184,3 @@ def check_tokens(model: PreTrainedModel, windows: list[corpus.Window]) -> None:
                 f"the model knows tokens 0 to {known - 1}; got {largest} in window {window.text} #{window.index}: "
                 "is it the model's own tokenizer?"
             )
-
-
-@contextlib.contextmanager
-def frozen(model: PreTrainedModel, parameters: bool = False) -> Iterator[None]:
-    """Evaluation mode; gradients flow through the activations, and to `parameters` only if asked; then as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-
-    def start_here(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output.requires_grad_().clone() if torch.is_grad_enabled() else output  # some models scale it in place
-
-    hook = model.get_input_embeddings().register_forward_hook(start_here)
-    try:
-        model.eval().requires_grad_(parameters)
-        for parameter, _, _ in wanted:
-            parameter.grad = None
-        with torch.enable_grad():
-            yield
-    finally:
-        hook.remove()
-        for module, mode in modes:
-            module.training = mode
-        for parameter, want, grad in wanted:
-            parameter.requires_grad_(want)
-            parameter.grad = grad
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, random numbers begin with a seed; outside, none has been drawn."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, shown: bool, doing: str = "measuring", what: str = "windows") -> Iterator[Any]:
-    """A bar with tokens per second and the time left; `advance(done, tokens)` moves it."""
-    columns = (
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(what + " · {task.fields[speed]} · left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("", total=total, speed="- tokens/s")
-        started, done = time.perf_counter(), 0
-
-        def advance(windows: int, tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            bar.update(task, advance=windows, speed=f"{done / (time.perf_counter() - started):,.0f} tokens/s")
-
-        yield advance

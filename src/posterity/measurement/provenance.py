@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from posterity._version import __version__
-from posterity.models.probe import first_device, language_model
+from posterity.models.language_model import first_device, language_model
 
 
 def provenance(model: nn.Module) -> dict[str, object]:

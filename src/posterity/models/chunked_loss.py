@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from posterity.models.probe import first_device, language_model
-from posterity.models.recompute import differ, rounding
+from posterity.models.language_model import differ, first_device, language_model, rounding
 from posterity.ops.attention import working
 
 # Logits in a chunk: 64 MB in float32, and as much for each of the loss, its gradient and the logits' gradient. The

@@ -11,11 +11,8 @@ Measuring exchanges the attention function; the operator (hook.py) then finds th
 heads whose mask leaves the self edge only.
 """
 
-import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,121 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posterity.errors import InputError
+from posterity.models.attach import watching
+from posterity.models.interface import FOLDED, folded_heads, register
+from posterity.models.language_model import differ, first_device, frozen, language_model, rounding
 from posterity.models.masks import WRITTEN, edges_and_bias
-from posterity.models.probe import check, first_device, language_model
-from posterity.models.recompute import differ, rounding
-from posterity.models.transformers_logging import quiet
-from posterity.models.watch import FOLDED, folded_heads, register
+from posterity.models.probe import check
+from posterity.models.watch import Attending, Layer, Watch
 from posterity.ops.attention import attention
 from posterity.ops.mask import Mask
-from posterity.results.schema import write_whole
 
-FILE = "folded.json"
-VERSION = 1
 Heads = Mapping[int, Sequence[int]]  # query heads by number of the attention layer
-
-
-def load_folded(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Load a model that `posterity fold` wrote; it runs folded for good, and can be measured as it is.
-
-    Raises:
-        InputError: The folder holds no folded model, or one that is damaged.
-    """
-    from posterity.inputs import model as loading  # which recognises a folded folder by this module
-
-    if not (Path(folder) / FILE).is_file():
-        raise InputError(f"expected a folder that `posterity fold` wrote; {folder} has no {FILE}: load it as any model")
-    return loading.load_model(os.fspath(folder)).model
-
-
-def save_folded(model: nn.Module, tokenizer: Any, heads: Heads, folder: Path, known: Mapping[str, Any]) -> None:
-    """Write a folder of transformers and `folded.json`, together or not at all.
-
-    Args:
-        model: The model; if it runs folded itself, its own folded heads are written too.
-        tokenizer: Its tokenizer, or None.
-        heads: What is folded.
-        folder: A new folder, an empty one, or that of a folded model, whose place is taken.
-        known: What else is kept in `folded.json`: losses, budget, text.
-
-    Raises:
-        InputError: The folder holds something else; it cannot be written; the model cannot be folded for good.
-    """
-    inner = language_model(model)
-    target = checked_folder(folder)
-    every = {number: sorted({*heads.get(number, ()), *own}) for number, own in _own(inner).items()}
-    data = {"version": VERSION, "heads": {str(number): some for number, some in every.items() if some}, **known}
-    config = inner.config.get_text_config(decoder=True)
-    before = getattr(config, FOLDED, None)
-    try:
-        with quiet(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as work:
-            made = Path(work) / "model"
-            vars(config).pop(FOLDED, None)  # the folder's config is the plain model's
-            inner.save_pretrained(made)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(made)
-            write_whole(made / FILE, json.dumps(data, indent=1).encode())
-            if target.exists():
-                os.rename(target, Path(work) / "old")
-            os.rename(made, target)
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{folder}: expected to write a model there; {reason}: choose another folder") from error
-    finally:
-        if before is not None:
-            setattr(config, FOLDED, before)
-
-
-def checked_folder(folder: str | os.PathLike[str]) -> Path:
-    """Say before the work whether a folded model can be written to a folder; returns its real path."""
-    if "\0" in os.fspath(folder):
-        raise InputError(f"{folder}: expected a folder that can be made: a name holds no zero byte; choose another")
-    target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{folder}: expected a folder for the folded model; it is a file: choose another")
-    if target.is_dir() and any(target.iterdir()) and not (target / FILE).is_file():
-        raise InputError(f"{folder}: expected a new folder or that of a folded model, but it holds something else")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: expected a folder that can be made, but {target.parent} is none to write in")
-    return target
-
-
-def run_as_saved(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """Let a model that was just loaded run folded, if its folder says so.
-
-    Raises:
-        InputError: `folded.json` is damaged or of another version; the heads do not fit the model.
-    """
-    file = Path(folder) / FILE
-    if not file.is_file():
-        config = model.config.get_text_config(decoder=True)
-        if given := vars(config).pop(FOLDED, None):  # saved again by transformers; it does not run folded yet
-            try:
-                numbers = {module.layer_idx: number for number, module in enumerate(attention_modules(model))}
-                keep_folded(model, {numbers[layer]: some for layer, some in _listed(given).items()})
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{folder}: its {FOLDED} in config.json is damaged: fold it again") from error
-        return
-    try:
-        data = json.loads(file.read_text())
-        version = data["version"]
-        heads = _listed(data["heads"]) if version == VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file}: expected the heads of a folded model, but it is damaged: fold it again") from error
-    if version != VERSION:
-        raise InputError(f"{file} is of version {version}; this is posterity for version {VERSION}: fold it again")
-    keep_folded(model, heads)
-
-
-def _listed(named: Any) -> dict[int, list[int]]:
-    """Heads by number of the layer, as JSON holds them. ValueError or TypeError for anything else."""
-    if not isinstance(named, dict):
-        raise TypeError("expected heads by layer")
-    heads = {int(number): list(some) for number, some in named.items()}
-    every = [*heads, *(head for some in heads.values() for head in some)]
-    if len(heads) < len(named) or any(type(one) is not int or one < 0 for one in every):
-        raise ValueError("expected whole numbers of layers and heads")
-    return heads
 
 
 def keep_folded(model: PreTrainedModel, heads: Heads) -> None:
@@ -146,8 +38,6 @@ def keep_folded(model: PreTrainedModel, heads: Heads) -> None:
     Raises:
         InputError: The model cannot be measured; its modules cannot be told apart by `layer_idx`; no such head.
     """
-    from posterity.measurement.head_folding import folding  # which imports this module
-
     if check(model).name == WRITTEN:
         raise InputError(f"{type(model).__name__} computes with its mask: fold it inside a `with` of folding")
     modules, ids = attention_modules(model), torch.arange(1, 9, device=first_device(model))[None]
@@ -176,7 +66,7 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     if None in numbers or len({*numbers}) < len(numbers) or any(one.config is not config for one in modules):
         raise InputError(
             f"{type(model).__name__} cannot run folded for good: its attention modules have no layer_idx of their own; "
-            "use posterity.measurement.head_folding.folding inside a `with`"
+            "use posterity.models.folded_heads.folding inside a `with`"
         )
     return modules
 
@@ -253,3 +143,82 @@ def _folded_attention(
 
     output = pass_own_values(query, key, value, folded_heads(module), attend)
     return output.transpose(1, 2).contiguous(), None
+
+
+Head = tuple[int, int]  # number of the attention layer, query head
+
+
+@contextlib.contextmanager
+def folding(model: nn.Module, heads: Mapping[int, Iterable[int]] | Iterable[Head]) -> Iterator[None]:
+    """Inside, these heads pass their own value on, and the rest attends as usual; gradients flow.
+
+    Args:
+        model: A causal language model of transformers; restored on exit.
+        heads: Query heads by number of the attention layer, or pairs (layer, head).
+
+    Raises:
+        InputError: No such head; a model that cannot be measured; one with attention sinks, which take a part of the
+            weight even where a position sees only itself.
+    """
+    given: Any = heads
+    if isinstance(heads, Mapping):
+        given = [(layer, head) for layer, some in heads.items() for head in some]
+    pairs: list[Head] = list(given)
+    with watching(model) as watch:
+        counts = head_counts(model)
+        for layer, head in pairs:
+            if not 0 <= layer < len(counts) or not 0 <= head < counts[layer]:
+                most = f"layers from 0 to {len(counts) - 1} and heads from 0 to {max(counts) - 1}"
+                raise InputError(f"expected heads (layer, head), {most}; got ({layer}, {head})")
+        with watch.replacing(_Replacement(watch, heads_by_layer(pairs))):
+            yield
+
+
+class _Replacement:
+    """The output of an attention call with folded heads; None for a layer that has none."""
+
+    def __init__(self, watch: Watch, heads: Mapping[int, Sequence[int]]):
+        self.outer = watch.replacement
+        self.heads = {watch.layers[number]: some for number, some in heads.items()}
+
+    def __call__(self, layer: Layer, given: Attending) -> Tensor | None:
+        whole = None if self.outer is None else self.outer(layer, given)
+        heads = self.heads.get(layer)
+        if not heads:
+            return whole
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, rest: list[int]) -> Tensor:
+            if whole is not None:
+                return whole[:, rest]
+            return attention(query, key, value, given.scale, mask=mask_of(given.mask, rest), softcap=given.softcap)
+
+        return pass_own_values(given.query, given.key, given.value, heads, attend)
+
+
+def head_counts(model: nn.Module) -> list[int]:
+    """Query heads of every attention layer.
+
+    Raises:
+        InputError: Its attention has sinks: then a head that sees only itself does not pass its own value on.
+    """
+    inner, counts = language_model(model), []
+
+    def note(layer: Layer, given: Attending) -> None:
+        if given.sinks is not None:
+            raise InputError(
+                f"{type(inner).__name__} cannot be folded: its attention has sinks (in {layer}), which take a part of "
+                "the weight even where a position sees only itself"
+            )
+        counts.append(given.query.shape[1])
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device=first_device(inner))
+    with watching(inner) as watch, watch.replacing(note), frozen(inner), torch.no_grad():
+        inner(input_ids=ids, use_cache=False)
+    return counts
+
+
+def heads_by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for layer, head in sorted({*heads}):
+        found.setdefault(layer, []).append(head)
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from posterity.models.recompute import differ, rounding
+from posterity.models.language_model import differ, rounding
 from posterity.models.watch import Recorder
 
 

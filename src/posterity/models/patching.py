@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from posterity.errors import InputError
-from posterity.measurement.loss_split import holder
-from posterity.measurement.measure import frozen
-from posterity.models.probe import first_device, language_model, watching
+from posterity.models.attach import watching
+from posterity.models.language_model import first_device, frozen, holder, language_model
 from posterity.models.watch import Attending, Layer, Watch
 from posterity.ops.attention import working
 from posterity.ops.mask import Mask

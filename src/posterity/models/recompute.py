@@ -10,11 +10,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from posterity.decomposition.weight_gradients import Projections, projection_parameters
 from posterity.errors import InputError
+from posterity.models.language_model import differ, rounding
 from posterity.ops.attention import Backward
 
-# What reordered sums move, relative to the largest number; models compute norms and softmax in float32 at most.
-ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
-ROUNDING_FLOAT32 = 2e-4
 _WITHOUT = "measure without the weights (weights=False, --no-weights)"
 _replay = threading.local()
 
@@ -23,16 +21,6 @@ def capturing(module: nn.Module) -> "_Capture | None":
     """What takes the attention call of a module that is run once more; None if it is not."""
     capture = getattr(_replay, "capture", None)
     return capture if capture is not None and capture.module is module else None
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """How far two ways to compute the same may differ, relative to the largest number."""
-    return ROUNDING.get(dtype, ROUNDING_FLOAT32)
-
-
-def differ(one: Tensor, other: Tensor) -> float:
-    """Return the largest absolute difference."""
-    return (one.float() - other.float()).abs().max().item()
 
 
 class Replay:

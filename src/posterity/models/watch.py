@@ -13,18 +13,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from posterity.decomposition.weight_gradients import Projections
 from posterity.errors import InputError
-from posterity.models.masks import WRITTEN, edges_and_bias, in_backward, mask_function, written_mask
-from posterity.models.recompute import Replay, capturing
+from posterity.models.masks import in_backward
+from posterity.models.recompute import Replay
 from posterity.ops.attention import Backward, attention
 from posterity.ops.horizon_rules import Full, Rule
 from posterity.ops.mask import Mask
-
-NAME = "posterity"
-FOLDED = "posterity_folded"  # of a config: which heads pass their own value on (folded.py), by `layer_idx`
 
 
 @dataclass(frozen=True)
@@ -69,76 +66,7 @@ class Attending:
 Replacement = Callable[[Layer, Attending], Tensor | None]
 
 
-def register(name: str = NAME, function: Callable | None = None) -> None:
-    """Make the operator (or a function around it) known to transformers; a model uses it only when switched to it."""
-    AttentionInterface.register(name, function or _attention_function)
-    AttentionMaskInterface.register(name, written_mask if name == WRITTEN else mask_function)
-
-
 watches: "WeakKeyDictionary[nn.Module, Watch | Recorder]" = WeakKeyDictionary()
-
-
-@torch.compiler.disable
-def _attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """Attention for transformers: (batch, head, position, dim) in, (batch, position, head, dim) out."""
-    if dropout:
-        raise InputError(
-            f"expected no attention dropout, got {dropout} in training mode, which makes the edges random: "
-            "set attention_dropout (attn_pdrop in GPT-2) of the config to 0, or call model.eval()"
-        )
-    if (capture := capturing(module)) is not None:
-        bias = kwargs.get("position_bias")
-        return capture(query, key, value, attention_mask if bias is None else bias), None
-    if (sinks := kwargs.pop("sinks", None)) is not None:  # one for each query: (batch, head, query, 1)
-        s_aux = sinks.squeeze(-1)
-    mask, bias = edges_and_bias(module, query, key, attention_mask, is_causal, kwargs)
-    if folded := folded_heads(module):
-        mask = mask.self_only(folded, query.shape[1])
-    watch = watches.get(module)
-    if isinstance(watch, Recorder) and watch.cut:
-        watch.passed(module, (query, key, value), bias)
-        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]), None
-    if not isinstance(watch, Watch):
-        if watch is not None:
-            watch.called(module, query, key)
-        output = attention(query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux, bias=bias)
-        return output.transpose(1, 2).contiguous(), None
-    if watch.right_only and mask.padding is not None and not mask.padding[:, 0].all():
-        raise InputError(
-            "in this model what stands at padding reaches the tokens after it, whatever it is: put the padding on the "
-            "right"
-        )
-    call = watch.called(module, query, key, value)
-    if watch.replacement is not None:
-        if bias is not None:
-            raise InputError(f"{call.layer} adds a bias to the scores, which this measurement does not know")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        replaced = watch.replacement(call.layer, Attending(query, key, value, scale, mask, softcap, s_aux))
-        if replaced is not None:
-            return replaced.transpose(1, 2).contiguous(), None
-    output = attention(
-        query, key, value, scaling, mask=mask, softcap=softcap, sinks=s_aux, bias=bias,
-        horizon=call.rules, detached=call.detached, observe=call.report,
-    )  # fmt: skip
-    return output.transpose(1, 2).contiguous(), None
-
-
-def folded_heads(module: nn.Module) -> list[int]:
-    """The heads of a module that pass their own value on, in a model that runs folded."""
-    folded = getattr(getattr(module, "config", None), FOLDED, None)
-    return folded.get(str(getattr(module, "layer_idx", None)), []) if folded else []
 
 
 class Recorder:

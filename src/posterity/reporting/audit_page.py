@@ -7,11 +7,12 @@ import xarray as xr
 from markupsafe import Markup
 
 from posterity.clauses.audit import CLAUSES
-from posterity.clauses.clause import REFUSED, Chart, View
+from posterity.clauses.drawing import Chart, View
 from posterity.errors import InputError
 from posterity.reporting.audit_table import NOTE, rows
-from posterity.reporting.report import asset, escaped_json, page_environment, plotly_script, policy
-from posterity.reporting.report import shown as as_shown
+from posterity.reporting.html import asset, escaped_json, page_environment, plotly_script, policy
+from posterity.reporting.html import shown as as_shown
+from posterity.results.audit_schema import REFUSED
 from posterity.results.schema import plain
 
 

@@ -11,9 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from posterity.clauses.clause import FAILS, HOLDS, MIXED, REFUSED
-from posterity.reporting.summary import UNKNOWN
-from posterity.results.audit_schema import check
+from posterity.results.audit_schema import AUDIT, FAILS, HOLDS, MIXED, REFUSED
+from posterity.results.formatting import UNKNOWN
 
 NAMES, NUMBERS = 36, 22  # columns of a terminal: names of measures; numbers of a model
 COLOURS = {HOLDS: "green", FAILS: "red", MIXED: "yellow", REFUSED: "dim"}
@@ -36,15 +35,15 @@ class Row:
         return " / ".join(dict.fromkeys(self.baselines))
 
 
-def table(audit: xr.Dataset, console: Console | None = None) -> None:
+def print_audit(audit: xr.Dataset, console: Console | None = None) -> None:
     """Print verdicts, reasons and figures, clause by clause; from 80 columns on."""
-    check(audit)
+    AUDIT.check(audit)
     console = console or Console(highlight=False)
     models = [str(one) for one in audit.model.values]
     if console.width < NAMES + NUMBERS * (len(models) + 1) and len(models) > 1:  # one below the other instead
         for model in models:
             console.print(Text(model, style="bold"))
-            table(audit.sel(model=[model]), console)
+            print_audit(audit.sel(model=[model]), console)
         return
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     shown.add_column("", overflow="fold", min_width=34)

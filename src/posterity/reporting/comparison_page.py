@@ -6,8 +6,9 @@ import numpy as np
 import xarray as xr
 from markupsafe import Markup
 
-from posterity.reporting.report import asset, escaped_json, page_environment, plotly_script, policy, shown
-from posterity.training.compare import cells, gaps, told
+from posterity.reporting.comparison_table import cells, told
+from posterity.reporting.html import asset, escaped_json, page_environment, plotly_script, policy, shown
+from posterity.results.comparison_schema import gaps
 
 
 def render(compared: xr.Dataset) -> str:

@@ -10,11 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from posterity.reporting.audit_table import print_audit
+from posterity.reporting.comparison_table import print_comparison
 from posterity.results import schema as results
 from posterity.results import stats as derived
 from posterity.results import steps
+from posterity.results.audit_schema import AUDIT
+from posterity.results.comparison_schema import COMPARISON
+from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, tokens_text
+from posterity.results.kind import kind_name
+from posterity.results.schema import RESULT
 
-UNKNOWN = "–"
 PAYERS = {"own": "own loss", "self later": "self edge, later losses", "future": "future edges"}  # parts, in words
 TRUSTED = 1e-3  # accounts that disagree by more than this are reported as broken (float32 gives about 1e-6)
 
@@ -47,17 +53,13 @@ def summary(result: xr.Dataset, console: Console | None = None) -> None:
     Raises:
         InputError: It is no result.
     """
-    if results.kind(result) == "audit":
-        from posterity.reporting.audit_table import table as told
-
-        told(result, console)
+    if kind_name(result) == AUDIT.name:
+        print_audit(result, console)
         return
-    if results.kind(result) == "comparison":
-        from posterity.training import compare as comparison
-
-        comparison.table(result, console)
+    if kind_name(result) == COMPARISON.name:
+        print_comparison(result, console)
         return
-    result = steps.latest(results.check(result))
+    result = steps.latest(RESULT.check(result))
     console = console or Console(highlight=False)
     title, *details = heading(result)
     console.print(Text(title, style="bold"), *map(Text, details), sep="\n")
@@ -114,33 +116,12 @@ def mean_loss(result: xr.Dataset) -> str:
     return f"{loss:.3f} nats per token" + (f" (known for {number} of {windows} windows)" if number < windows else "")
 
 
-def percent(share: float, error: float = math.nan) -> str:
-    """A share in percent with its standard error, if there is one."""
-    if math.isnan(share):
-        return UNKNOWN
-    digits = 2 if 0 < abs(share) < 0.01 or 0 < error < 0.0005 else 1
-    if math.isnan(error):
-        return f"{100 * share:.{digits}f} %"
-    return f"{100 * share:.{digits}f} ± {100 * error:.{digits}f} %"
-
-
-def horizon(reach: float, smallest: int, largest: int) -> str:
-    """An effective horizon in words, given the ends of the curve it was read from."""
-    if math.isnan(reach):
-        return UNKNOWN
-    if math.isinf(reach):
-        return f"> {_tokens(largest)}"
-    if reach <= smallest:
-        return f"≤ {_tokens(smallest)}"
-    return f"{reach:.1f} tokens" if reach < 10 else _tokens(reach)
-
-
 def rows(result: xr.Dataset) -> list[Row]:
     """The table, one cell per stream in the order of `results.STREAMS`."""
     sides, counted = derived.shares(result), derived.counts(result)
     first = derived.first_position(result)
     median = derived.median_lag(derived.profile(result).share)
-    count_median = _tokens(float(derived.median_lag(counted)))
+    count_median = tokens_text(float(derived.median_lag(counted)))
     own_counted = float(counted.isel(lag=0))
     by_layer = derived.shares(result, ("layer",)).share.sel(side="self")
     ranked = {stream: ranked_heads(result, stream) for stream in results.STREAMS}
@@ -157,7 +138,7 @@ def rows(result: xr.Dataset) -> list[Row]:
         Row(credit, "self share", of_side("self")),
         Row(credit, "  by counting alone", each(lambda _: percent(own_counted))),
         Row(credit, "other share", of_side("other")),
-        Row(credit, "median lag of the credit", each(lambda stream: _tokens(float(median.sel(stream=stream))))),
+        Row(credit, "median lag of the credit", each(lambda stream: tokens_text(float(median.sel(stream=stream))))),
         Row(credit, "  by counting alone", each(lambda _: count_median)),
         Row(credit, "share of first position", each(lambda stream: _share(first.sel(stream=stream)))),
         Row(credit, "  attention weight on it", ("", on_first, on_first)),
@@ -172,7 +153,7 @@ def rows(result: xr.Dataset) -> list[Row]:
         table += [
             Row(heads, "self share, one window", each(lambda stream: _share(found.sel(stream=stream)))),
             Row(heads, "self share, mean", each(lambda s: percent(float(found.share_mean.sel(stream=s))))),
-            Row(heads, "agreement of windows", each(lambda stream: _number(float(whole.sel(stream=stream))))),
+            Row(heads, "agreement of windows", each(lambda stream: number_text(float(whole.sel(stream=stream))))),
         ]
     return table + _payers(result)
 
@@ -188,7 +169,7 @@ def _payers(result: xr.Dataset) -> list[Row]:
     if "horizon_by_document" in result:
         reach = derived.effective_horizon(result)
         ends = int(result.horizon[0]), int(result.horizon[-1])
-        cells = (horizon(float(reach.sel(stream=stream)), *ends) for stream in results.STREAMS)
+        cells = (horizon_text(float(reach.sel(stream=stream)), *ends) for stream in results.STREAMS)
         table.append(Row(block, "effective horizon", tuple(cells)))
     return table
 
@@ -272,14 +253,6 @@ def _verdict(share: float, error: float) -> str:
 
 def _share(found: xr.Dataset) -> str:
     return percent(float(found.share), float(found.error))
-
-
-def _tokens(lag: float) -> str:
-    return UNKNOWN if math.isnan(lag) else f"{lag:.0f} token{'s' * (lag != 1)}"
-
-
-def _number(value: float) -> str:
-    return UNKNOWN if math.isnan(value) else f"{value:.3f}"
 
 
 def _layer(share: xr.DataArray, index: int) -> str:

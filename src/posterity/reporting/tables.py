@@ -7,10 +7,11 @@ import numpy as np
 import xarray as xr
 
 from posterity.reporting.charts import bins, modules
-from posterity.reporting.summary import PAYERS, UNKNOWN, horizon, percent
+from posterity.reporting.summary import PAYERS
 from posterity.results import schema as results
 from posterity.results import stats as derived
 from posterity.results import steps
+from posterity.results.formatting import UNKNOWN, horizon_text, percent
 
 ROUNDING = 1e-5  # of the largest part: the direction of a smaller one is rounding
 
@@ -155,7 +156,7 @@ def _percents(found: xr.Dataset) -> np.ndarray:
 
 def _lengths(result: xr.Dataset, reach: xr.DataArray) -> np.ndarray:
     ends = int(result.horizon[0]), int(result.horizon[-1])
-    return _each(lambda one: horizon(one, *ends), reach.values)
+    return _each(lambda one: horizon_text(one, *ends), reach.values)
 
 
 def _each(tell: Callable[..., str], *numbers: np.ndarray) -> np.ndarray:

@@ -1,0 +1,5 @@
+"""Labelled data: results, audits and comparisons as xarray Datasets, with no torch.
+
+In reading order: `schema` (the variables of a result), `stats` (every share with its standard error), `files` (save()
+and load()), `kind`, `audit_schema`, `comparison_schema`, `steps` (results along training), `netcdf`, `formatting`.
+"""

@@ -1,37 +1,44 @@
-"""Results, audits and comparisons as files: one way in, one way out."""
+"""Results, audits and comparisons as netCDF files: one way out, one way in."""
 
 import os
 from pathlib import Path
 
 import xarray as xr
 
+from posterity.atomic_files import writable, write_whole
 from posterity.errors import InputError
-from posterity.results import audit_schema as outcome
 from posterity.results import netcdf
-from posterity.results import schema as results
+from posterity.results.audit_schema import AUDIT
+from posterity.results.comparison_schema import COMPARISON
+from posterity.results.kind import Kind, kind_name
+from posterity.results.schema import RESULT
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RESULT, AUDIT, COMPARISON)}
 
 
-def save(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Write a result, an audit or a comparison as netCDF, whole or not at all; returns the path. Raises InputError."""
-    if results.kind(result) == "comparison":
-        from posterity.training import compare as comparison
+def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Write a result, an audit or a comparison as compressed netCDF, whole or not at all.
 
-        return comparison.save(result, path)
-    return outcome.save(result, path) if outcome.is_audit(result) else results.save(result, path)
+    Returns:
+        The path.
+
+    Raises:
+        InputError: The Dataset is of no kind, or has a flaw; the file cannot be written.
+    """
+    kind = KINDS.get(kind_name(dataset), RESULT)
+    target = writable(path)
+    write_whole(target, netcdf.packed(kind.check(dataset)))
+    return Path(path)
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read a result, an audit or a comparison into memory and close the file.
 
     Raises:
-        InputError: It is none, or not whole and sound.
+        InputError: The file holds none of them, or is damaged.
     """
-    found = netcdf.read(path)
-    kind = results.kind(found)
-    if kind == "comparison":
-        from posterity.training import compare as comparison
-
-        return comparison.loaded(found, path)
-    if kind not in ("", outcome.KIND):
-        raise InputError(f"{path}: expected a result, an audit or a comparison of posterity; it is of kind {kind!r}")
-    return outcome.loaded(found, path) if kind else results.loaded(found, path)
+    dataset = netcdf.read(path)
+    name = kind_name(dataset)
+    if name not in KINDS:
+        raise InputError(f"{path}: expected a result, an audit or a comparison of posterity; it is of kind {name!r}")
+    return KINDS[name].check_file(dataset, path)

@@ -3,29 +3,17 @@
 A result is an `xarray.Dataset` that holds sums and counts only; what is divided is divided in derived.py, once.
 """
 
-import errno
-import os
-import secrets
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
-from posterity.errors import InputError
-from posterity.results import netcdf
+from posterity.axes import LOSS_TERMS, PAIRS, PARTS, SIDES, STREAMS, TERMS, WRITTEN
+from posterity.results.kind import Kind
 from posterity.results.netcdf import plain
 
 SCHEMA_VERSION = 1
-STREAMS = ("query", "key", "value")
-SIDES = ("self", "other")
-TERMS = ("self", "other", "inner")
-WRITTEN = ("key", "value")
-PARTS = ("own", "self later", "future")
-PAIRS = ("own", "self later", "future", "own . self later", "own . future", "self later . future")
-LOSS_TERMS = ("own", "later", "inner")
 LABELS = {
     "stream": STREAMS,
     "side": SIDES,
@@ -176,111 +164,11 @@ def extended(
     values = {"written": WRITTEN, "loss_position": result.position.values, **coordinates}
     used = {dim for name in variables for dim in SCHEMA[name].dims} | set(coordinates)
     more = result.assign({name: _variable(SCHEMA[name], array) for name, array in variables.items()})
-    return check(
+    return RESULT.check(
         more.assign_coords(
             {name: _variable(COORDINATES[name], np.asarray(array)) for name, array in values.items() if name in used}
         )
     )
-
-
-def kind(result: object) -> str:
-    """What a Dataset says it is: "audit", "comparison", or "" for a result."""
-    return str(plain(getattr(result, "attrs", {}).get("kind")))
-
-
-def check(result: object) -> xr.Dataset:
-    """Return `result` if it is a result of this schema; InputError says what is wrong with it."""
-    flaw = _flaw(result) if isinstance(result, xr.Dataset) else f"{type(result).__name__} came"
-    if flaw is not None:
-        raise InputError(f"expected a result as posterity.measure returns it, but {flaw}; pass that Dataset unchanged")
-    assert isinstance(result, xr.Dataset)
-    return result
-
-
-# ---- the file --------------------------------------------------------------------------------------------------------
-
-
-def save(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Write the result as compressed netCDF, whole or not at all; returns the path. Raises InputError."""
-    target = writable(path)
-    write_whole(target, netcdf.packed(check(result)))
-    return Path(path)
-
-
-def load(path: str | os.PathLike[str]) -> xr.Dataset:
-    """Read a result into memory and close the file. InputError for anything that is not a whole, sound result."""
-    return loaded(netcdf.read(path), path)
-
-
-def loaded(found: xr.Dataset, path: str | os.PathLike[str]) -> xr.Dataset:
-    """The result that `netcdf.read` found in a file, with the schema's own attributes. InputError as `load`."""
-    flaw = _flaw_of_form(found)
-    if flaw is None:
-        named = {**SCHEMA, **COORDINATES}
-        variables = {name: _variable(named[str(name)], one.values, one.dims) for name, one in found.variables.items()}
-        coords = {name: variables.pop(name) for name in COORDINATES if name in variables}
-        found = xr.Dataset(variables, coords, found.attrs)
-        flaw = _flaw_of_values(found)
-    if flaw is not None:
-        raise InputError(
-            f"{path}: expected a result file of posterity, but {flaw}; run `posterity measure` again, or read it with "
-            "the version that wrote it"
-        )
-    return found
-
-
-def writable(path: str | os.PathLike[str]) -> Path:
-    """Say before the work whether a file can be written at `path`; returns its real path. InputError has the reason."""
-    name = os.fspath(path)
-    try:
-        target = Path(os.path.realpath(name))
-        reason = _obstacle(target)
-    except (OSError, ValueError) as error:
-        target, reason = Path(), getattr(error, "strerror", None) or str(error)
-    if reason is not None:
-        raise InputError(f"{name!r}: expected a path where a file can be written, but {reason}; choose another path")
-    return target
-
-
-def write_whole(target: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then one rename. InputError when it fails."""
-    part = target.parent / f".{secrets.token_hex(8)}.part"
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except OSError as error:
-        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another path"
-        size = f"{len(data) / 1e6:.1f} MB"
-        raise InputError(
-            f"{target}: expected room and permission for {size}, but {error.strerror}; {advice}"
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _obstacle(target: Path) -> str | None:
-    """What stands in the way of writing a file at `target`; None if nothing does."""
-    folder = target.parent
-    if target.is_dir():
-        return "it is a folder"
-    if not folder.is_dir():
-        return f"the folder {str(folder)!r} does not exist"
-    if os.path.lexists(target):
-        if not target.is_file():
-            return "it is not a regular file"
-        if not os.access(target, os.W_OK):
-            return "the file there is write-protected"
-    probe = folder / f".{secrets.token_hex(8)}.part"
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        return f"nothing can be written in the folder {str(folder)!r} ({error.strerror})"
-    return None
 
 
 def _flaw(result: xr.Dataset) -> str | None:
@@ -357,3 +245,25 @@ def _variable(entry: Entry, values: object, dims: Sequence[Hashable] | None = No
 
 def _texts(values: Sequence[object] | np.ndarray) -> np.ndarray:
     return np.array([str(plain(str(value))) for value in values], dtype=str)
+
+
+def _restore(result: xr.Dataset) -> xr.Dataset:
+    """Give the variables of a file the schema's own types, units and names."""
+    entries = {**SCHEMA, **COORDINATES}
+    variables = {
+        name: _variable(entries[str(name)], variable.values, variable.dims)
+        for name, variable in result.variables.items()
+    }
+    coords = {name: variables.pop(name) for name in COORDINATES if name in variables}
+    return xr.Dataset(variables, coords, result.attrs)
+
+
+RESULT = Kind(
+    name="",
+    expected="a result as posterity.measure returns it",
+    advice="pass that Dataset unchanged",
+    expected_file="a result file of posterity",
+    file_advice="run `posterity measure` again, or read it with the version that wrote it",
+    find_flaw=_flaw,
+    restore=_restore,
+)

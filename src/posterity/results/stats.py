@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from posterity.results.schema import LOSS_TERMS, PAIRS, PARTS, TERMS
+from posterity.axes import LOSS_TERMS, PAIRS, PARTS, TERMS
 
 FAINT = 0.1  # of an equal part of a layer's credit: a head with less has no share worth showing
 UNCERTAIN = 0.25  # standard error of a share above which a head's share is not worth showing
@@ -275,3 +276,11 @@ def _own_and_later(terms: xr.DataArray) -> xr.Dataset:
     total = terms.sum("document", skipna=False)
     own, later, inner = (total.sel(loss_term=term, drop=True) for term in LOSS_TERMS)
     return ratio(part, whole).assign(cosine=_named(inner / (own * later) ** 0.5, "cosine between own and later"))
+
+
+def mean_and_error(values: Any, axis: int = 0) -> tuple[Any, Any]:
+    """Mean over documents and its standard error; NaN for one document."""
+    values = np.asarray(values, dtype=float)
+    number = values.shape[axis]
+    error = values.std(axis, ddof=1) / math.sqrt(number) if number > 1 else np.full_like(values.mean(axis), math.nan)
+    return values.mean(axis), error

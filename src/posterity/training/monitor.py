@@ -9,14 +9,17 @@ import torch
 import xarray as xr
 from transformers import Trainer, TrainerCallback
 
+from posterity.atomic_files import writable
 from posterity.errors import InputError
 from posterity.inputs import windows as corpus
 from posterity.measurement.measure import measure
-from posterity.models.probe import language_model, watching
+from posterity.models.attach import watching
+from posterity.models.language_model import language_model
 from posterity.reporting.report import report
-from posterity.results import schema as results
 from posterity.results import stats as derived
 from posterity.results import steps
+from posterity.results.files import load, save
+from posterity.results.schema import RESULT
 
 HORIZONS = (1, 4, 16, 64, 256)
 CONTEXT = 128  # tokens of a window of text
@@ -59,7 +62,7 @@ class Monitor(TrainerCallback):
             context = documents.shape[1]
         self.every, self.output = every, None if output is None else Path(output)
         if self.output is not None:
-            results.writable(self.output)
+            writable(self.output)
         self.documents = [corpus.default_text()] if documents is None else documents
         self.tokenizer, self.context, self.limit, self.horizons = tokenizer, context or CONTEXT, limit, tuple(horizons)
         self.measured: dict[int, xr.Dataset] = {}
@@ -82,7 +85,7 @@ class Monitor(TrainerCallback):
                 "monitor.attach(trainer), or use posterity.Trainer"
             )
         if self.output is not None and state.global_step and self.output.exists():
-            before = steps.by_step(results.load(self.output))
+            before = steps.by_step(RESULT.check(load(self.output)))
             self.measured = {step: one for step, one in before.items() if step <= state.global_step}
         if state.global_step % self.every == 0:  # an interrupted training may go on in between
             self._measure(state.global_step, kwargs["model"])
@@ -100,12 +103,12 @@ class Monitor(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write result and page."""
         if self.output is not None and self.measured:
-            results.save(self.result(), self.output)
+            save(self.result(), self.output)
             report(self.result(), self.output.with_suffix(".html"))
 
     def _write(self, control: Any) -> None:
         if control.should_save and self.output is not None and self.measured:
-            results.save(self.result(), self.output)
+            save(self.result(), self.output)
 
     def result(self) -> xr.Dataset:
         """All measurements, along `step`.

@@ -22,8 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from posterity.errors import InputError
-from posterity.measurement.measure import progress_bar
-from posterity.models.probe import refuse_other_paths, watching
+from posterity.models.attach import refuse_other_paths, watching
+from posterity.progress import progress_bar
 from posterity.training.compare import position_losses
 from posterity.training.trainer import refuse_dropout
 

@@ -34,12 +34,12 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from posterity._version import __version__
+from posterity.atomic_files import write_whole
 from posterity.errors import InputError, one_line
 from posterity.inputs import model as loading
+from posterity.models.interface import FOLDED
 from posterity.models.transformers_logging import without_bars
-from posterity.models.watch import FOLDED
 from posterity.ops.horizon_rules import parse
-from posterity.results.schema import write_whole
 from posterity.training.data import Data, Rows, prepare
 from posterity.training.monitor import Monitor
 from posterity.training.settings import Settings

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posterity.errors import InputError
-from posterity.models import probe as models
-from posterity.models.probe import language_model
+from posterity.models.horizon import horizon
+from posterity.models.language_model import language_model
 from posterity.ops.horizon_rules import Full, Rule
 from posterity.training.monitor import Monitor
 
@@ -48,7 +48,7 @@ class Trainer(transformers.Trainer):
         """As in transformers, under the horizon."""
         model: Any = self.model
         refuse_dropout(language_model(model))
-        with models.horizon(model, **self._horizon):
+        with horizon(model, **self._horizon):
             return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,80 @@
+"""Horizons on a model: limit which losses shape keys and values, in any passes of your own."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from posterity.errors import InputError
+from posterity.models.attach import refuse_other_paths, watching
+from posterity.models.watch import Cut, Layer
+from posterity.ops.horizon_rules import Rule, by_lag
+
+
+@contextlib.contextmanager
+def horizon(
+    model: nn.Module,
+    rule: Rule,
+    cut: str = "kv",
+    streams: Sequence[str] = ("key", "value"),
+    layers: Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Limit which later losses may shape keys and values, in any forward and backward passes of your own.
+
+    The forward pass is untouched. Both passes must be inside the `with`. Horizons nest with each other where they do
+    not contradict, and with `posterity.account`, which then counts what the horizon lets through.
+
+    Args:
+        model: A causal language model of transformers (or a wrapper around one); restored on exit.
+        rule: `Full()`, `Myopic()`, `Discount(rate)`, `EdgeWindow(lags)`, or your own with a method `weight(lag)`.
+        cut: "kv": the gradient at the key and value itself is cut, so that W_K and W_V learn only from what remains.
+            "hidden": W_K and W_V keep all terms, but what is cut does not flow on into the hidden state that the
+            attention module reads (Wu, Morris and Levine 2024, arXiv 2404.00859).
+        streams: "key", "value" or both.
+        layers: Numbers of attention layers, from 0; negative ones count from the end. All by default.
+
+    Raises:
+        InputError: A wrong argument; a model that cannot be measured or whose positions also communicate outside
+            attention; a horizon that contradicts an outer one; no forward pass with gradients inside the `with`.
+    """
+    by_lag(rule, 2, torch.empty(0))
+    if cut not in ("kv", "hidden"):
+        raise InputError(f'cut expects "kv" or "hidden"; got {cut!r}')
+    wanted = [streams] if isinstance(streams, str) else list(streams)
+    if not wanted or not set(wanted) <= {"key", "value"}:
+        raise InputError(f'streams expects "key", "value" or both; got {streams!r}')
+    with watching(model) as watch:
+        refuse_other_paths(watch, "a horizon")
+        new = Cut(rule, cut, frozenset(wanted), _chosen(watch.layers, layers))
+        for old in watch.cuts:
+            if old.streams & new.streams and old.layers & new.layers and (old.rule, old.where) != (rule, cut):
+                raise InputError(
+                    f"this horizon ({rule}, cut={cut!r}) contradicts the one around it ({old.rule}, cut={old.where!r}) "
+                    "for the same streams and layers: leave that `with` first, or choose others"
+                )
+        watch.cuts.append(new)
+        try:
+            yield
+        finally:
+            watch.cuts.remove(new)
+            new.closed = True
+        if not new.met:
+            raise InputError(
+                "a horizon changes gradients, but no forward pass with gradients came inside its `with`: call the "
+                "model inside it, without torch.no_grad(), and let its parameters or inputs require gradients"
+            )
+
+
+def _chosen(layers: tuple[Layer, ...], numbers: Sequence[int] | None) -> frozenset[Layer]:
+    if numbers is None:
+        return frozenset(layers)
+    wanted = [numbers] if isinstance(numbers, int) else list(numbers)
+    for number in wanted:
+        if not isinstance(number, int) or isinstance(number, bool) or not -len(layers) <= number < len(layers):
+            raise InputError(
+                f"layers expects numbers from 0 to {len(layers) - 1}, or from the end with -1; got {number!r}"
+            )
+    if not wanted:
+        raise InputError("layers expects at least one number; got none: leave it out for all layers")
+    return frozenset(layers[number] for number in wanted)

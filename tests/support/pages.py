@@ -1,0 +1,111 @@
+"""Pages in a browser, and their tables and numbers as data."""
+
+import html
+import json
+import re
+from contextlib import contextmanager
+from html.parser import HTMLParser
+
+from posterity.reporting.report import Page, report
+
+CHROMIUM = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+PAGES = {}
+
+
+def page(*given) -> str:
+    """The page of these results, made once for each."""
+    key = tuple(map(id, given))
+    if key not in PAGES:
+        made = report(list(given))
+        assert isinstance(made, Page)
+        PAGES[key] = given, made.html
+    return PAGES[key][1]
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, text outside scripts and styles, and the contents of scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.scripts, self.inside = [], "", [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside != "style":
+            self.text += data
+
+
+def tables(text) -> dict[str, list[list[str]]]:
+    """Rows of text of each table with a caption, the first row that of the column headers."""
+    found = {}
+    for one in re.findall(r"<table>(<caption>.*?)</table>", text, re.DOTALL):
+        caption = re.search("<caption>(.*?)</caption>", one)
+        rows = re.findall("<tr.*?>(.*?)</tr>", one, re.DOTALL)
+        found[html.unescape(caption[1])] = [
+            [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows
+        ]
+    return found
+
+
+def data(text) -> list[dict]:
+    """What the script of the page draws, one for each result."""
+    read = Reader(text)
+    kinds = [attrs.get("type") for tag, attrs in read.tags if tag == "script"]
+    return json.loads(read.scripts[kinds.index("application/json")])
+
+
+@contextmanager
+def browser(**options):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        context = chromium.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        context.set_default_timeout(60_000)
+        tab, heard = context.new_page(), []
+        tab.on("console", lambda message: heard.append(message.text))
+        tab.on("pageerror", lambda error: heard.append(str(error)))
+        tab.on("dialog", lambda dialog: (heard.append("dialog"), dialog.dismiss()))
+        tab.on("request", lambda request: None if own(request.url) else heard.append(request.url[:200]))
+        tab.route("**/*", lambda route: route.continue_() if own(route.request.url) else route.abort())
+        yield tab, heard
+        chromium.close()
+
+
+def own(url):
+    return url.startswith(("file:", "data:", "blob:", "about:"))
+
+
+def opened(tab, path):
+    tab.goto(f"file://{path}")
+    tab.wait_for_selector("html[data-drawn]")
+    return tab
+
+
+DRAWN = """() => [...document.querySelectorAll('.chart')].map(chart => ({
+    id: chart.dataset.chart, size: chart.querySelector('.main-svg').getBoundingClientRect().width,
+    panels: chart.querySelectorAll('.cartesianlayer > .subplot').length,
+    marks: chart.querySelectorAll('.scatterlayer .trace, .heatmaplayer image, .barlayer .trace').length,
+    saves: chart.querySelectorAll('.modebar-btn[data-title$=SVG], .modebar-btn[data-title$=PNG]').length,
+}))"""
