@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import posterity
-from posterity.reporting.audit_table import rows
+from posterity.reporting.audit_table import figure_rows
 
 FOLDER = Path(__file__).parent.parent / "audits"
 RUNS = {"default": [], "control": ["--quick", "--control", "random"]}
 
 
-def run():
+def run_audits():
+    """Run the audits of `RUNS`; return their files."""
     FOLDER.mkdir(exist_ok=True)
     for name, options in RUNS.items():
         files = ["-o", str(FOLDER / f"{name}.nc"), "-r", str(FOLDER / f"{name}.html")]
@@ -23,22 +24,23 @@ def run():
     return [FOLDER / f"{name}.nc" for name in RUNS]
 
 
-def table(audit):
-    """Markdown: a line for every clause with its verdicts, then one for each of its figures."""
-    models = [str(one) for one in audit.model.values]
+def markdown_table(audit):
+    """Yield a Markdown table: a line for every clause with its verdicts, then one for each of its figures."""
+    models = [str(model) for model in audit.model.values]
     yield "| | " + " | ".join(models) + " | expected |"
     yield "|---" * (len(models) + 2) + "|"
-    for at, number in enumerate(audit.clause.values):
-        verdicts = " | ".join(f"**{one}**" for one in audit.verdict.values[:, at])
-        yield f"| **{number} · {audit.name.values[at]}** | {verdicts} | |"
-        for row in rows(audit, int(number)):
+    for column, number in enumerate(audit.clause.values):
+        verdicts = " | ".join(f"**{verdict}**" for verdict in audit.verdict.values[:, column])
+        yield f"| **{number} · {audit.name.values[column]}** | {verdicts} | |"
+        for row in figure_rows(audit, int(number)):
             name = row.name + (f", {row.units}" if row.units else "")
             yield f"| {name.replace('|', '∣')} | {' | '.join(row.values)} | {row.baseline} |"
 
 
 def main():
-    for file in sys.argv[1:] or run():
-        print(f"\n{file}\n", *table(posterity.load(file)), sep="\n")
+    """Print the tables of the files named on the command line, or of new audits."""
+    for file in sys.argv[1:] or run_audits():
+        print(f"\n{file}\n", *markdown_table(posterity.load(file)), sep="\n")
 
 
 if __name__ == "__main__":

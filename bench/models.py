@@ -1,6 +1,7 @@
 """`make models`: docs/models.md, what Posterity does with every causal language model type of transformers.
 
-Builds a tiny random model of each type and compares it with its own eager path (tests/support/verification.py; 3 minutes).
+Builds a tiny random model of each type and compares it with its own eager path by tests/support/verification.py, in 3
+minutes.
 """
 
 import sys
@@ -22,20 +23,20 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 def page(verdicts):
-    """The whole page."""
-    hook = [one.kind for one in verdicts.values() if one.hook]
-    kinds = Counter(hook)
-    good = kinds["exact"] + kinds["ledger only"]
+    """The page: its template with the counts, and a row for every type."""
+    registered = [verdict.kind for verdict in verdicts.values() if verdict.uses_interface]
+    kinds = Counter(registered)
+    measured = kinds["exact"] + kinds["ledger only"]
     numbers = {
         "length": LENGTH,
         "tolerance": f"{TOLERANCE:.0e}".replace("e-0", "e-"),
         "count": len(verdicts),
         "transformers": transformers.__version__,
         "torch": torch.__version__.partition("+")[0],
-        "hook": len(hook),
+        "hook": len(registered),
         "exact": kinds["exact"],
         "ledger": kinds["ledger only"],
-        "share": f"{100 * good / len(hook):.1f}",
+        "share": f"{100 * measured / len(registered):.1f}",
         "rest": f"{kinds['refused']} refused, {kinds['not built']} not built",
     }
     return TEMPLATE.read_text().format(**numbers) + "".join(

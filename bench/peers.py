@@ -30,12 +30,12 @@ SCRIPTS = ROOT / "bench" / "peers"
 MODELS = {"tiny": "a random llama of 2 layers, 4 heads of 16, 2 key/value heads", "default": "SmolLM2-135M-Instruct"}
 CONTEXTS = (128, 256, 512, 1024, 2048)
 BUDGET = 180  # seconds: single losses that would take longer together are timed for eight of them
-LIMIT = 600  # seconds: more than that is not waited for
+LIMIT = 600  # seconds after which a cell is ended
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One row: who answers which question, with what; `environment` is None for the project's own."""
+    """A row of a table: a tool, its question and its script; `environment` is None for the project's own."""
 
     name: str
     question: str
@@ -47,13 +47,13 @@ class Peer:
 
     @property
     def label(self):
-        """What a cell's file and the option --peers call it."""
+        """Its name in a cell's file and in the option --peers."""
         return "-".join((self.script.removeprefix("with_").removesuffix(".py").replace("_", "-"), *self.options))
 
 
 QUESTIONS = {
     "lags": "Credit by lag of queries, keys and values, in every layer",
-    "payers": "Own and later losses in the gradient of every key and value, in every layer",
+    "losses": "Own and later losses in the gradient of every key and value, in every layer",
 }
 PEERS = (
     Peer(
@@ -67,54 +67,54 @@ PEERS = (
         "layer are formed as soon as its gradients are there, and forgotten", "transformer-lens",
     ),
     Peer(
-        "Posterity", "payers", "with_posterity.py",
+        "Posterity", "losses", "with_posterity.py",
         '`measure(losses=True, lags="self", weights=False)`: one forward and two backward passes; own loss, self edge '
         "paid by later losses, future edge; also of the hidden states", options=("losses",),
     ),
     Peer(
-        "Posterity, `inspect`", "payers", "with_posterity.py",
+        "Posterity, `inspect`", "losses", "with_posterity.py",
         "the same, and every loss against every key and value (N × N for each layer), by one backward pass per loss; "
         "256 tokens at most", options=("inspect",), longest=256,
     ),
     Peer(
-        "Captum", "payers", "with_captum.py",
+        "Captum", "losses", "with_captum.py",
         "`LayerGradientXActivation(multiply_by_inputs=False)` at all k_proj and v_proj, one call per loss, each a "
         "forward and a backward pass over the prefix: every loss against every key and value", "captum",
     ),
     Peer(
-        "autograd", "payers", "with_autograd.py",
+        "autograd", "losses", "with_autograd.py",
         "`torch.autograd.grad(retain_graph=True)`: one forward pass, and one backward pass per loss: every loss "
         "against every key and value",
     ),
     Peer(
-        "autograd, float64", "payers", "with_autograd.py",
+        "autograd, float64", "losses", "with_autograd.py",
         "the same in double precision: how far the others are from it is what float32 is worth", options=("float64",),
         longest=128,
     ),
 )  # fmt: skip
-IN_SHORT = {"lags": "credit by lag", "payers": "own and later losses"}
+SHORT_QUESTIONS = {"lags": "credit by lag", "losses": "own and later losses"}
 SHORT = 512  # tokens: the context of the README's lines
-OURS = {"lags": PEERS[0], "payers": PEERS[2]}
+OURS = {"lags": PEERS[0], "losses": PEERS[2]}
 INSPECT = PEERS[3]
 
 
 # Cells
 
 
-def place(peer, model, context):
+def cell_path(peer, model, context):
     return FOLDER / "cells" / f"{model}-{context}-{peer.label}"
 
 
 def run(peer, model, context, memory):
-    """Run one cell and keep what it says; arrays beside it."""
+    """Run one cell and save its numbers, with arrays beside them."""
     files = inputs(model, context)
-    finished = place(peer, model, context)
+    finished = cell_path(peer, model, context)
     finished.parent.mkdir(exist_ok=True)
-    for before in (".npz", ".json"):
-        finished.with_suffix(before).unlink(missing_ok=True)
+    for suffix in (".npz", ".json"):
+        finished.with_suffix(suffix).unlink(missing_ok=True)
     work = finished.with_name(f"{finished.name}-working.npz")
     command = [python(peer.environment), SCRIPTS / peer.script, *files, work, str(BUDGET), *peer.options]
-    known = {"machine": machine(), "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d")}
+    cell = {"machine": machine(), "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d")}
     ceiling = int(memory * 1e9)
 
     def limit():  # private writable memory: much of the address space is only mapped
@@ -122,29 +122,29 @@ def run(peer, model, context, memory):
 
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     if peer.environment:
-        offline.pop("PYTHONPATH", None)  # what is set for the project's own environment is not for theirs
+        offline.pop("PYTHONPATH", None)  # set for the project's own environment
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=LIMIT, preexec_fn=limit, env=offline
         )
     except subprocess.TimeoutExpired:
-        found = {"failed": f"> {LIMIT // 60} min"}
+        cell["failed"] = f"> {LIMIT // 60} min"
     else:
-        if done.returncode == 0:
-            said = work.with_suffix(".json")
-            found = json.loads(said.read_text())
-            said.unlink()
+        if process.returncode == 0:
+            output = work.with_suffix(".json")
+            cell |= json.loads(output.read_text())
+            output.unlink()
             work.replace(finished.with_suffix(".npz"))
-        elif done.returncode == -9 or "allocate" in done.stderr or "MemoryError" in done.stderr:
-            found = {"failed": f"out of memory ({memory:.0f} GB)"}
+        elif process.returncode == -9 or "allocate" in process.stderr or "MemoryError" in process.stderr:
+            cell["failed"] = f"out of memory ({memory:.0f} GB)"
         else:
-            raise SystemExit(f"{peer.label}, {model}, {context}:\n{done.stderr}")
-    finished.with_suffix(".json").write_text(json.dumps(known | found))
-    return known | found
+            raise SystemExit(f"{peer.label}, {model}, {context}:\n{process.stderr}")
+    finished.with_suffix(".json").write_text(json.dumps(cell))
+    return cell
 
 
 def inputs(model, context):
-    """A folder in the format of transformers, and a file of token ids; made where they are not there yet."""
+    """A model folder in the format of transformers and a file of token ids, made unless they exist."""
     folder, ids = FOLDER / "models" / model, FOLDER / "models" / f"{model}-{context}.npy"
     if not ids.exists():
         tokens = make_tiny(folder, context) if model == "tiny" else make_default(folder, context)
@@ -165,21 +165,21 @@ def make_tiny(folder, context):
     if not folder.exists():
         LlamaForCausalLM(config).save_pretrained(folder)
         words = models.WordLevel({str(token): token for token in range(256)}, unk_token="0")
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="0").save_pretrained(
-            folder
-        )  # Bridge wants one
+        # TransformerLens asks for an end token
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="0")
+        tokenizer.save_pretrained(folder)
     return torch.randint(256, (context,), generator=torch.Generator().manual_seed(context)).numpy()
 
 
 def make_default(folder, context):
-    from posterity.inputs import model as loading
-    from posterity.inputs import windows as corpus
+    from posterity.inputs.model import load_model
+    from posterity.inputs.windows import cut_windows, default_text
 
-    loaded = loading.load_model(None)
+    loaded = load_model(None)
     if not folder.exists():
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-    return corpus.windows([corpus.default_text()], loaded.tokenizer, context, 1)[0].ids.numpy()
+    return cut_windows([default_text()], loaded.tokenizer, context, 1)[0].ids.numpy()
 
 
 def python(environment):
@@ -189,16 +189,16 @@ def python(environment):
     pinned = SCRIPTS / f"requirements-{environment}.txt"
     folder = FOLDER / environment
     mark = folder / f"installed-{hashlib.sha256(pinned.read_bytes()).hexdigest()[:12]}"
-    found = folder / "bin" / "python"
+    interpreter = folder / "bin" / "python"
     if not mark.exists():
         print(f"making the environment of {environment}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [str(found), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         torch = next(line for line in pinned.read_text().splitlines() if line.startswith("torch=="))
         subprocess.run([*install, torch], check=True)
         subprocess.run([*install, "--requirement", str(pinned)], check=True)
         mark.touch()
-    return str(found)
+    return str(interpreter)
 
 
 def machine():
@@ -211,44 +211,43 @@ def machine():
     return f"{name}, {psutil.cpu_count()} cores"
 
 
-# What the numbers say of each other
+# Disagreement between cells
 
 
-def disagreement(theirs, ours, at=slice(None)):
-    """Largest difference, relative to the largest of ours in the same layer and stream; `at`: where theirs are."""
+def disagreement(theirs, ours, positions=slice(None)):
+    """Largest difference, relative to the largest of ours in the same layer and stream; `positions` are theirs."""
     size = np.abs(ours).max(-1, keepdims=True)
-    return float((np.abs(theirs - ours[..., at]) / np.where(size > 0, size, 1)).max())
+    return float((np.abs(theirs - ours[..., positions]) / np.where(size > 0, size, 1)).max())
 
 
-def agreement(found, ours, inspected):
-    """Disagreement of a peer's arrays with Posterity's, each by name; None where there is nothing to compare."""
-    if found is None or ours is None:
+def arrays_disagreement(theirs, ours, inspected):
+    """Disagreement of a peer's arrays with Posterity's, each by name; None if one is missing."""
+    if theirs is None or ours is None:
         return None
-    if "credit" in found:
-        return disagreement(found["credit"], ours["credit"])
-    at = found["positions"]
-    later = disagreement(found["whole"] - found["own"], ours["whole"] - ours["own"], at)
-    off = max(disagreement(found["own"], ours["own"], at), later)
-    if inspected is None or len(inspected["rows"]) != len(found["rows"]):
-        return off
-    return max(off, disagreement(flat(found["rows"]), flat(inspected["rows"])))
+    if "credit" in theirs:
+        return disagreement(theirs["credit"], ours["credit"])
+    positions = theirs["positions"]
+    later = disagreement(theirs["whole"] - theirs["own"], ours["whole"] - ours["own"], positions)
+    largest = max(disagreement(theirs["own"], ours["own"], positions), later)
+    if inspected is None or len(inspected["rows"]) != len(theirs["rows"]):
+        return largest
+    return max(largest, disagreement(flat(theirs["rows"]), flat(inspected["rows"])))
 
 
 def flat(rows):
-    """(loss, layer, written, position) as (layer, written, all)."""
+    """Reshape (loss, layer, written, position) to (layer, written, position and loss)."""
     return np.moveaxis(rows, 0, -2).reshape(*rows.shape[1:3], -1)
 
 
-def compared(peer, model, context):
+def cell_disagreement(peer, model, context):
     """Disagreement of a finished cell with Posterity's cells."""
     if peer is OURS[peer.question]:
         return None
-    found, ours, inspected = (load(one, model, context) for one in (peer, OURS[peer.question], INSPECT))
-    return agreement(found, ours, inspected)
+    return arrays_disagreement(*(load(row, model, context) for row in (peer, OURS[peer.question], INSPECT)))
 
 
 def load(peer, model, context):
-    file = place(peer, model, context).with_suffix(".npz")
+    file = cell_path(peer, model, context).with_suffix(".npz")
     return dict(np.load(file)) if file.exists() else None
 
 
@@ -265,8 +264,8 @@ def span(seconds):
     raise AssertionError
 
 
-def shown(cell):
-    """One cell of the table."""
+def cell_text(cell):
+    """A cell of the table: time and memory, or why there are none."""
     if cell is None:
         return "not run"
     if "failed" in cell:
@@ -274,36 +273,36 @@ def shown(cell):
     return f"{'≈ ' if cell['estimated'] else ''}{span(cell['seconds'])} · {cell['peak'] / 1e9:.1f} GB"
 
 
-def table(question, model, cells, agreements):
-    """Markdown: a row for each peer, a column for each context. Both arguments by (peer's label, model, context)."""
+def table(question, model, cells, disagreements):
+    """Markdown: a row for each peer, a column for each context; cells by (peer's label, model, context)."""
     yield "| | " + " | ".join(map(str, CONTEXTS)) + " | after loading | largest disagreement |"
     yield "|---" * (len(CONTEXTS) + 3) + "|"
     for peer in PEERS:
         if peer.question != question:
             continue
         keys = [(peer.label, model, context) for context in CONTEXTS]
-        row = ["" if key[2] > peer.longest else shown(cells.get(key)) for key in keys]
+        row = ["" if key[2] > peer.longest else cell_text(cells.get(key)) for key in keys]
         loaded = [cells[key]["loaded"] for key in keys if "loaded" in cells.get(key, {})]
         row.append(f"{max(loaded) / 1e9:.1f} GB" if loaded else "")
-        off = [agreements[key] for key in keys if agreements.get(key) is not None]
-        row.append(f"{max(off):.0e}" if off else "")
+        differences = [disagreements[key] for key in keys if disagreements.get(key) is not None]
+        row.append(f"{max(differences):.0e}" if differences else "")
         yield f"| {peer.name} | " + " | ".join(row) + " |"
 
 
-def summary(cells, agreements):
+def summary(cells, disagreements):
     """Markdown: each peer beside Posterity at one context; the README quotes it."""
     yield f"| {MODELS['default']}, {SHORT} tokens | Posterity | the nearest | | largest disagreement |"
     yield "|---|---|---|---|---|"
     for peer in PEERS:
         ours, key = OURS[peer.question], (peer.label, "default", SHORT)
         if peer is not ours and peer.longest >= SHORT:
-            mine, theirs = shown(cells.get((ours.label, "default", SHORT))), shown(cells.get(key))
-            off = agreements.get(key)
-            row = (IN_SHORT[peer.question], mine, peer.name, theirs, "" if off is None else f"{off:.0e}")
+            our_text, their_text = cell_text(cells.get((ours.label, "default", SHORT))), cell_text(cells.get(key))
+            difference = "" if disagreements.get(key) is None else f"{disagreements[key]:.0e}"
+            row = (SHORT_QUESTIONS[peer.question], our_text, peer.name, their_text, difference)
             yield "| " + " | ".join(row) + " |"
 
 
-def page(cells, agreements):
+def page(cells, disagreements):
     """docs/peers.md, line by line."""
     versions = {}
     for cell in cells.values():
@@ -313,22 +312,22 @@ def page(cells, agreements):
     yield ""
     yield from INTRODUCTION.format(minutes=BUDGET // 60).splitlines()
     yield ""
-    yield " · ".join(f"{name} {', '.join(sorted(found))}" for name, found in sorted(versions.items()))
+    yield " · ".join(f"{name} {', '.join(sorted(numbers))}" for name, numbers in sorted(versions.items()))
     yield ""
     threads = sorted({cell["threads"] for cell in cells.values() if "threads" in cell})
     days = sorted({cell["date"] for cell in cells.values()})
-    where = "; ".join(sorted({cell["machine"] for cell in cells.values()}))
+    machines = "; ".join(sorted({cell["machine"] for cell in cells.values()}))
     load = max((cell["load"] for cell in cells.values() if "load" in cell), default=float("nan"))
-    yield f"{where}; threads: {', '.join(map(str, threads))}; {' to '.join(dict.fromkeys((days[0], days[-1])))};"
+    yield f"{machines}; threads: {', '.join(map(str, threads))}; {' to '.join(dict.fromkeys((days[0], days[-1])))};"
     yield f"load average of the machine before a cell at most {load:.1f}"
     yield ""
-    yield from summary(cells, agreements)
+    yield from summary(cells, disagreements)
     for question, title in QUESTIONS.items():
         yield from ("", f"## {title}", "", "| | what |", "|---|---|")
         yield from (f"| {peer.name} | {peer.what} |" for peer in PEERS if peer.question == question)
         for model in MODELS:
             yield from ("", f"{MODELS[model]}, one window; columns are contexts:", "")
-            yield from table(question, model, cells, agreements)
+            yield from table(question, model, cells, disagreements)
             keys = [(OURS[question].label, model, context) for context in CONTEXTS]
             once = [cells[key]["once"] for key in keys if "once" in cells.get(key, {})]
             if once:
@@ -363,18 +362,18 @@ NOTES = """## What is not the same
 """.splitlines()
 
 
-def finished():
-    """(cells, agreements) of everything that has been run, by (peer's label, model, context)."""
-    cells, agreements = {}, {}
+def finished_cells():
+    """All finished cells and their disagreements, by (peer's label, model, context)."""
+    cells, disagreements = {}, {}
     for peer in PEERS:
         for model in MODELS:
             for context in CONTEXTS:
-                file = place(peer, model, context).with_suffix(".json")
+                file = cell_path(peer, model, context).with_suffix(".json")
                 if file.exists():
                     key = (peer.label, model, context)
                     cells[key] = json.loads(file.read_text())
-                    agreements[key] = compared(peer, model, context)
-    return cells, agreements
+                    disagreements[key] = cell_disagreement(peer, model, context)
+    return cells, disagreements
 
 
 def main():
@@ -383,22 +382,22 @@ def main():
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--contexts", nargs="+", type=int, choices=CONTEXTS, default=CONTEXTS)
     parser.add_argument("--peers", nargs="+", choices=[peer.label for peer in PEERS])
-    parser.add_argument("--again", action="store_true", help="also what is finished")
+    parser.add_argument("--again", action="store_true", help="finished cells too")
     parser.add_argument("--memory", type=float, default=0.9 * free, help="GB that a process may take")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "models").mkdir(exist_ok=True)
-    wanted = [peer for peer in PEERS if asked.peers is None or peer.label in asked.peers]
-    cells = [(p, model, n) for n in asked.contexts for model in asked.models for p in wanted if n <= p.longest]
-    for peer, model, context in [] if asked.table else cells:
-        if asked.again or not place(peer, model, context).with_suffix(".json").exists():
-            cell = run(peer, model, context, asked.memory)
-            print(f"{model}, {context} tokens, {peer.label}: {shown(cell)}", flush=True)
-    found = finished()
-    if not found[0]:
+    peers = [peer for peer in PEERS if options.peers is None or peer.label in options.peers]
+    pending = [(p, model, n) for n in options.contexts for model in options.models for p in peers if n <= p.longest]
+    for peer, model, context in [] if options.table else pending:
+        if options.again or not cell_path(peer, model, context).with_suffix(".json").exists():
+            cell = run(peer, model, context, options.memory)
+            print(f"{model}, {context} tokens, {peer.label}: {cell_text(cell)}", flush=True)
+    cells, disagreements = finished_cells()
+    if not cells:
         raise SystemExit("no cell is finished: leave --table out")
-    lines = list(page(*found))
+    lines = list(page(cells, disagreements))
     (ROOT / "docs" / "peers.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

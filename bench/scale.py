@@ -7,7 +7,6 @@ was run on a GPU. `--write` puts the tables into docs/clusters.md.
 
 import argparse
 import itertools
-import re
 import statistics
 import time
 from pathlib import Path
@@ -15,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from step_kinds import step_kind
+from timing import default_window, seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import mode, window
 from posterity.measurement.account import account
-from posterity.models.chunked_loss import CHUNK, Head, Sending
-from posterity.models.language_model import frozen
+from posterity.models.chunked_loss import CHUNK, ChunkedLoss, LMHead
+from posterity.models.language_model import freeze_parameters
 
 PAGE = Path(__file__).parents[1] / "docs" / "clusters.md"
 TOKENS = 64
@@ -51,8 +51,8 @@ H100 = {"bfloat16": 989e12, "float32": 67e12, "bytes": 80e9}
 CONTEXT = 4096
 
 
-def kept_by_autograd(hidden, inner, heads, groups, dim, layers, dtype):
-    """Bytes of activations that one token keeps for the backward pass, weights frozen, the head left out."""
+def activation_bytes(hidden, inner, heads, groups, dim, layers, dtype):
+    """Bytes of activations that autograd keeps for one token, with frozen weights and without the head."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, head_dim=dim,
         num_attention_heads=heads, num_key_value_heads=groups,
@@ -61,33 +61,33 @@ def kept_by_autograd(hidden, inner, heads, groups, dim, layers, dtype):
     weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
     saved = {}
 
-    def note(x):
+    def record(x):
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with frozen(model), account(model, weights=False):
-        head = Head(model)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            sending = Sending(model, torch.randint(64, (1, TOKENS)), head)
-        sending.backward()
-    return sum(size for place, size in saved.items() if place not in weights) / TOKENS
+    with freeze_parameters(model), account(model, weights=False):
+        head = LMHead.probe(model)
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
+            loss = ChunkedLoss.run(model, torch.randint(64, (1, TOKENS)), head)
+        loss.backward()
+    return sum(size for pointer, size in saved.items() if pointer not in weights) / TOKENS
 
 
-def formula(dtype):
-    """Bytes a token and layer as multiples of hidden, inner, query width and key width; by solving small models."""
-    rows, bytes_ = [], []
+def activation_formula(dtype):
+    """Coefficients of hidden, inner, query width, key width, heads and 1 in the bytes of a token and layer."""
+    rows, layer_bytes = [], []
     for hidden, inner, (heads, groups), dim in itertools.product((32, 64), (48, 128), ((4, 4), (4, 2)), (8, 16)):
-        two, one = (kept_by_autograd(hidden, inner, heads, groups, dim, layers, dtype) for layers in (3, 2))
+        three, two = (activation_bytes(hidden, inner, heads, groups, dim, layers, dtype) for layers in (3, 2))
         rows.append((hidden, inner, heads * dim, groups * dim, heads, 1))
-        bytes_.append(two - one)
-    found, *_ = np.linalg.lstsq(np.array(rows, float), np.array(bytes_), rcond=None)
-    assert np.abs(np.array(rows) @ found - bytes_).max() < 1, "the formula does not fit"
-    return found
+        layer_bytes.append(three - two)
+    formula, *_ = np.linalg.lstsq(np.array(rows, float), np.array(layer_bytes), rcond=None)
+    assert np.abs(np.array(rows) @ formula - layer_bytes).max() < 1, "the formula does not fit"
+    return formula
 
 
-def activations(shape, found):
-    width = (shape["hidden"], shape["inner"], shape["heads"] * shape["dim"], shape["groups"] * shape["dim"])
-    return shape["layers"] * float(np.dot((*width, shape["heads"], 1), found))
+def activations(shape, formula):
+    widths = (shape["hidden"], shape["inner"], shape["heads"] * shape["dim"], shape["groups"] * shape["dim"])
+    return shape["layers"] * float(np.dot((*widths, shape["heads"], 1), formula))
 
 
 def parameters(shape, tied):
@@ -106,7 +106,7 @@ def flops(shape, context):
     return projections, 7 * product, 5 * product
 
 
-def peak():
+def peak_speed():
     """Float32 products per second of this processor, at the shape of the default model's own."""
     x, y = torch.randn(2048, 576), torch.randn(576, 1536)
     rounds = []
@@ -118,20 +118,21 @@ def peak():
     return 2 * 2048 * 576 * 1536 / statistics.median(rounds)
 
 
-def reached(context=512):
-    """Seconds of a window by steps that are each part of the next, and the speeds that are reached, of the peak."""
-    model, ids = window(context)
-    seconds = {"frozen": [], "lags": []}
+def measured_speeds(context=512):
+    """Speed of matrix products, seconds of a window without and with accounts, and the parts of that speed they reach.
+
+    The two kinds of steps are taken in turns; their difference is the sweep.
+    """
+    model, ids = default_window(context)
+    times = {"frozen": [], "lags": []}
     for _ in range(6):
-        for name, found in seconds.items():
-            with mode(name, model) as step:
-                started = time.perf_counter()
-                step(ids)
-                found.append(time.perf_counter() - started)
-    plain, whole = (statistics.median(seconds[name][1:]) for name in ("frozen", "lags"))
+        for name, rounds in times.items():
+            with step_kind(name, model) as step:
+                rounds.append(seconds(step, ids))
+    plain, accounted = (statistics.median(rounds[1:]) for rounds in times.values())
     projections, fused, sweep = (x * context for x in flops(SHAPES["SmolLM2-135M"], context))
-    best = peak()
-    return best, plain, whole, (projections + fused) / plain / best, sweep / (whole - plain) / best
+    speed = peak_speed()
+    return speed, plain, accounted, (projections + fused) / plain / speed, sweep / (accounted - plain) / speed
 
 
 def gigabytes(size):
@@ -139,16 +140,16 @@ def gigabytes(size):
 
 
 def tables():
-    halves, singles = formula(torch.bfloat16), formula(torch.float32)
-    best, plain, whole, model_share, sweep_share = reached()
+    halves, singles = activation_formula(torch.bfloat16), activation_formula(torch.float32)
+    speed, plain, accounted, model_share, sweep_share = measured_speeds()
     lines = [
         "Measured on this machine (SmolLM2-135M, float32, one window of 512 tokens):",
         "",
         "| | |",
         "|---|---|",
-        f"| products of matrices alone | {best / 1e9:.0f} GFLOP/s |",
+        f"| products of matrices alone | {speed / 1e9:.0f} GFLOP/s |",
         f"| forward and backward, frozen | {plain / 0.512:.2f} ms a token: {100 * model_share:.0f} % of that speed |",
-        f"| the accounts beside it | {(whole - plain) / 0.512:.2f} ms a token: {100 * sweep_share:.0f} % of it |",
+        f"| the accounts beside it | {(accounted - plain) / 0.512:.2f} ms a token: {100 * sweep_share:.0f} % of it |",
         f"| activations kept, float32 | {activations(SHAPES['SmolLM2-135M'], singles) / 1e6:.2f} MB a token |",
         "",
         f"Computed for bfloat16 and windows of {CONTEXT:,} tokens, one at a time:",
@@ -160,38 +161,37 @@ def tables():
     for name, tied in (("Llama-3.1-8B", False), ("Llama-3.1-70B", False)):
         shape = SHAPES[name]
         weights = 2 * parameters(shape, tied)
-        kept = CONTEXT * activations(shape, halves)
+        saved = CONTEXT * activations(shape, halves)
         logits = 4 * CHUNK * 4
         split = 2 * 4 * shape["layers"] * shape["hidden"] * (shape["heads"] + 2 * shape["groups"]) * shape["dim"]
         sums = 8 * shape["layers"] * shape["heads"] * 6 * CONTEXT
         projections, fused, sweep = flops(shape, CONTEXT)
-        slow = (projections + fused) / (model_share * H100["bfloat16"]) + sweep / (sweep_share * H100["float32"])
+        token_seconds = (projections + fused) / (model_share * H100["bfloat16"])
+        token_seconds += sweep / (sweep_share * H100["float32"])
         cells.append(
-            (gigabytes(weights), gigabytes(kept), gigabytes(logits), gigabytes(sums), gigabytes(split),
-             gigabytes(weights + kept + logits + sums),
+            (gigabytes(weights), gigabytes(saved), gigabytes(logits), gigabytes(sums), gigabytes(split),
+             gigabytes(weights + saved + logits + sums),
              " + ".join(f"{x / 1e9:,.0f}" for x in (projections, fused, sweep)) + " GFLOP",
-             f"{1 / slow:,.0f}", f"{1e6 * slow / 3600:.1f} h")
+             f"{1 / token_seconds:,.0f}", f"{1e6 * token_seconds / 3600:.1f} h")
         )  # fmt: skip
     labels = (
         "weights", "activations of a window", "a chunk of logits", "sums by position",
         "sums of weight gradients (left out by --no-weights)", "together, without the weight gradients",
         "a token: model + fused attention + sweep", "tokens a second", "a million tokens",
     )  # fmt: skip
-    lines += [f"| {label} | {one} | {two} |" for label, one, two in zip(labels, *cells, strict=True)]
+    lines += [f"| {label} | {small} | {large} |" for label, small, large in zip(labels, *cells, strict=True)]
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/clusters.md")
-    found = tables()
-    Console(width=150).print(found, markup=False)
+    markdown = tables()
+    Console(width=150).print(markdown, markup=False)
     if parser.parse_args().write:
-        text = PAGE.read_text()
-        page = re.sub(
-            r"(<!-- scale -->\n).*?(<!-- /scale -->)", lambda m: m[1] + found + "\n" + m[2], text, flags=re.DOTALL
-        )
-        PAGE.write_text(page)
+        start, end = (f"<!-- {name} -->\n" for name in ("scale", "/scale"))
+        before, _, rest = PAGE.read_text().partition(start)
+        PAGE.write_text(before + start + markdown + "\n" + rest[rest.index(end) :])
 
 
 if __name__ == "__main__":

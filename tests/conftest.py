@@ -8,6 +8,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from jaxtyping import install_import_hook
 
+import posterity.ops.horizon_rules  # before the hook: rules check their arguments themselves, wrong types too
+
 with install_import_hook(["posterity.ops", "posterity.decomposition"], "beartype.beartype"):
     import posterity.decomposition.participation
     import posterity.decomposition.weight_gradients

@@ -19,10 +19,10 @@ def module(file, monkeypatch):
     """A file of bench/, which is no package; under a name of its own, with its folder's other files in reach."""
     monkeypatch.syspath_prepend(str(file.parent))
     spec = importlib.util.spec_from_file_location(f"bench_{file.stem}", file)
-    found = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, found)
-    spec.loader.exec_module(found)
-    return found
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    return script
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def peers(monkeypatch):
 
 def rows(lines, name):
     """The cells of every row of that name with a column for each context."""
-    found = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith(f"| {name} |")]
-    return [row for row in found if len(row) > 1]
+    table = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith(f"| {name} |")]
+    return [row for row in table if len(row) > 1]
 
 
 def test_the_page_shows_every_cell_in_its_row_and_column(peers):
@@ -42,8 +42,8 @@ def test_the_page_shows_every_cell_in_its_row_and_column(peers):
         ("captum", "default", 256): CELL | {"seconds": 7300, "estimated": True},
         ("transformer-lens", "default", 2048): {"failed": "out of memory (6 GB)"} | {"date": "", "machine": ""},
     }
-    agreements = {("captum", "default", 128): 2e-7, ("captum", "default", 256): 3e-6}
-    lines = list(peers.page(cells, agreements))
+    disagreements = {("captum", "default", 128): 2e-7, ("captum", "default", 256): 3e-6}
+    lines = list(peers.page(cells, disagreements))
     tiny, default = rows(lines, "Captum")
     assert tiny == [*["not run"] * 5, "", ""]
     assert default == ["2.5 s · 3.0 GB", "≈ 2.0 h · 3.0 GB", *["not run"] * 3, "1.0 GB", "3e-06"]
@@ -66,23 +66,23 @@ def test_disagreement_is_relative_to_the_largest_credit_of_its_own_layer(peers):
     ours = np.array([[100.0, 1.0], [0.5, 0.1], [0.0, 0.0]])
     theirs = ours + np.array([[1.0, 0.0], [0.0, 0.1], [0.0, 0.0]])
     assert peers.disagreement(theirs, ours) == pytest.approx(0.2)
-    assert peers.disagreement(theirs[..., [1]], ours, [1]) == pytest.approx(0.2)  # also where only some were timed
+    assert peers.disagreement(theirs[..., [1]], ours, [1]) == pytest.approx(0.2)  # also at the timed positions alone
 
 
 def test_single_losses_are_compared_at_the_positions_that_were_timed(peers):
     own = np.arange(1.0, 9).reshape(1, 2, 4)
     whole = own + 1
-    found = {
+    theirs = {
         "positions": np.array([1, 3]),
         "own": own[..., [1, 3]],
         "whole": whole[..., [1, 3]],
         "rows": np.zeros((2, 1, 2, 4)),
     }
-    assert peers.agreement(found, {"own": own, "whole": whole}, None) == 0
-    found["own"] = found["own"] + [[[0, 0.4], [0, 0]]]
+    assert peers.arrays_disagreement(theirs, {"own": own, "whole": whole}, None) == 0
+    theirs["own"] = theirs["own"] + [[[0, 0.4], [0, 0]]]
     # of the later part, which is 1 everywhere
-    assert peers.agreement(found, {"own": own, "whole": whole}, None) == pytest.approx(0.4)
-    assert peers.agreement(found, None, None) is None
+    assert peers.arrays_disagreement(theirs, {"own": own, "whole": whole}, None) == pytest.approx(0.4)
+    assert peers.arrays_disagreement(theirs, None, None) is None
 
 
 def test_the_readme_quotes_the_page_of_peers():
@@ -132,7 +132,7 @@ def test_rows_of_single_losses_add_up_to_the_whole(monkeypatch):
     def prepare():
         return list(single.sum(0)), lambda t: list(single[t, :, : t + 1])
 
-    every, _, estimated = cell.who_pays(prepare, length, budget=60)
+    every, _, estimated = cell.split_losses(prepare, length, budget=60)
     assert not estimated
     assert list(every["positions"]) == list(range(length - 1))
     whole = single.sum(0).square().sum(-1)[None, :, :-1].numpy()
@@ -140,7 +140,7 @@ def test_rows_of_single_losses_add_up_to_the_whole(monkeypatch):
     np.testing.assert_allclose(every["rows"].sum(0)[..., :-1], whole, rtol=1e-4, atol=1e-5)
     own = np.stack([every["rows"][t, ..., t] for t in range(length - 1)], -1)
     np.testing.assert_array_equal(every["own"], own)
-    few, _, estimated = cell.who_pays(prepare, length, budget=0)
+    few, _, estimated = cell.split_losses(prepare, length, budget=0)
     assert estimated
     assert len(few["positions"]) == cell.SAMPLE
     assert few["positions"][0] < length / cell.SAMPLE  # over the whole window: later losses cost more

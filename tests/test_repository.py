@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "posterity"
 # One line; a folder imports only folders to its left. `results` and `ops` do not know each other.
 LAYERS = ["ops", "decomposition", "models", "inputs", "measurement", "clauses", "reporting", "training", "cli"]
-BASE = {"errors", "axes", "progress", "atomic_files", "_version"}
+BASE = {"errors", "axes", "palette", "progress", "atomic_files", "_version"}
 MAY = {name: {*LAYERS[:index], "results", *BASE} for index, name in enumerate(LAYERS)}
 MAY |= {
     "ops": {"errors"},
@@ -233,7 +233,7 @@ def test_the_wheel_holds_the_pages_template_style_and_script(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for asset in ("result.html.j2", "style.css", "result.js"):
+    for asset in ("result.html.j2", "style.css", "theme.js"):
         assert f"posterity/reporting/assets/{asset}" in names
     assert not [name for name in names if not name.startswith("posterity")]
     metadata = next(name for name in names if name.endswith("entry_points.txt"))

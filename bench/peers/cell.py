@@ -21,19 +21,19 @@ AGAIN = 60  # seconds: no further pass after so many
 
 
 def main(measure, *packages):
-    """Run `measure(folder, model, ids, budget, *quantity)`: arrays, seconds, whether estimated, more by name."""
+    """Run `measure(folder, model, ids, budget, *quantity)` and save its arrays, seconds and further numbers by name."""
     folder, ids, output, budget, *quantity = sys.argv[1:]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     ids = torch.from_numpy(np.load(ids))[None]
     loaded = peak()
-    arrays, seconds, estimated, *more = measure(folder, model, ids, float(budget), *quantity)
+    arrays, seconds, estimated, *numbers = measure(folder, model, ids, float(budget), *quantity)
     np.savez(output, **arrays)
-    found = {"seconds": seconds, "estimated": estimated, "peak": peak(), "loaded": loaded}
-    found["versions"] = {name: version(name) for name in (*packages, "torch", "transformers")}
-    found["threads"] = torch.get_num_threads()
-    found |= dict(*more)
-    Path(output).with_suffix(".json").write_text(json.dumps(found))
+    cell = {"seconds": seconds, "estimated": estimated, "peak": peak(), "loaded": loaded}
+    cell["versions"] = {name: version(name) for name in (*packages, "torch", "transformers")}
+    cell["threads"] = torch.get_num_threads()
+    cell |= dict(*numbers)
+    Path(output).with_suffix(".json").write_text(json.dumps(cell))
 
 
 def peak():
@@ -42,7 +42,7 @@ def peak():
 
 
 def timed(work):
-    """(result, seconds) of the median of up to five passes after a first one, or of the first if that took long."""
+    """Result and median seconds of up to five passes after a first one, or of the first if that took long."""
     began, passes = time.perf_counter(), []
     while len(passes) <= PASSES:
         result = None  # the pass before is not held beside this one
@@ -55,20 +55,20 @@ def timed(work):
     return result, statistics.median(passes[1:] or passes)
 
 
-def who_pays(prepare, length, budget):
+def split_losses(prepare, length, budget):
     """Own credit, whole credit and the rows of single losses, with one call of `gradients` per loss.
 
-    `prepare()` gives the whole gradients [key of layer 0, value of layer 0, key of layer 1, ...], each (position, dim),
-    and `gradients(t)`: the same of the loss read at position t alone, perhaps of positions 0 to t only.
+    `prepare()` returns the whole gradients [key of layer 0, value of layer 0, key of layer 1, ...], each (position,
+    dim), and the function `gradients(t)`: the same of the loss read at position t alone, which may end at position t.
     """
     started = time.perf_counter()
     whole, gradients = prepare()
-    before, losses = time.perf_counter() - started, length - 1
-    middle = sorted({int((k + 0.5) * losses / SAMPLE) for k in range(SAMPLE)})
+    preparation, losses = time.perf_counter() - started, length - 1
+    sample = sorted({int((k + 0.5) * losses / SAMPLE) for k in range(SAMPLE)})
     started = time.perf_counter()
-    rows = {t: credits(gradients(t), whole) for t in middle}
-    seconds = (time.perf_counter() - started) / len(middle) * losses
-    estimated = before + seconds > budget
+    rows = {t: credits(gradients(t), whole) for t in sample}
+    seconds = (time.perf_counter() - started) / len(sample) * losses
+    estimated = preparation + seconds > budget
     if not estimated:
         rest = [t for t in range(losses) if t not in rows]
         rows |= {t: credits(gradients(t), whole) for t in rest}
@@ -82,13 +82,13 @@ def who_pays(prepare, length, budget):
         "own": np.stack([row[..., t] for t, row in zip(positions, by_loss, strict=True)], -1),
         "whole": credits(whole, whole).reshape(-1, 2, length)[..., positions],
     }
-    return arrays, before + seconds, estimated
+    return arrays, preparation + seconds, estimated
 
 
 def credits(single, whole):
     """Inner products of one loss's gradients with the whole ones: (layer and written, position), 0 past the end."""
     length = len(whole[0])
-    found = np.zeros((len(whole), length), np.float32)
-    for row, one, all_ in zip(found, single, whole, strict=True):
-        row[: len(one)] = (one * all_[: len(one)]).sum(-1).numpy()
-    return found
+    credit = np.zeros((len(whole), length), np.float32)
+    for row, grad, whole_grad in zip(credit, single, whole, strict=True):
+        row[: len(grad)] = (grad * whole_grad[: len(grad)]).sum(-1).numpy()
+    return credit

@@ -1,10 +1,10 @@
-"""The account of one attention call from what hooks give: everything of size N x N is held. torch only."""
+"""The account of one attention call from hooked tensors, in N x N memory. torch only."""
 
 import torch
 
 
 def credit_by_lag(query, key, value, pattern, grads, scale):
-    """Credit (query, key, value; lag) of the edges of one layer, summed over its heads: docs/method.md.
+    """Credit (stream, lag) of the edges of one layer, summed over its heads: docs/method.md.
 
     Args:
         query: (1, head, position, dim), after the rotary embedding.
@@ -13,8 +13,8 @@ def credit_by_lag(query, key, value, pattern, grads, scale):
         grads: the gradients of these four and of the output (1, head, position, dim), by name.
         scale: the factor on the scores.
     """
-    share = query.shape[1] // key.shape[1]
-    key, grad_key, grad_value = (x.repeat_interleave(share, 1) for x in (key, grads["key"], grads["value"]))
+    repeats = query.shape[1] // key.shape[1]
+    key, grad_key, grad_value = (x.repeat_interleave(repeats, 1) for x in (key, grads["key"], grads["value"]))
     score = pattern * (grads["pattern"] - (pattern * grads["pattern"]).sum(-1, keepdim=True)) * scale
     edges = (
         score * (grads["query"] @ key.mT),

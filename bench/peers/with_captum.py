@@ -6,12 +6,12 @@ Inner products of gradients are the same before and after the rotary embedding, 
 
 import torch
 from captum.attr import LayerGradientXActivation
-from cell import main, who_pays
+from cell import main, split_losses
 
 
 def losses(folder, model, ids, budget):
     embedded = model.get_input_embeddings()(ids).detach()
-    layers = [one for x in model.model.layers for one in (x.self_attn.k_proj, x.self_attn.v_proj)]
+    layers = [proj for x in model.model.layers for proj in (x.self_attn.k_proj, x.self_attn.v_proj)]
 
     def last(prefix):
         """Negative log-likelihood of every word as the next one: Captum picks the target."""
@@ -23,13 +23,13 @@ def losses(folder, model, ids, budget):
         return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")[None]
 
     def attribute(function, inputs, target=None):
-        found = LayerGradientXActivation(function, layers, multiply_by_inputs=False).attribute(inputs, target)
-        return [x[0].detach() for x in found]
+        gradients = LayerGradientXActivation(function, layers, multiply_by_inputs=False).attribute(inputs, target)
+        return [x[0].detach() for x in gradients]
 
     def prepare():
         return attribute(total, embedded), lambda t: attribute(last, embedded[:, : t + 1], int(ids[0, t + 1]))
 
-    return who_pays(prepare, ids.shape[1], budget)
+    return split_losses(prepare, ids.shape[1], budget)
 
 
 if __name__ == "__main__":

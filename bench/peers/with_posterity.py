@@ -1,16 +1,16 @@
-"""Posterity: what the peers are compared with, through its public functions."""
+"""Posterity, through its public functions: the reference for the peers."""
 
 import numpy as np
 from cell import main, timed
 
 import posterity
-from posterity.models.chunked_loss import Head
+from posterity.models.chunked_loss import LMHead
 
 
-def measured(folder, model, ids, budget, quantity):
+def measure_quantity(folder, model, ids, budget, quantity):
     arrays, seconds = timed(lambda: QUANTITIES[quantity](model, ids))
-    _, once = timed(lambda: (posterity.check(model), Head(model)))  # what every call does before its first window
-    return arrays, seconds, False, {"once": once}
+    _, probe_seconds = timed(lambda: (posterity.check(model), LMHead.probe(model)))  # once a call, before its windows
+    return arrays, seconds, False, {"once": probe_seconds}
 
 
 def lags(model, ids):
@@ -29,12 +29,12 @@ def losses(model, ids):
 def inspect(model, ids):
     result = posterity.inspect(model, None, ids[0], progress=False)
     rows = result.inspect_credit.transpose("loss_position", "layer", "written", "position").values[:-1]
-    at = np.arange(len(rows))
-    own = np.stack([rows[t, ..., t] for t in at], -1)
-    return {"rows": rows, "positions": at, "own": own, "whole": rows.sum(0)[..., at]}
+    positions = np.arange(len(rows))
+    own = np.stack([rows[t, ..., t] for t in positions], -1)
+    return {"rows": rows, "positions": positions, "own": own, "whole": rows.sum(0)[..., positions]}
 
 
 QUANTITIES = {"lags": lags, "losses": losses, "inspect": inspect}
 
 if __name__ == "__main__":
-    main(measured)
+    main(measure_quantity)

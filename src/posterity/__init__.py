@@ -98,5 +98,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, for tab completion."""
+    """List the public names, for tab completion."""
     return __all__

@@ -1,16 +1,17 @@
-"""Files that are written whole or not at all; whether they can be is said before the work."""
+"""Atomic writes: a file has its old content or its new content, never a part of it."""
 
 import errno
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from posterity.errors import InputError
 
 
-def writable(path: str | os.PathLike[str]) -> Path:
-    """Say before the work whether a file can be written at `path`; returns its real path. InputError has the reason."""
+def check_output_path(path: str | os.PathLike[str]) -> Path:
+    """Return the real path of an output file, or raise InputError with the reason if it cannot be written there."""
     name = os.fspath(path)
     try:
         target = Path(os.path.realpath(name))
@@ -22,15 +23,16 @@ def writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def write_whole(target: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then one rename. InputError when it fails."""
-    part = target.parent / f".{secrets.token_hex(8)}.part"
+def write_atomically(target: Path, data: bytes) -> None:
+    """Write `data` to a file, by way of a temporary file beside it.
+
+    Raises:
+        InputError: It cannot be written; the file is as before.
+    """
+    part = _part_path(target.parent)
     try:
-        with open(part, "xb") as file:
+        with replace_atomically(target, part) as path, open(path, "xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
     except OSError as error:
         advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another path"
         size = f"{len(data) / 1e6:.1f} MB"
@@ -42,8 +44,25 @@ def write_whole(target: Path, data: bytes) -> None:
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def replace_atomically(target: Path, part: Path) -> Iterator[Path]:
+    """Yield `part` for the block to write; at its end flush that file to disk and let it replace `target`.
+
+    Both lie in one folder. A block that fails, or a process that is killed, leaves `target` as it was, and may leave
+    `part`.
+    """
+    yield part
+    with part.open("r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+
+
+def _part_path(folder: Path) -> Path:
+    return folder / f".{secrets.token_hex(8)}.part"
+
+
 def _obstacle(target: Path) -> str | None:
-    """What stands in the way of writing a file at `target`; None if nothing does."""
+    """Return the reason why no file can be written at `target`, or None."""
     folder = target.parent
     if target.is_dir():
         return "it is a folder"
@@ -54,7 +73,7 @@ def _obstacle(target: Path) -> str | None:
             return "it is not a regular file"
         if not os.access(target, os.W_OK):
             return "the file there is write-protected"
-    probe = folder / f".{secrets.token_hex(8)}.part"
+    probe = _part_path(folder)
     try:
         probe.touch(exist_ok=False)
         probe.unlink()

@@ -1,21 +1,9 @@
 """The labels of every axis, stated once for arithmetic, results and reports."""
 
 STREAMS = ("query", "key", "value")
-
-
-SIDES = ("self", "other")
-
-
-TERMS = ("self", "other", "inner")
-
-
-WRITTEN = ("key", "value")
-
-
-PARTS = ("own", "self later", "future")
-
-
+SIDES = ("self", "other")  # of a gradient: what a position sends to itself, and the rest
+TERMS = ("self", "other", "inner")  # squared norms of the two sides, and their inner product
+WRITTEN = ("key", "value")  # the streams that later positions read
+PARTS = ("own", "self later", "future")  # of a gradient at a key or value, by the losses that send it
 PAIRS = ("own", "self later", "future", "own . self later", "own . future", "self later . future")
-
-
 LOSS_TERMS = ("own", "later", "inner")

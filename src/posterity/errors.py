@@ -1,6 +1,6 @@
-"""The one exception a user is meant to see: what was expected, what came, what to do, in one line."""
+"""The exception that a user is meant to see: what was expected, what came, what to do, in one line."""
 
-LONGEST = 1500  # signs of a message; what is longer quotes something long, and loses its middle
+LONGEST = 1500  # characters of a message; a longer one quotes something long, and loses its middle
 
 
 class InputError(ValueError):
@@ -10,20 +10,38 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        """Make the message readable."""
+        """Reduce the message to one readable line."""
         super().__init__(one_line(message))
 
 
+class NotFiniteError(InputError):
+    """Raised for a loss or a gradient with entries that are not finite; `place` says where it was measured."""
+
+    def __init__(self, quantity: str, place: str = ""):
+        """Name the quantity, such as "the gradient of layer 3"."""
+        super().__init__(f"{quantity} is not finite{place}: check the model, or use float32")
+        self.quantity = quantity
+
+
 def one_line(text: str) -> str:
-    """A message without line ends and control characters, and of a length that can be read."""
+    """Return a message without line ends and control characters, its middle left out if it is very long."""
     line = " ".join(readable(text).split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 3 :]}"
 
 
 def readable(text: str) -> str:
-    """A text that every file can hold and every terminal can show: no control characters, no lone surrogates.
+    """Replace what a file cannot hold or a terminal cannot show: control characters and lone surrogates.
 
-    Marks that turn the writing direction around count as control characters.
+    Marks that reverse the writing direction count as control characters.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(sign if sign.isprintable() else " " if sign.isspace() else "\ufffd" for sign in text)
+    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
+
+
+def first_line(error: BaseException, typed: bool = False) -> str:
+    """Return the first line of an exception's message, fit for the middle of a sentence.
+
+    An empty message gives the name of the exception's type; `typed` puts that name before any message.
+    """
+    name, line = type(error).__name__, str(error).strip().partition("\n")[0].rstrip(" :.\r")
+    return f"{name}: {line}" if typed and line else line or name

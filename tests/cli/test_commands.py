@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import posterity
-from posterity.cli import main as cli
+from posterity.cli.main import app
 from posterity.errors import InputError
-from posterity.inputs.model import Loaded
+from posterity.inputs.model import LoadedModel
 from posterity.inputs.windows import default_text
 from posterity.measurement.distributed import Processes
 
@@ -21,7 +21,7 @@ SOURCE = str(Path(__file__).parents[2] / "src")
 
 
 def run(*args):
-    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def process(*args, **options):
@@ -39,20 +39,20 @@ def process(*args, **options):
 @pytest.fixture
 def calls(monkeypatch):
     """Every function that a command calls, replaced by one that notes its arguments."""
-    made = []
+    calls = []
 
-    def note(name, answer=None):
-        def called(*args, **options):
-            made.append((name, args, options))
-            return answer
+    def note(name, value=None):
+        def replacement(*args, **options):
+            calls.append((name, args, options))
+            return value
 
-        return called
+        return replacement
 
-    loaded = Loaded("the model", "the tokenizer", "its name", "its revision")
+    loaded = LoadedModel("the model", "the tokenizer", "its name", "its revision")
     monkeypatch.setattr("posterity.inputs.model.load_model", note("load_model", loaded))
-    monkeypatch.setattr("posterity.atomic_files.writable", note("writable"))
+    monkeypatch.setattr("posterity.cli.outputs.check_output_path", note("check_output_path"))
     monkeypatch.setattr(posterity, "__version__", "9.9", raising=False)
-    for name, answer in {
+    for name, value in {
         "measure": "the result",
         "inspect": "the result",
         "audit": "the result",
@@ -61,8 +61,8 @@ def calls(monkeypatch):
         "summary": None,
         "load": "a run",
     }.items():
-        monkeypatch.setattr(posterity, name, note(name, answer), raising=False)
-    return made
+        monkeypatch.setattr(posterity, name, note(name, value), raising=False)
+    return calls
 
 
 def fail(monkeypatch, error):
@@ -75,8 +75,8 @@ def fail(monkeypatch, error):
 
 def test_measure_passes_on_what_was_given_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/posterity", "measure", "a b"])
-    answer = run("measure")
-    assert (answer.exit_code, answer.output) == (0, "")
+    result = run("measure")
+    assert (result.exit_code, result.output) == (0, "")
     loading, measuring, showing = calls
     assert loading == ("load_model", (None, None, None, None, False), {})
     attributes = {"model": "its name", "revision": "its revision", "command": "posterity measure 'a b'"}
@@ -91,15 +91,15 @@ def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, t
     text.write_text("some text")
     options = ["--context", 64, "--documents", 3, "--lags", "all", "--batch", 2, "--no-weights", "--seed", 7]
     options += ["--dtype", "float64", "--device", "cpu", "--revision", "r", "--trust-remote-code"]
-    answer = run("measure", "org/model", text, *options, "--output", "run.nc", "--report", "page.html")
-    assert answer.exit_code == 0
+    result = run("measure", "org/model", text, *options, "--output", "run.nc", "--report", "page.html")
+    assert result.exit_code == 0
     names = [name for name, _, _ in calls]
-    assert names == ["writable", "writable", "load_model", "measure", "save", "report", "summary"]
+    assert names == ["check_output_path", "check_output_path", "load_model", "measure", "save", "report", "summary"]
     assert calls[2][1] == ("org/model", "float64", "cpu", "r", True)
-    given = dict(calls[3][2])
-    del given["attrs"]
-    assert (given.pop("state"), given.pop("processes")) == (Path("run.nc.state"), Processes())
-    assert given == {"context": 64, "limit": 3, "lags": "all", "batch": 2, "weights": False, "seed": 7}
+    keywords = dict(calls[3][2])
+    del keywords["attrs"]
+    assert (keywords.pop("state"), keywords.pop("processes")) == (Path("run.nc.state"), Processes())
+    assert keywords == {"context": 64, "limit": 3, "lags": "all", "batch": 2, "weights": False, "seed": 7}
     assert [name for name, _ in calls[3][1][2]] == [str(text)]
     assert calls[4][1] == ("the result", Path("run.nc"))
     assert calls[5][1] == ("the result", Path("page.html"))
@@ -107,9 +107,9 @@ def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, t
 
 def test_who_pays_is_passed_on(calls):
     assert run("measure", "--losses", "--parameters", "--horizons", "1,2, 4").exit_code == 0
-    given = dict(calls[1][2])
-    del given["attrs"], given["state"], given["processes"]
-    assert given == {"limit": 16, "losses": True, "parameters": True, "horizons": (1, 2, 4)}
+    keywords = dict(calls[1][2])
+    del keywords["attrs"], keywords["state"], keywords["processes"]
+    assert keywords == {"limit": 16, "losses": True, "parameters": True, "horizons": (1, 2, 4)}
 
 
 def test_inspect_passes_on_the_text_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
@@ -125,17 +125,17 @@ def test_inspect_passes_on_the_text_and_leaves_the_defaults_to_the_library(calls
     options = ["--batch", 2, "--horizons", "3,9", "--seed", 7, "-o", "one.nc", "-r", "one.html"]
     assert run("inspect", "org/model", "--text", "one text", *options).exit_code == 0
     assert [name for name, _, _ in calls] == [
-        "writable",
-        "writable",
+        "check_output_path",
+        "check_output_path",
         "load_model",
         "inspect",
         "save",
         "report",
         "summary",
     ]
-    given = dict(calls[3][2])
-    del given["attrs"]
-    assert given == {"batch": 2, "horizons": (3, 9), "seed": 7}
+    keywords = dict(calls[3][2])
+    del keywords["attrs"]
+    assert keywords == {"batch": 2, "horizons": (3, 9), "seed": 7}
 
 
 def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
@@ -158,11 +158,20 @@ def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(c
     options += ["--quick", "--control", "random", "--beside", "other", "-o", "audit.nc", "-r", "audit.html"]
     assert run("audit", "one", *options).exit_code == 0
     names = [name for name, _, _ in calls]
-    assert names == ["writable", "writable", "load_model", "load_model", "audit", "save", "report", "summary"]
-    given = dict(calls[4][2])
-    del given["attrs"], given["state"], given["processes"]
+    assert names == [
+        "check_output_path",
+        "check_output_path",
+        "load_model",
+        "load_model",
+        "audit",
+        "save",
+        "report",
+        "summary",
+    ]
+    keywords = dict(calls[4][2])
+    del keywords["attrs"], keywords["state"], keywords["processes"]
     assert list(calls[4][1][0]) == ["its name", "other"]
-    assert given == {
+    assert keywords == {
         "quick": True, "control": "random", "rows": (4, 8), "contexts": (16, 32), "context": 64, "limit": 3,
         "budget": 99, "seed": 7,
     }  # fmt: skip
@@ -171,19 +180,19 @@ def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(c
 @pytest.mark.parametrize("horizons", ["few", "1;2", "1,,2", "1.5", ""])
 def test_horizons_that_are_no_numbers_are_refused_in_one_line_before_the_model_is_loaded(calls, horizons):
     for command in (["measure"], ["inspect", "--text", "one"]):
-        answer = run(*command, "--horizons", horizons)
-        assert answer.exit_code == 2
-        assert answer.stderr.startswith(
+        result = run(*command, "--horizons", horizons)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(
             "posterity: --horizons expects whole numbers with commas, such as 1,2,4,8; got "
         )
-        assert answer.stderr.count("\n") == 1
+        assert result.stderr.count("\n") == 1
     assert calls == []
 
 
 def test_a_missing_text_stops_before_the_model_is_loaded(calls):
-    answer = run("measure", "default", "none.txt")
-    assert answer.exit_code == 2
-    assert re.fullmatch(r"posterity: expected a file.*there is no file none\.txt.*\n", answer.stderr)
+    result = run("measure", "default", "none.txt")
+    assert result.exit_code == 2
+    assert re.fullmatch(r"posterity: expected a file.*there is no file none\.txt.*\n", result.stderr)
     assert calls == []
 
 
@@ -201,7 +210,7 @@ def test_the_defaults_that_the_help_shows_are_those_of_the_library():
 def test_several_runs_make_one_page(calls):
     assert run("report", "a.nc", "b.nc", "-o", "page.html").exit_code == 0
     assert [call[:2] for call in calls] == [
-        ("writable", (Path("page.html"),)),
+        ("check_output_path", (Path("page.html"),)),
         ("load", (Path("a.nc"),)),
         ("load", (Path("b.nc"),)),
         ("report", (["a run", "a run"], Path("page.html"))),
@@ -215,17 +224,17 @@ def test_summary_shows_a_run(calls):
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 2)])
 def test_check_answers_in_one_line_and_by_its_exit_code(calls, monkeypatch, ok, code):
-    class Answer:
+    class Verdict:
         def __init__(self, model):
             assert model == "the model"
             self.ok = ok
 
         def __str__(self):
-            return "its name: the answer"
+            return "its name: the verdict"
 
-    monkeypatch.setattr(posterity, "check", Answer, raising=False)
-    answer = run("check", "its name")
-    assert (answer.exit_code, answer.stdout) == (code, "its name: the answer\n")
+    monkeypatch.setattr(posterity, "check", Verdict, raising=False)
+    result = run("check", "its name")
+    assert (result.exit_code, result.stdout) == (code, "its name: the verdict\n")
 
 
 def test_the_version_is_the_package_s(calls):
@@ -244,17 +253,17 @@ def test_the_version_is_the_package_s(calls):
 )
 def test_mistakes_and_shortages_are_one_line_and_an_exit_code(monkeypatch, error, code, line):
     fail(monkeypatch, error)
-    answer = run("summary", "a.nc")
-    assert answer.exit_code == code
-    assert answer.stdout == ""
-    assert re.fullmatch(line + "\n", answer.stderr)
+    result = run("summary", "a.nc")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert re.fullmatch(line + "\n", result.stderr)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), OSError("a bug"), KeyError("a bug")])
 def test_a_bug_keeps_its_traceback(monkeypatch, error):
     fail(monkeypatch, error)
-    answer = run("summary", "a.nc")
-    assert answer.exception is error
+    result = run("summary", "a.nc")
+    assert result.exception is error
 
 
 @pytest.mark.parametrize(
@@ -273,9 +282,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
     ],
 )
 def test_a_wrong_option_is_exit_code_2_and_nothing_is_called(calls, args):
-    answer = run(*args)
-    assert answer.exit_code == 2
-    assert re.fullmatch(r"posterity: [^\n]+; see (root|posterity)[^\n]* --help\n", answer.stderr)
+    result = run(*args)
+    assert result.exit_code == 2
+    assert re.fullmatch(r"posterity: [^\n]+; see (root|posterity)[^\n]* --help\n", result.stderr)
     assert calls == []
 
 
@@ -291,10 +300,10 @@ def test_a_wrong_option_is_exit_code_2_and_nothing_is_called(calls, args):
 def test_no_output_takes_the_place_of_an_input_or_of_the_other_output(tmp_path, monkeypatch, calls, args, which):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some.txt").write_text("words")
-    answer = run(*args)
-    assert answer.exit_code == 2
-    assert re.fullmatch(rf"posterity: cannot write [^\n]+: it {which}; choose another file[^\n]*\n", answer.stderr)
-    assert [call for call in calls if call[0] != "writable"] == []
+    result = run(*args)
+    assert result.exit_code == 2
+    assert re.fullmatch(rf"posterity: cannot write [^\n]+: it {which}; choose another file[^\n]*\n", result.stderr)
+    assert [call for call in calls if call[0] != "check_output_path"] == []
     assert (tmp_path / "some.txt").read_text() == "words"
 
 
@@ -303,10 +312,10 @@ def test_no_file_of_another_kind_is_replaced(tmp_path, calls, option):
     there = tmp_path / "model.safetensors"
     there.write_bytes(b"weights")
     for command in ("measure", "audit"):
-        answer = run(command, option, there)
-        assert answer.exit_code == 2
-        assert f"what is there is no {'result' if option == '--output' else 'page'}" in answer.output
-        assert answer.output.count("\n") == 1
+        result = run(command, option, there)
+        assert result.exit_code == 2
+        assert f"what is there is no {'result' if option == '--output' else 'page'}" in result.output
+        assert result.output.count("\n") == 1
     assert there.read_bytes() == b"weights"
     there.write_bytes(b"\x89HDF and so on" if option == "--output" else b"<!DOCTYPE html>")
     assert run("measure", option, there).exit_code == 0
@@ -317,11 +326,11 @@ def test_help_answers_without_importing_torch():
         "import sys; from posterity.cli import main; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": SOURCE}
-    asked = [sys.executable, "-c", code]
-    assert subprocess.run(asked, capture_output=True, text=True, env=environment, check=True).stdout == "[]\n"
-    answer = process("--help")
-    assert answer.returncode == 0
-    assert all(command in answer.stdout for command in ("measure", "inspect", "report", "check", "summary"))
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout == "[]\n"
+    result = process("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("measure", "inspect", "report", "check", "summary"))
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
@@ -336,8 +345,22 @@ def test_a_reader_that_has_gone_brings_no_traceback(lines):
     environment = {**os.environ, "PYTHONPATH": SOURCE, "PYTHONUNBUFFERED": ""}
     reading, writing = os.pipe()
     os.close(reading)
-    asked = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
     )
     os.close(writing)
-    assert (asked.returncode, asked.stderr) == (141, "")
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_a_run_that_is_told_to_stop_says_so():
+    code = (
+        "import os, signal, sys\n"
+        "from posterity.cli.main import main\n"
+        "from posterity.inputs import text_sources\n"
+        "text_sources.open_documents = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.argv = ['posterity', 'measure']; main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": SOURCE}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert process.returncode == 143
+    assert re.fullmatch("posterity: told to stop from outside, .*\n", process.stderr)

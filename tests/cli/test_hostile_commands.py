@@ -1,10 +1,10 @@
 """Paths that no file system takes, and run folders of anyone, are one line and exit code 2."""
 
 import pytest
-from support.hostile import command
+from support.hostile import run_command
 from typer.testing import CliRunner
 
-from posterity.cli import main as cli
+from posterity.cli.main import app
 
 NUL = "a\0b"
 
@@ -33,7 +33,7 @@ NUL = "a\0b"
     ids=ascii,
 )
 def test_paths_that_cannot_be_are_refused(arguments):
-    assert command(arguments) is False
+    assert run_command(arguments) is False
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_run_folder_that_is_damaged_is_refused_by_compare_and_train(tmp_path, 
         ["compare", str(tmp_path), str(tmp_path)],
         ["train", "-o", str(tmp_path), "--data", "sines", "--steps", "1"],
     ):
-        answer = CliRunner().invoke(cli.app, arguments)
-        assert answer.exit_code == 2, answer.exception
-        assert answer.stderr.startswith("posterity: ")
-        assert answer.stderr.count("\n") == 1
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2, result.exception
+        assert result.stderr.startswith("posterity: ")
+        assert result.stderr.count("\n") == 1

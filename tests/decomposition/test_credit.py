@@ -5,19 +5,19 @@ import torch
 from support.attention_cases import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
 from support.reference import allowed_pairs, by_lag, dense_account
 
-from posterity.decomposition.credit import Bins, self_part, tally
-from posterity.decomposition.lag_sums import sweep
-from posterity.decomposition.participation import readers
+from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
+from posterity.decomposition.lag_sums import sum_by_lag
+from posterity.decomposition.participation import participation_ratio
 from posterity.errors import InputError
 from posterity.ops.attention import attention
 from posterity.ops.mask import Mask
 
 
-def observed(query, key, value, grad, **options):
-    """The `Backward` of one call."""
-    seen = []
-    attention(query, key, value, 0.7, observe=seen.append, **options).backward(grad)
-    return seen[0]
+def run_backward(query, key, value, grad, **options):
+    """Return the `Backward` of one call."""
+    passes = []
+    attention(query, key, value, 0.7, observe=passes.append, **options).backward(grad)
+    return passes[0]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -30,13 +30,13 @@ def test_every_account_equals_the_dense_one(length, name, softcap, sinks, dim_v)
     query, key, value, sink = leaves(length, dim_v, sinks)
     grad = torch.randn(2, HEADS, length, dim_v, dtype=torch.double)
     mask, allowed, readers = mask_case(name, length)
-    back = observed(query, key, value, grad, mask=mask, softcap=softcap, sinks=sink)
+    back = run_backward(query, key, value, grad, mask=mask, softcap=softcap, sinks=sink)
     credit, mass, weight, pairs, grads, _ = dense_account(query, key, value, grad, 0.7, allowed, softcap, sink, readers)
-    part = self_part(back)
-    ours = tally(back, part, Bins.of("all", length))
+    part = self_edge_gradients(back)
+    ours = pass_credit(back, part, Bins.of("all", length))
 
-    def same(mine, right):
-        torch.testing.assert_close(mine, right.to(mine.dtype).expand_as(mine), rtol=1e-10, atol=1e-12)
+    def same(actual, expected):
+        torch.testing.assert_close(actual, expected.to(actual.dtype).expand_as(actual), rtol=1e-10, atol=1e-12)
 
     same(ours.credit, by_lag(credit).movedim(0, 2))
     same(ours.mass, by_lag(mass).movedim(0, 2))
@@ -44,14 +44,14 @@ def test_every_account_equals_the_dense_one(length, name, softcap, sinks, dim_v)
     same(ours.edges, by_lag(pairs.long())[:, 0])
     starts = [0, 0] if readers is None else readers.int().argmax(1).tolist()
     same(ours.attention_first, torch.stack([weight[d, :, :, start].sum(-1) for d, start in enumerate(starts)]))
-    own = credit.diagonal(0, -2, -1)
-    whole = torch.stack((credit[0].sum(-1), credit[1].sum(-2), credit[2].sum(-2)))
-    by_position = torch.stack((own, whole - own)).permute(2, 3, 1, 0, 4)
+    self_credit = credit.diagonal(0, -2, -1)
+    total = torch.stack((credit[0].sum(-1), credit[1].sum(-2), credit[2].sum(-2)))
+    by_position = torch.stack((self_credit, total - self_credit)).permute(2, 3, 1, 0, 4)
     shifted = torch.stack([x.roll(-start, -1) for x, start in zip(by_position, starts, strict=True)])
     same(ours.credit_by_position, shifted)
     # the ledger balances against autograd
-    for stream, right in enumerate(grads):
-        same(ours.credit.sum((1, 3))[:, stream], right.square().sum((1, 2, 3)))
+    for stream, expected in enumerate(grads):
+        same(ours.credit.sum((1, 3))[:, stream], expected.square().sum((1, 2, 3)))
     # the elementwise self part is lag 0 of the sweep
     same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0])
 
@@ -66,13 +66,13 @@ def test_every_account_under_a_bias_equals_the_dense_one(length, shape, softcap,
     bias, sinks = torch.randn(BIASES[shape](length)).double(), torch.randn(2, HEADS, length).double()
     grad = torch.randn(2, HEADS, length, DIM_V, dtype=torch.double)
     mask, allowed, real = mask_case(name, length)
-    back = observed(query, key, value, grad, mask=mask, softcap=softcap, sinks=sinks, bias=bias)
+    back = run_backward(query, key, value, grad, mask=mask, softcap=softcap, sinks=sinks, bias=bias)
     credit, mass, weight, *_ = dense_account(query, key, value, grad, 0.7, allowed, softcap, sinks, real, bias)
-    part = self_part(back)
-    ours = tally(back, part, Bins.of("all", length))
+    part = self_edge_gradients(back)
+    ours = pass_credit(back, part, Bins.of("all", length))
 
-    def same(mine, right):
-        torch.testing.assert_close(mine, right.to(mine.dtype), rtol=1e-10, atol=1e-12)
+    def same(actual, expected):
+        torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=1e-10, atol=1e-12)
 
     starts = [0, 0] if real is None else real.int().argmax(1).tolist()
     same(ours.credit, by_lag(credit).movedim(0, 2))
@@ -80,7 +80,7 @@ def test_every_account_under_a_bias_equals_the_dense_one(length, shape, softcap,
     same(ours.attention, by_lag(weight))
     same(ours.attention_first, torch.stack([weight[d, :, :, start].sum(-1) for d, start in enumerate(starts)]))
     same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0])
-    same(readers(back)[0].nan_to_num(), (weight.sum(-2).square() / weight.square().sum(-2)).nan_to_num())
+    same(participation_ratio(back)[0].nan_to_num(), (weight.sum(-2).square() / weight.square().sum(-2)).nan_to_num())
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -89,10 +89,10 @@ def test_the_self_part_is_the_diagonal_term_of_each_gradient(name):
     query, key, value, _ = leaves(9)
     grad = torch.randn(2, HEADS, 9, DIM_V, dtype=torch.double)
     mask, allowed, _ = mask_case(name, 9)
-    part = self_part(observed(query, key, value, grad, mask=mask))
+    part = self_edge_gradients(run_backward(query, key, value, grad, mask=mask))
     terms = dense_account(query, key, value, grad, 0.7, allowed)[5]
-    for mine, term in zip((part.query, part.key, part.value), terms, strict=True):
-        torch.testing.assert_close(mine, term.diagonal(0, 2, 3).mT, rtol=1e-10, atol=1e-12)
+    for actual, term in zip((part.query, part.key, part.value), terms, strict=True):
+        torch.testing.assert_close(actual, term.diagonal(0, 2, 3).mT, rtol=1e-10, atol=1e-12)
 
 
 def test_the_self_score_is_the_default_the_look_back_competes_with():
@@ -109,14 +109,14 @@ def test_the_self_score_is_the_default_the_look_back_competes_with():
 def test_bins_are_sums_of_lags(lags, length):
     query, key, value, _ = leaves(length)
     grad = torch.randn(2, HEADS, length, DIM_V, dtype=torch.double)
-    back = observed(query, key, value, grad)
-    part = self_part(back)
-    fine, coarse = tally(back, part, Bins.of("all", length)), tally(back, part, Bins.of(lags, length))
+    back = run_backward(query, key, value, grad)
+    part = self_edge_gradients(back)
+    fine, coarse = pass_credit(back, part, Bins.of("all", length)), pass_credit(back, part, Bins.of(lags, length))
     bins = Bins.of(lags, length)
     for b, (first, last) in enumerate(zip(bins.first, bins.last, strict=True)):
         torch.testing.assert_close(coarse.credit[..., b], fine.credit[..., first : last + 1].sum(-1))
         assert (coarse.edges[..., b] == fine.edges[..., first : last + 1].sum(-1)).all()
-        if bins.swept or b == 0:
+        if bins.needs_sweep or b == 0:
             torch.testing.assert_close(coarse.mass[..., b], fine.mass[..., first : last + 1].sum(-1))
             torch.testing.assert_close(coarse.attention[..., b], fine.attention[..., first : last + 1].sum(-1))
         else:
@@ -137,14 +137,14 @@ def test_bins_cover_every_lag_once():
 
 def test_float32_balances_to_rounding():
     query, key, value, _ = leaves(700, DIM, dtype=torch.float32)
-    back = observed(query, key, value, torch.randn(2, HEADS, 700, DIM))
-    ours = tally(back, self_part(back), Bins.of("octaves", 700))
+    back = run_backward(query, key, value, torch.randn(2, HEADS, 700, DIM))
+    ours = pass_credit(back, self_edge_gradients(back), Bins.of("octaves", 700))
     for stream, leaf in enumerate((query, key, value)):
-        whole = leaf.grad.double().square().sum()
-        assert abs(ours.credit.sum((0, 1, 3))[stream] / whole - 1) < 1e-5
+        total = leaf.grad.double().square().sum()
+        assert abs(ours.credit.sum((0, 1, 3))[stream] / total - 1) < 1e-5
 
 
-def counted(context):
+def equal_scores(context):
     """Queries that score all keys alike, and a gradient of norm 1: the mass of a value's edge is its attention."""
     query = torch.zeros(1, 2, context, 1, dtype=torch.double, requires_grad=True)
     key = torch.ones(1, 1, context, 1, dtype=torch.double, requires_grad=True)
@@ -156,15 +156,15 @@ def counted(context):
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 513, 700])
 def test_every_edge_is_counted_once_at_every_block_edge(length, window):
     """Equal scores: query i gives each of its n edges the weight 1/n, so that lag by lag the sums are known."""
-    *given, grad = counted(length)
+    *inputs, grad = equal_scores(length)
     mask = Mask() if window is None else Mask(lambda query, key: (key <= query) & (query - key < window))
-    back = observed(*given, grad, mask=mask)
-    ours = tally(back, self_part(back), Bins.of("all", length))
+    back = run_backward(*inputs, grad, mask=mask)
+    ours = pass_credit(back, self_edge_gradients(back), Bins.of("all", length))
     edges = torch.arange(1, length + 1).clamp(max=window or length).double()
     lag = torch.arange(length)
-    right = (1 / edges).flip(0).cumsum(0).flip(0) * (lag < (window or length))  # queries from `lag` on
-    torch.testing.assert_close(ours.attention, right.expand(1, 2, -1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(ours.mass[:, :, 2], right.expand(1, 2, -1), rtol=1e-12, atol=0)
+    expected = (1 / edges).flip(0).cumsum(0).flip(0) * (lag < (window or length))  # queries from `lag` on
+    torch.testing.assert_close(ours.attention, expected.expand(1, 2, -1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.mass[:, :, 2], expected.expand(1, 2, -1), rtol=1e-12, atol=0)
     assert (ours.edges == (length - lag) * (lag < (window or length))).all()
 
 
@@ -174,17 +174,17 @@ def test_weights_too_small_for_float32_count_as_nothing(softcap):
     torch.manual_seed(1)
     wide = [30 * torch.randn(2, heads, 300, 8, dtype=torch.double) for heads in (4, 2, 2)]
     padding = torch.arange(300)[None] >= torch.tensor([[0], [140]])
-    found = []
+    entries = []
     for dtype in (torch.float64, torch.float32):
-        given = [x.to(dtype).requires_grad_() for x in wide]
+        inputs = [x.to(dtype).requires_grad_() for x in wide]
         grad = torch.ones(2, 4, 300, 8, dtype=dtype)
-        back = observed(*given, grad, mask=Mask(padding=padding), softcap=softcap)
-        found.append(tally(back, self_part(back), Bins.of("octaves", 300)))
+        back = run_backward(*inputs, grad, mask=Mask(padding=padding), softcap=softcap)
+        entries.append(pass_credit(back, self_edge_gradients(back), Bins.of("octaves", 300)))
     # an error of one rounding in scores of size s is one of s roundings in the weights
     bound = 32 * torch.finfo(torch.float32).eps * (30 if softcap else 0.7 * 30**2 * 8)
     for name in ("credit", "mass", "attention"):
-        right, mine = (getattr(account, name) for account in found)
-        assert (mine - right).norm() <= bound * right.norm()
+        expected, actual = (getattr(entry, name) for entry in entries)
+        assert (actual - expected).norm() <= bound * expected.norm()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -195,25 +195,25 @@ def test_the_split_of_the_heads_over_threads_changes_nothing(threads, heads):
     query, key, value, grad = (
         torch.randn(1, heads, length, 4, dtype=torch.double, requires_grad=True) for _ in range(4)
     )
-    back = observed(query, key, value, grad.detach())
+    back = run_backward(query, key, value, grad.detach())
     try:
         torch.set_num_threads(threads)
-        whole = tally(back, self_part(back), Bins.of("all", length))
+        entry = pass_credit(back, self_edge_gradients(back), Bins.of("all", length))
     finally:
         torch.set_num_threads(before)
     credit, mass, weight, *_ = dense_account(query, key, value, grad.detach(), 0.7, allowed_pairs(length))
-    for mine, right in (
-        (whole.credit, credit.movedim(0, 2)),
-        (whole.mass, mass.movedim(0, 2)),
-        (whole.attention, weight),
+    for actual, expected in (
+        (entry.credit, credit.movedim(0, 2)),
+        (entry.mass, mass.movedim(0, 2)),
+        (entry.attention, weight),
     ):
-        torch.testing.assert_close(mine, by_lag(right), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(actual, by_lag(expected), rtol=1e-10, atol=1e-10)
 
 
 def test_heads_with_different_masks_are_refused():
     query, key, value, _ = leaves(5)
     windows = torch.tensor([1, 2, 3, 4])[None, :, None, None]
-    back = observed(
+    back = run_backward(
         query,
         key,
         value,
@@ -221,14 +221,14 @@ def test_heads_with_different_masks_are_refused():
         mask=Mask(lambda query, key: (key <= query) & (query - key < windows)),
     )
     with pytest.raises(InputError, match="differs between heads"):
-        tally(back, self_part(back), Bins.of("all", 5))
+        pass_credit(back, self_edge_gradients(back), Bins.of("all", 5))
 
 
 def test_a_pass_over_part_of_a_sequence_is_refused():
     query, key, value, _ = leaves(5)
-    back = observed(query[:, :, 3:], key, value, torch.ones(2, HEADS, 2, DIM_V, dtype=torch.double))
+    back = run_backward(query[:, :, 3:], key, value, torch.ones(2, HEADS, 2, DIM_V, dtype=torch.double))
     with pytest.raises(InputError, match="2 queries for 5 keys"):
-        tally(back, self_part(back), Bins.of("all", 5))
+        pass_credit(back, self_edge_gradients(back), Bins.of("all", 5))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -239,10 +239,11 @@ def test_masks_that_differ_between_heads_are_swept_right_when_heads_are_swept_in
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     length, heads, folded = 21, 5, [1, 4]
     query, key, value = (torch.randn(2, heads, length, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    seen = []
-    out = attention(query, key, value, mask=Mask().self_only(folded, heads), observe=seen.append)
+    passes = []
+    out = attention(query, key, value, mask=Mask().restrict_to_self(folded, heads), observe=passes.append)
     out.backward(torch.randn_like(out))
-    account = sweep(seen[0])
-    wholes = torch.stack([x.square().sum((-1, -2)) for x in seen[0].wholes])
-    torch.testing.assert_close(account[:3].sum(-1), wholes, rtol=1e-11, atol=1e-11)
-    assert not account[..., 1:][:, :, folded].any()
+    sums = sum_by_lag(passes[0])
+    totals = torch.stack([x.square().sum((-1, -2)) for x in passes[0].total_gradients()])
+    torch.testing.assert_close(sums.credit.sum(-1), totals, rtol=1e-11, atol=1e-11)
+    for lags in (*sums.credit, *sums.mass, sums.attention):
+        assert not lags[:, folded, 1:].any()

@@ -1,5 +1,5 @@
 """Folders of tiny saved models, as fixtures."""
 
-from support.model_folders import folder, made
+from support.model_folders import folder, saved_model
 
-__all__ = ["folder", "made"]
+__all__ = ["folder", "saved_model"]

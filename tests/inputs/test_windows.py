@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from posterity.errors import InputError
-from posterity.inputs import text_sources as sources
-from posterity.inputs.text_sources import documents
-from posterity.inputs.windows import Stream, default_text, digest, windows
+from posterity.inputs import text_sources
+from posterity.inputs.text_sources import open_documents
+from posterity.inputs.windows import TextStream, Window, cut_windows, default_text, token_digest
 
 
 def unigram_tokenizer():
@@ -42,47 +42,46 @@ texts = st.builds(
 )
 
 
-def joined(found, name=None):
-    kept = [window.ids for window in found if name is None or window.text == name]
-    return torch.cat(kept).tolist() if kept else []
+def joined(windows, name=None):
+    ids = [window.ids for window in windows if name is None or window.text == name]
+    return torch.cat(ids).tolist() if ids else []
 
 
 @given(ids_lists, st.integers(2, 12))
 def test_windows_of_a_document_joined_are_its_beginning_and_the_rest_is_shorter_than_a_window(documents, context):
     if all(len(document) < context for document in documents):
         with pytest.raises(InputError, match=f"the longest of {len(documents)} given has {max(map(len, documents))}"):
-            windows(documents, None, context)
+            cut_windows(documents, None, context)
         return
-    found = windows(documents, None, context)
-    assert {len(window.ids) for window in found} == {context}
+    windows = cut_windows(documents, None, context)
+    assert {len(window.ids) for window in windows} == {context}
     for number, document in enumerate(documents):
-        kept = joined(found, f"document {number}")
-        assert kept == document[: len(document) // context * context]
-        indices = [window.index for window in found if window.text == f"document {number}"]
+        assert joined(windows, f"document {number}") == document[: len(document) // context * context]
+        indices = [window.index for window in windows if window.text == f"document {number}"]
         assert indices == list(range(len(document) // context))
 
 
 @given(ids_lists, st.integers(2, 6), st.integers(1, 9))
 def test_a_limit_keeps_the_first_windows_and_changes_none(documents, context, limit):
     try:
-        whole = windows(documents, None, context)
+        whole = cut_windows(documents, None, context)
     except InputError:
         return
-    assert digest(windows(documents, None, context, limit)) == digest(whole[:limit])
+    assert token_digest(cut_windows(documents, None, context, limit)) == token_digest(whole[:limit])
 
 
 @settings(deadline=None, max_examples=50)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(text=texts, limit=st.integers(1, 12), piece=st.integers(1, 700))
 def test_reading_only_as_far_as_needed_gives_the_windows_of_the_whole_text(kind, text, limit, piece):
-    pieces = Stream(lambda: (text[start : start + piece] for start in range(0, len(text), piece)))
+    pieces = TextStream(lambda: (text[start : start + piece] for start in range(0, len(text), piece)))
     try:
-        whole = windows(text, TOKENIZERS[kind], 8)
+        whole = cut_windows(text, TOKENIZERS[kind], 8)
     except InputError:
         return
-    assert digest(windows(text, TOKENIZERS[kind], 8, limit)) == digest(whole[:limit])
-    assert digest(windows(pieces, TOKENIZERS[kind], 8, limit)) == digest(whole[:limit])
-    assert digest(windows(pieces, TOKENIZERS[kind], 8)) == digest(whole)
+    assert token_digest(cut_windows(text, TOKENIZERS[kind], 8, limit)) == token_digest(whole[:limit])
+    assert token_digest(cut_windows(pieces, TOKENIZERS[kind], 8, limit)) == token_digest(whole[:limit])
+    assert token_digest(cut_windows(pieces, TOKENIZERS[kind], 8)) == token_digest(whole)
 
 
 @pytest.mark.parametrize("gap", ["", " "])
@@ -90,47 +89,45 @@ def test_reading_only_as_far_as_needed_gives_the_windows_of_the_whole_text(kind,
 def test_tokens_much_longer_than_expected_and_cuts_inside_a_word_change_no_window(kind, gap):
     for start in ["", "a", "ab", "abc"]:
         text = start + gap.join([LONG[-1]] * 400)
-        whole = windows(text, TOKENIZERS[kind], 8)
+        whole = cut_windows(text, TOKENIZERS[kind], 8)
         for limit in range(1, 13):
-            assert digest(windows(text, TOKENIZERS[kind], 8, limit)) == digest(whole[:limit])
+            assert token_digest(cut_windows(text, TOKENIZERS[kind], 8, limit)) == token_digest(whole[:limit])
 
 
 @given(ids_lists, ids_lists)
 def test_the_digest_is_the_same_exactly_when_tokens_and_boundaries_are(left, right):
-    from posterity.inputs.windows import Window
-
-    def made(rows, text):
+    def windows(rows, text):
         return [Window(torch.tensor(row, dtype=torch.int64), text, 0) for row in rows]
 
-    assert digest(made(left, "a")) == digest(made(left, "b"))
-    assert (digest(made(left, "a")) == digest(made(right, "a"))) == (left == right)
+    assert token_digest(windows(left, "a")) == token_digest(windows(left, "b"))
+    assert (token_digest(windows(left, "a")) == token_digest(windows(right, "a"))) == (left == right)
     flat = [[token for row in left for token in row]]
-    assert (digest(made(left, "a")) == digest(made(flat, "a"))) == (left == flat)
+    assert (token_digest(windows(left, "a")) == token_digest(windows(flat, "a"))) == (left == flat)
 
 
 def test_every_form_of_token_ids_gives_the_same_windows():
     rows = [[5, 1, 4, 2], [9, 8, 7, 3]]
     forms = [rows, np.array(rows), np.array(rows, np.uint16), torch.tensor(rows), torch.tensor(rows, dtype=torch.int32)]
     forms += [(torch.tensor(row) for row in rows), [np.array(row) for row in rows], [("a", rows[0]), ("b", rows[1])]]
-    assert len({digest(windows(form, None, 4)) for form in forms}) == 1
+    assert len({token_digest(cut_windows(form, None, 4)) for form in forms}) == 1
     flat = [[5, 1, 4, 2, 9, 8, 7, 3], range(8), np.arange(8), torch.arange(8)]
-    assert [len(windows(form, None, 4)) for form in flat] == [2, 2, 2, 2]
-    assert joined(windows(flat[0], None, 4)) == flat[0]
+    assert [len(cut_windows(form, None, 4)) for form in flat] == [2, 2, 2, 2]
+    assert joined(cut_windows(flat[0], None, 4)) == flat[0]
 
 
 def test_every_window_begins_with_what_the_tokenizer_puts_in_front_of_a_text_and_nothing_is_put_behind():
     tokenizer = byte_tokenizer(begin=True, end=True)
-    found = windows(WORDS * 5, tokenizer, 6)
-    assert len(found) > 5
-    assert all(window.ids[0] == 0 and not (window.ids == 1).any() for window in found)
-    text = torch.cat([window.ids[1:] for window in found]).tolist()
+    windows = cut_windows(WORDS * 5, tokenizer, 6)
+    assert len(windows) > 5
+    assert all(window.ids[0] == 0 and not (window.ids == 1).any() for window in windows)
+    text = torch.cat([window.ids[1:] for window in windows]).tolist()
     whole = tokenizer(WORDS * 5, add_special_tokens=False, verbose=False).input_ids
     assert text == whole[: len(text)]
     assert len(whole) - len(text) < 5
 
 
 def test_token_ids_are_taken_as_they_are_also_when_the_tokenizer_has_a_prefix():
-    assert joined(windows([3, 4, 5, 6], byte_tokenizer(begin=True), 2)) == [3, 4, 5, 6]
+    assert joined(cut_windows([3, 4, 5, 6], byte_tokenizer(begin=True), 2)) == [3, 4, 5, 6]
 
 
 @pytest.fixture
@@ -145,16 +142,16 @@ def loud():
 
 def test_a_text_longer_than_the_tokenizer_likes_brings_no_warning(loud, caplog):
     tokenizer = byte_tokenizer()
-    windows(WORDS * 3, tokenizer, 4)
+    cut_windows(WORDS * 3, tokenizer, 4)
     assert not caplog.records
     tokenizer(WORDS * 3)  # the same without our care: the test can fail
     assert "longer than the specified maximum" in caplog.text
 
 
 def test_names_of_documents_are_kept():
-    named = [("one.txt", WORDS), ("two.txt", WORDS * 2)]
-    assert list(dict.fromkeys(window.text for window in windows(named, PLAIN, 4))) == ["one.txt", "two.txt"]
-    assert {window.text for window in windows(WORDS, PLAIN, 4)} == {"text"}
+    pairs = [("one.txt", WORDS), ("two.txt", WORDS * 2)]
+    assert list(dict.fromkeys(window.text for window in cut_windows(pairs, PLAIN, 4))) == ["one.txt", "two.txt"]
+    assert {window.text for window in cut_windows(WORDS, PLAIN, 4)} == {"text"}
 
 
 @pytest.mark.parametrize(
@@ -181,23 +178,23 @@ def test_names_of_documents_are_kept():
 )
 def test_what_is_neither_text_nor_token_ids_is_refused_in_one_line(documents, message):
     with pytest.raises(InputError, match=message) as caught:
-        windows(documents, PLAIN, 1000)
+        cut_windows(documents, PLAIN, 1000)
     assert "\n" not in str(caught.value)
 
 
 def test_sizes_and_tokenizer_are_checked():
     with pytest.raises(InputError, match="context to be a whole number of at least 2; got 1"):
-        windows("text", PLAIN, 1)
+        cut_windows("text", PLAIN, 1)
     with pytest.raises(InputError, match="limit to be a whole number of at least 1; got 0"):
-        windows("text", PLAIN, 4, limit=0)
+        cut_windows("text", PLAIN, 4, limit=0)
     with pytest.raises(InputError, match="expected a tokenizer"):
-        windows("text", None, 4)
+        cut_windows("text", None, 4)
     wide = byte_tokenizer(begin=True)
     wide.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> <s> $A", special_tokens=[("<s>", 0)]
     )
     with pytest.raises(InputError, match="above the 2 tokens that begin every text; got 2"):
-        windows("text", wide, 2)
+        cut_windows("text", wide, 2)
 
 
 # Sources of the command line
@@ -206,7 +203,7 @@ def test_sizes_and_tokenizer_are_checked():
 def test_a_file_is_its_text_without_a_byte_order_mark(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" + WORDS.encode())
-    [(name, stream)] = documents([str(path)])
+    [(name, stream)] = open_documents([str(path)])
     assert name == str(path)
     assert "".join(stream.pieces()) == WORDS == "".join(stream.pieces())
 
@@ -214,8 +211,8 @@ def test_a_file_is_its_text_without_a_byte_order_mark(tmp_path):
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40), st.integers(1, 5))
 def test_characters_survive_every_size_of_the_chunks_that_are_read(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK", size)
-        assert "".join(sources._decode(io.BytesIO(text.encode()), "name")) == text.removeprefix("\ufeff")
+        patch.setattr(text_sources, "CHUNK_BYTES", size)
+        assert "".join(text_sources._decode(io.BytesIO(text.encode()), "name")) == text.removeprefix("\ufeff")
 
 
 @pytest.mark.parametrize(
@@ -230,11 +227,11 @@ def test_characters_survive_every_size_of_the_chunks_that_are_read(text, size):
 )
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
 def test_files_that_are_no_text_are_refused_with_the_byte(tmp_path, monkeypatch, data, message, chunk):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(text_sources, "CHUNK_BYTES", chunk)
     path = tmp_path / "file"
     path.write_bytes(data)
     with pytest.raises(InputError, match=message):
-        windows(documents([str(path)]), PLAIN, 4)
+        cut_windows(open_documents([str(path)]), PLAIN, 4)
 
 
 def test_wrong_arguments_are_found_before_anything_is_read(tmp_path):
@@ -248,7 +245,7 @@ def test_wrong_arguments_are_found_before_anything_is_read(tmp_path):
         ("not a name", "there is no file not a name"),
     ]:
         with pytest.raises(InputError, match=message):
-            documents([str(good), bad])
+            open_documents([str(good), bad])
 
 
 def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch):
@@ -260,29 +257,29 @@ def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(InputError, match=r"secret\.txt: Permission denied"):
-        documents([str(path)])
+        open_documents([str(path)])
 
 
 def test_a_long_file_is_read_only_as_far_as_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 1000)
+    monkeypatch.setattr(text_sources, "CHUNK_BYTES", 1000)
     path = tmp_path / "long.txt"
     path.write_bytes(WORDS.encode() * 1000 + b"\xff")
-    assert len(windows(documents([str(path)]), PLAIN, 8, limit=3)) == 3
+    assert len(cut_windows(open_documents([str(path)]), PLAIN, 8, limit=3)) == 3
     with pytest.raises(InputError, match="another encoding"):
-        windows(documents([str(path)]), PLAIN, 8)
+        cut_windows(open_documents([str(path)]), PLAIN, 8)
 
 
 def test_standard_input_is_a_text(monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(WORDS.encode() * 4)))
-    found = windows(documents(["-"]), PLAIN, 4)
-    assert joined(found) == joined(windows(WORDS * 4, PLAIN, 4))
-    assert found[0].text == "standard input"
+    windows = cut_windows(open_documents(["-"]), PLAIN, 4)
+    assert joined(windows) == joined(cut_windows(WORDS * 4, PLAIN, 4))
+    assert windows[0].text == "standard input"
 
 
 def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([json.dumps({"body": WORDS}), "", json.dumps({"body": WORDS * 2})]))
-    assert list(documents([str(path)], "body")) == [(f"{path}:1", WORDS), (f"{path}:3", WORDS * 2)]
+    assert list(open_documents([str(path)], "body")) == [(f"{path}:1", WORDS), (f"{path}:3", WORDS * 2)]
 
 
 @pytest.mark.parametrize(
@@ -298,9 +295,9 @@ def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
 def test_a_broken_line_is_named_and_only_when_it_is_reached(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": WORDS}) + "\n" + line)
-    assert len(windows(documents([str(path)]), PLAIN, 4, limit=2)) == 2
+    assert len(cut_windows(open_documents([str(path)]), PLAIN, 4, limit=2)) == 2
     with pytest.raises(InputError, match=message):
-        windows(documents([str(path)]), PLAIN, 4)
+        cut_windows(open_documents([str(path)]), PLAIN, 4)
 
 
 def test_a_dataset_is_streamed_with_its_name_configuration_and_split(monkeypatch):
@@ -313,32 +310,32 @@ def test_a_dataset_is_streamed_with_its_name_configuration_and_split(monkeypatch
 
     def load(name, config, *, split, streaming):
         assert (name, streaming) == ("org/name", True)
-        asked.append((config, split))
+        calls.append((config, split))
         return datasets.IterableDataset.from_generator(rows)
 
-    asked = []
+    calls = []
     monkeypatch.setattr(datasets, "load_dataset", load)
     for arg in ["org/name", "org/name:small", "org/name:small:test", "org/name::test"]:
-        found = windows(documents([arg]), PLAIN, 8, limit=4)
-        assert found[0].text == f"{arg}#0"
-        assert joined(found) == joined(windows([f"{number} " + WORDS for number in range(4)], PLAIN, 8, limit=4))
-    assert asked == [(None, "train"), ("small", "train"), ("small", "test"), (None, "test")]
+        windows = cut_windows(open_documents([arg]), PLAIN, 8, limit=4)
+        assert windows[0].text == f"{arg}#0"
+        assert joined(windows) == joined(cut_windows([f"{number} " + WORDS for number in range(4)], PLAIN, 8, limit=4))
+    assert calls == [(None, "train"), ("small", "train"), ("small", "test"), (None, "test")]
     assert max(read) < 10
     with pytest.raises(InputError, match=r"org/name, row 0: expected the field 'body'; got text"):
-        windows(documents(["org/name"], "body"), PLAIN, 8)
+        cut_windows(open_documents(["org/name"], "body"), PLAIN, 8)
 
 
 def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"nobody/nothing is no file, and as a dataset: .*nobody/nothing") as caught:
-        documents(["nobody/nothing"])
+        open_documents(["nobody/nothing"])
     assert "\n" not in str(caught.value)
 
 
 def test_the_default_text_holds_every_topic_whole_and_names_the_python():
     from pydoc_data.topics import topics
 
-    [(name, text)] = documents([])
+    [(name, text)] = open_documents([])
     assert (name, text) == default_text()
     assert sys.version.split()[0] in name
     assert all(topic in text for topic in topics.values())

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from support.reference import by_lag
-from support.spy import spied
+from support.spy import spy_on
 
 import posterity
 from posterity.inputs import model as loading
 from posterity.inputs import windows as corpus
-from posterity.models.chunked_loss import run
-from posterity.models.language_model import frozen
+from posterity.models.chunked_loss import window_losses
+from posterity.models.language_model import freeze_parameters
 from posterity.results import stats as derived
 
 pytestmark = pytest.mark.slow
@@ -23,38 +23,38 @@ POSTERITY = [sys.executable, "-m", "posterity"]
 def test_the_command_measures_saves_and_reports(tmp_path):
     run, page = tmp_path / "run.nc", tmp_path / "report.html"
     command = [*POSTERITY, "measure", "--context", "160", "--documents", "2", "-o", str(run), "-r", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2 windows of 160 tokens: about" in done.stderr
-    assert "self share" in done.stdout
-    found = posterity.load(run)
-    assert found.sizes["layer"] == 30
-    assert float(derived.balance(found).max()) < 1e-5
-    sides = derived.shares(found).share
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "2 windows of 160 tokens: about" in process.stderr
+    assert "self share" in process.stdout
+    result = posterity.load(run)
+    assert result.sizes["layer"] == 30
+    assert float(derived.balance(result).max()) < 1e-5
+    sides = derived.shares(result).share
     np.testing.assert_allclose(sides.sum("side"), 1, rtol=1e-12)
     # an English model writes mostly for later readers, and reads real text better than chance
-    assert (found.loss < np.log(49152) / 2).all()
-    assert found.attrs["model"] == "SmolLM2-135M-Instruct"
+    assert (result.loss < np.log(49152) / 2).all()
+    assert result.attrs["model"] == "SmolLM2-135M-Instruct"
     assert "<html" in page.read_text()[:200].lower()
 
 
 def test_float32_accounts_equal_the_dense_ones_of_the_float64_reference():
     loaded = loading.load_model(None)
-    ids = corpus.windows([corpus.default_text()], loaded.tokenizer, 96, 1)[0].ids
-    found = posterity.measure(loaded.model, None, ids, context=96, lags="all", weights=False, progress=False)
+    ids = corpus.cut_windows([corpus.default_text()], loaded.tokenizer, 96, 1)[0].ids
+    result = posterity.measure(loaded.model, None, ids, context=96, lags="all", weights=False, progress=False)
     model = loaded.model.double()
-    with spied(model) as spy, frozen(model):
-        run(model, ids[None]).sum().backward()
+    with spy_on(model) as spy, freeze_parameters(model):
+        window_losses(model, ids[None]).sum().backward()
     for layer, dense in enumerate(spy.accounts()):
-        right = by_lag(dense[0]).sum(1).movedim(0, 1).numpy()
-        mine = found.credit.sel(layer=layer).values
-        largest = np.abs(right).max()
+        expected = by_lag(dense[0]).sum(1).movedim(0, 1).numpy()
+        actual = result.credit.sel(layer=layer).values
+        largest = np.abs(expected).max()
         # float32 gradients of a 30-layer model, against float64 ones
-        np.testing.assert_allclose(mine, right, rtol=0, atol=1e-3 * largest)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3 * largest)
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_check_answers_in_one_line():
-    done = subprocess.run([*POSTERITY, "check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["can be measured: 30 attention layers"]
+    process = subprocess.run([*POSTERITY, "check"], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == ["can be measured: 30 attention layers"]

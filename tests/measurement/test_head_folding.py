@@ -8,7 +8,7 @@ import torch
 from support.loss_oracles import exact
 from support.losses_by_hand import mean_loss
 from support.reference import dense_attention
-from support.spy import Spy, attending
+from support.spy import Spy, use_attention
 from support.texts import tokenizer
 from support.tiny import summed_loss, tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -20,10 +20,9 @@ from posterity.cli import main as cli
 from posterity.inputs import model as loading
 from posterity.inputs.folded_folder import save_folded
 from posterity.inputs.model import load_folded
-from posterity.measurement.head_folding import Folded, head_costs, longest
-from posterity.models import folded_heads as folded
-from posterity.models.attach import watching
-from posterity.models.folded_heads import folding, keep_folded
+from posterity.measurement.head_folding import FoldedHeads, head_costs, largest_within_budget
+from posterity.models.attach import watch_model
+from posterity.models.folded_heads import fold_heads, fold_permanently
 from posterity.models.probe import check
 from posterity.results import stats as derived
 
@@ -50,7 +49,7 @@ def by_hand(heads):
 
 
 def logits_by_hand(model, ids, heads):
-    with attending(model, "by hand", by_hand(heads)), torch.no_grad():
+    with use_attention(model, "by hand", by_hand(heads)), torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
 
 
@@ -67,26 +66,26 @@ def close(one, other):
 def test_folding_heads_is_a_diagonal_mask_for_them(name):
     model, ids = tiny(name), tokens(2, 12)
     plain, heads = logits(model, ids), heads_of(name)
-    every = {layer: [0, 1, 2, 3] for layer in range(model.config.num_hidden_layers)}
-    for some in (heads, every, {1: [2]}):
-        with folding(model, some):
-            given = logits(model, ids)
-        close(given, logits_by_hand(model, ids, some))
-        assert (given - plain).abs().max() > 1e-2
+    all_heads = {layer: [0, 1, 2, 3] for layer in range(model.config.num_hidden_layers)}
+    for subset in (heads, all_heads, {1: [2]}):
+        with fold_heads(model, subset):
+            actual = logits(model, ids)
+        close(actual, logits_by_hand(model, ids, subset))
+        assert (actual - plain).abs().max() > 1e-2
     assert torch.equal(logits(model, ids), plain)
 
 
 def test_folding_is_exact_in_float64_with_its_gradients():
     model, ids = exact("llama"), tokens(2, 12)
-    with folding(model, [(layer, head) for layer, some in HEADS.items() for head in some]):
+    with fold_heads(model, [(layer, head) for layer, subset in HEADS.items() for head in subset]):
         loss = summed_loss(model, ids)
         loss.backward()
     grads = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    with attending(model, "by hand", by_hand(HEADS)):
-        wanted = summed_loss(model, ids)
-        wanted.backward()
-    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    with use_attention(model, "by hand", by_hand(HEADS)):
+        expected = summed_loss(model, ids)
+        expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for grad, parameter in zip(grads, model.parameters(), strict=True):
         # Queries and keys that nobody reads have no gradient; under a mask it is zero.
         grad = torch.zeros_like(parameter) if grad is None else grad
@@ -95,9 +94,9 @@ def test_folding_is_exact_in_float64_with_its_gradients():
 
 def test_foldings_nest():
     model, ids = tiny("llama"), tokens(2, 12)
-    with folding(model, {0: [1], 2: [0]}), folding(model, {0: [3], 1: [2]}):
-        given = logits(model, ids)
-    close(given, logits_by_hand(model, ids, {0: [1, 3], 1: [2], 2: [0]}))
+    with fold_heads(model, {0: [1], 2: [0]}), fold_heads(model, {0: [3], 1: [2]}):
+        actual = logits(model, ids)
+    close(actual, logits_by_hand(model, ids, {0: [1, 3], 1: [2], 2: [0]}))
 
 
 def test_masks_that_differ_between_heads_stay_with_their_heads():
@@ -105,8 +104,8 @@ def test_masks_that_differ_between_heads_stay_with_their_heads():
     mask = torch.ones(2, 4, 9, 9, dtype=torch.bool).tril()
     for head in range(4):
         mask[:, head] &= torch.ones(9, 9, dtype=torch.bool).triu(-head)  # a window of head + 1
-    with folding(model, {1: [2]}), torch.no_grad():
-        given = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    with fold_heads(model, {1: [2]}), torch.no_grad():
+        actual = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     mask_there = mask.clone()
     mask_there[:, 2] = torch.eye(9, dtype=torch.bool)
 
@@ -114,8 +113,8 @@ def test_masks_that_differ_between_heads_stay_with_their_heads():
         output, _, _ = dense_attention(query, key, value, scaling, mask_there if module.layer_idx == 1 else mask)
         return output.transpose(1, 2).contiguous(), None
 
-    with attending(model, "by hand", attend):
-        close(given, logits(model, ids))
+    with use_attention(model, "by hand", attend):
+        close(actual, logits(model, ids))
 
 
 def test_a_folded_head_costs_what_a_diagonal_mask_costs():
@@ -125,56 +124,56 @@ def test_a_folded_head_costs_what_a_diagonal_mask_costs():
         change = mean_loss(model, ids, {layer: [head]}) - mean_loss(model, ids, {})
         assert float(costs.cost[layer, head]) == pytest.approx(float(change.mean()), abs=1e-12)
         assert float(costs.error[layer, head]) == pytest.approx(float(change.std()) / 3**0.5, abs=1e-12)
-    order = [float(costs.cost[at] + costs.error[at]) for at in costs.order]
+    order = [float(costs.cost[head] + costs.error[head]) for head in costs.order]
     assert order == sorted(order)
     assert len(order) == 12
 
 
 @pytest.fixture(scope="module")
-def found():
+def folded():
     return posterity.fold(exact("llama"), None, tokens(9, 12, 3), context=12, limit=3, budget=0.05, progress=False)
 
 
-def test_the_joint_cost_is_within_the_budget_and_measured(found):
+def test_the_joint_cost_is_within_the_budget_and_measured(folded):
     model, ids = exact("llama"), tokens(9, 12, 3)
-    assert 0 < len(found.heads) < 12
-    assert found.chosen.change <= 0.05
-    assert found.heads == tuple(found.costs.order[: len(found.heads)])
-    for losses, some in ((found.chosen, ids[3:6]), (found.held_out, ids[6:])):
-        before, after = mean_loss(model, some, {}), mean_loss(model, some, found.by_layer)
+    assert 0 < len(folded.heads) < 12
+    assert folded.selection.change <= 0.05
+    assert folded.heads == tuple(folded.costs.order[: len(folded.heads)])
+    for losses, subset in ((folded.selection, ids[3:6]), (folded.held_out, ids[6:])):
+        before, after = mean_loss(model, subset, {}), mean_loss(model, subset, folded.by_layer)
         assert losses.before == pytest.approx(float(before.mean()), abs=1e-12)
         assert losses.after == pytest.approx(float(after.mean()), abs=1e-12)
         assert losses.change == pytest.approx(float((after - before).mean()), abs=1e-12)
         assert losses.error == pytest.approx(float((after - before).std()) / 3**0.5, abs=1e-12)
-    assert found.joint[len(found.heads)] == found.chosen.change
-    assert found.joint[len(found.heads) + 1] > 0.05
+    assert folded.joint[len(folded.heads)] == folded.selection.change
+    assert folded.joint[len(folded.heads) + 1] > 0.05
 
 
 def test_bisection_finds_the_longest_prefix_of_a_cost_that_grows():
-    asked = []
+    tried = []
 
     def cost(number):
-        asked.append(number)
+        tried.append(number)
         return float(number > answer)
 
     for answer in range(8):
-        asked.clear()
-        assert longest(cost, 7, 0.5) == answer
-        assert len(asked) <= 3
-    assert longest(lambda number: 1.0, 7, 0.0) == 0
-    assert longest(lambda number: -1.0, 7, 0.0) == 7
+        tried.clear()
+        assert largest_within_budget(cost, 7, 0.5) == answer
+        assert len(tried) <= 3
+    assert largest_within_budget(lambda number: 1.0, 7, 0.0) == 0
+    assert largest_within_budget(lambda number: -1.0, 7, 0.0) == 7
 
 
-def test_no_budget_folds_harmless_heads_only(found):
+def test_no_budget_folds_harmless_heads_only(folded):
     model, ids = exact("llama"), tokens(9, 12, 3)
     none = posterity.fold(model, None, ids, context=12, limit=3, budget=0, progress=False)
-    assert none.chosen.change <= 0
-    assert len(none.heads) <= len(found.heads)
+    assert none.selection.change <= 0
+    assert len(none.heads) <= len(folded.heads)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()  # no head does anything
-    every = posterity.fold(model, None, ids, context=12, limit=3, budget=0, progress=False)
-    assert (len(every.heads), every.chosen.change, every.held_out.change) == (12, 0.0, 0.0)
+    harmless = posterity.fold(model, None, ids, context=12, limit=3, budget=0, progress=False)
+    assert (len(harmless.heads), harmless.selection.change, harmless.held_out.change) == (12, 0.0, 0.0)
 
 
 # A model that runs folded for good
@@ -190,18 +189,18 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_that_runs_folded_has_the_logits_of_the_mask(name):
     model, ids = tiny(name), tokens(2, 12)
-    wanted = logits_by_hand(model, ids, heads_of(name))
-    keep_folded(model, heads_of(name))
-    close(logits(model, ids), wanted)
-    close(logits(copy.deepcopy(model), ids), wanted)
+    expected = logits_by_hand(model, ids, heads_of(name))
+    fold_permanently(model, heads_of(name))
+    close(logits(model, ids), expected)
+    close(logits(copy.deepcopy(model), ids), expected)
 
 
 def test_a_saved_model_is_folded_for_posterity_and_plain_for_transformers(folder):
     model, ids = tiny("llama"), tokens(2, 12)
-    with folding(model, HEADS):
-        wanted = logits(model, ids)
+    with fold_heads(model, HEADS):
+        expected = logits(model, ids)
     for loaded in (load_folded(folder), loading.load_model(str(folder), device="cpu").model):
-        assert torch.equal(logits(loaded.cpu(), ids), wanted)
+        assert torch.equal(logits(loaded.cpu(), ids), expected)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     close(logits(plain, ids), logits(model, ids))
     assert "posterity_folded" not in (folder / "config.json").read_text()
@@ -220,7 +219,7 @@ def test_a_folded_model_that_transformers_saves_again_stays_folded(folder, tmp_p
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_generating_with_a_cache_gives_what_it_gives_without(name):
     model, ids = tiny(name), tokens(2, 6)
-    keep_folded(model, HEADS)
+    fold_permanently(model, HEADS)
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(cached, model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **options))
@@ -232,27 +231,27 @@ def test_generating_with_a_cache_gives_what_it_gives_without(name):
 
 def test_padding_on_the_left_changes_nothing():
     model, ids = tiny("llama"), tokens(1, 8)
-    keep_folded(model, HEADS)
+    fold_permanently(model, HEADS)
     padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids), 1)
     mask = torch.tensor([[0] * 3 + [1] * 8])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    given = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    close(given[:, 3:], logits(model, ids))
+    actual = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    close(actual[:, 3:], logits(model, ids))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
 def test_a_folded_model_is_measured_as_it_runs(name):
     model, ids = tiny(name), tokens(3, 12)
-    keep_folded(model, HEADS)
+    fold_permanently(model, HEADS)
     assert str(check(model)) == "can be measured: 3 attention layers"
     result = posterity.measure(model, None, ids, context=12, lags="all", losses=True, progress=False)
     assert float(derived.balance(result).max()) < 1e-6
     torch.testing.assert_close(torch.tensor(result.loss.values), mean_loss_of(model, ids), rtol=1e-6, atol=0)
     other = result.credit.isel(lag=slice(1, None))
-    for layer, some in HEADS.items():
-        assert not other.sel(layer=layer, head=some).any()
-        assert (result.attention.sel(layer=layer, head=some).sum("lag") == 3 * 12).all()
-        unread = result.credit.sel(layer=layer, head=some, stream=["query", "key"])
+    for layer, subset in HEADS.items():
+        assert not other.sel(layer=layer, head=subset).any()
+        assert (result.attention.sel(layer=layer, head=subset).sum("lag") == 3 * 12).all()
+        unread = result.credit.sel(layer=layer, head=subset, stream=["query", "key"])
         # The rounding of ds_ii, times the gradient of a key that other heads of the group read.
         assert float(abs(unread).max()) < 64 * torch.finfo(torch.float64).eps * float(abs(result.credit).max())
     assert other.sel(layer=1).any()
@@ -264,7 +263,7 @@ def mean_loss_of(model, ids):
 
 def test_the_ledger_of_a_folded_model_is_that_of_masks_by_hand():
     model, ids = exact("llama"), tokens(1, 12)
-    keep_folded(model, HEADS)
+    fold_permanently(model, HEADS)
     result = posterity.measure(model, None, ids, context=12, lags="all", weights=False, progress=False)
     plain = exact("llama")
     spy = Spy()
@@ -275,19 +274,19 @@ def test_the_ledger_of_a_folded_model_is_that_of_masks_by_hand():
         mask[:, HEADS.get(module.layer_idx, [])] = diagonal
         return spy.attend(module, query, key, value, mask, **kwargs)
 
-    with attending(plain, "spied by hand", attend):
+    with use_attention(plain, "spied by hand", attend):
         summed_loss(plain, ids).backward()
     for layer, (credit, *_) in enumerate(spy.accounts()):
         dense = torch.stack([credit.diagonal(-lag, -2, -1).sum(-1) for lag in range(12)], -1)[:, 0]
-        given = torch.tensor(result.credit.sel(layer=layer).transpose("stream", "head", "lag").values)
-        torch.testing.assert_close(given, dense, rtol=1e-9, atol=1e-12)
+        actual = torch.tensor(result.credit.sel(layer=layer).transpose("stream", "head", "lag").values)
+        torch.testing.assert_close(actual, dense, rtol=1e-9, atol=1e-12)
 
 
 def test_a_folded_model_folds_further_and_keeps_what_it_had(folder, tmp_path):
     model, ids = load_folded(folder).cpu(), tokens(2, 12)
     save_folded(model, tokenizer(), {1: [2]}, tmp_path / "more", {})
-    given = logits(load_folded(tmp_path / "more").cpu(), ids)
-    close(given, logits_by_hand(tiny("llama"), ids, {**HEADS, 1: [2]}))
+    actual = logits(load_folded(tmp_path / "more").cpu(), ids)
+    close(actual, logits_by_hand(tiny("llama"), ids, {**HEADS, 1: [2]}))
     close(logits(model, ids), logits_by_hand(tiny("llama"), ids, HEADS))
 
 
@@ -296,14 +295,14 @@ def test_a_folded_model_folds_further_and_keeps_what_it_had(folder, tmp_path):
 
 def test_mistakes_are_one_line(tmp_path, folder):
     model, ids = tiny("llama"), tokens(4, 12)
-    for heads, said in (({3: [0]}, r"\(3, 0\)"), ({0: [4]}, r"\(0, 4\)"), ([(-1, 0)], r"\(-1, 0\)")):
-        with pytest.raises(InputError, match=f"layers from 0 to 2 and heads from 0 to 3; got {said}"):
-            folding(model, heads).__enter__()
+    for heads, message in (({3: [0]}, r"\(3, 0\)"), ({0: [4]}, r"\(0, 4\)"), ([(-1, 0)], r"\(-1, 0\)")):
+        with pytest.raises(InputError, match=f"layers from 0 to 2 and heads from 0 to 3; got {message}"):
+            fold_heads(model, heads).__enter__()
     with pytest.raises(InputError, match="budget of at least 0 nats per token; got -1"):
         posterity.fold(model, None, ids, budget=-1, context=12, progress=False)
     with pytest.raises(InputError, match="three windows of 12 tokens at least"):
         posterity.fold(model, None, ids[:1], context=12, progress=False)
-    with pytest.raises(InputError, match="fold it outside"), folding(model, HEADS):
+    with pytest.raises(InputError, match="fold it outside"), fold_heads(model, HEADS):
         posterity.fold(model, None, ids, context=12, progress=False)
     with pytest.raises(InputError, match=r"has no folded\.json: load it as any model"):
         load_folded(tmp_path)
@@ -318,7 +317,7 @@ def test_mistakes_are_one_line(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ("{", "it is damaged: fold it again"),
         ('{"version": 2}', "is of version 2"),
@@ -326,10 +325,10 @@ def test_mistakes_are_one_line(tmp_path, folder):
         ('{"version": 1, "heads": {"7": [0]}}', r"got \(7, 0\)"),
     ],
 )
-def test_a_damaged_list_of_heads_is_never_read_as_none(data, said, tmp_path):
+def test_a_damaged_list_of_heads_is_never_read_as_none(data, message, tmp_path):
     save_folded(tiny("llama"), tokenizer(), HEADS, tmp_path / "folded", {})
     (tmp_path / "folded" / "folded.json").write_text(data)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         loading.load_model(str(tmp_path / "folded"))
 
 
@@ -340,7 +339,7 @@ def test_sinks_and_modules_without_a_number_of_their_own_are_refused():
     model = tiny("llama")
     model.model.layers[1].self_attn.layer_idx = 0
     with pytest.raises(InputError, match="cannot run folded for good"):
-        keep_folded(model, HEADS)
+        fold_permanently(model, HEADS)
     assert model.config._attn_implementation == "eager"
 
 
@@ -352,7 +351,7 @@ def test_a_folder_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folded, "write_whole", full)
+    monkeypatch.setattr("posterity.inputs.folded_folder.write_atomically", full)
     with pytest.raises(InputError, match="No space left on device"):
         save_folded(tiny("llama"), tokenizer(), {1: [0]}, target, {})
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
@@ -392,8 +391,7 @@ def test_the_command_writes_a_folded_model_and_verifies_it(plain):
 
 
 def test_the_command_fails_where_the_loaded_model_is_another(plain, monkeypatch):
-    monkeypatch.setattr(loading, "run_as_saved", lambda *args: None, raising=False)
-    monkeypatch.setattr(folded, "run_as_saved", lambda *args: None)
+    monkeypatch.setattr(loading, "apply_folded_heads", lambda *args: None)
     options = ["--budget", 0.5, "--context", 12, "--documents", 2, "--device", "cpu", "-o", plain / "out"]
     answer = run("fold", plain / "plain", plain / "text.txt", *options)
     assert answer.exit_code == 2
@@ -402,24 +400,24 @@ def test_the_command_fails_where_the_loaded_model_is_another(plain, monkeypatch)
 
 def test_the_command_says_before_the_work_where_it_cannot_write(plain, monkeypatch):
     monkeypatch.setattr(loading, "load_model", None)
-    for output, said in ((plain, "it holds something else"), (plain / "plain", "it is read here")):
+    for output, message in ((plain, "it holds something else"), (plain / "plain", "it is read here")):
         answer = run("fold", plain / "plain", plain / "text.txt", "-o", output)
         assert answer.exit_code == 2
-        assert said in answer.output
+        assert message in answer.output
         assert answer.output.count("\n") == 1
 
 
-def test_a_finding_prints_every_layer_with_folded_heads(found):
-    assert isinstance(found, Folded)
-    for layer, some in found.by_layer.items():
-        assert f"layer {layer}: heads {', '.join(map(str, some))}\n" in str(found)
-    assert ("more than the budget of 0.05" in str(found)) == (found.held_out.change > 0.05)
+def test_a_finding_prints_every_layer_with_folded_heads(folded):
+    assert isinstance(folded, FoldedHeads)
+    for layer, subset in folded.by_layer.items():
+        assert f"layer {layer}: heads {', '.join(map(str, subset))}\n" in str(folded)
+    assert ("more than the budget of 0.05" in str(folded)) == (folded.held_out.change > 0.05)
 
 
 def test_watching_is_over_after_folding():
     model = tiny("llama")
-    with folding(model, HEADS):
+    with fold_heads(model, HEADS):
         pass
-    with watching(model) as watch:
+    with watch_model(model) as watch:
         assert watch.replacement is None
     assert model.config._attn_implementation == "eager"

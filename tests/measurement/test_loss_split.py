@@ -14,9 +14,9 @@ import posterity
 from posterity import Discount, EdgeWindow, Full, InputError, Myopic
 from posterity.inputs import model as loading
 from posterity.inputs import windows as corpus
-from posterity.models.attach import watched
-from posterity.models.watch import watches
-from posterity.reporting.summary import rows
+from posterity.models.attach import observe_model
+from posterity.models.interception import interceptions
+from posterity.reporting.result_table import summary_rows
 from posterity.results import stats as derived
 
 
@@ -24,43 +24,43 @@ from posterity.results import stats as derived
 @pytest.mark.usefixtures("small_blocks")
 def test_the_three_parts_are_those_of_one_backward_pass_per_position(name):
     model, ids = exact(name), tokens(2)
-    found = posterity.measure(model, None, ids, context=12, losses=True, horizons=(1, 2, 5), progress=False)
+    result = posterity.measure(model, None, ids, context=12, losses=True, horizons=(1, 2, 5), progress=False)
     plain = posterity.measure(model, None, ids, context=12, progress=False)
     for variable in plain.data_vars:  # asking who pays changes nothing else
-        close(found[variable], plain[variable])
+        close(result[variable], plain[variable])
     layers = by_position(model, ids)
-    assert len(layers) == found.sizes["layer"]
+    assert len(layers) == result.sizes["layer"]
     share = 2 if name not in ("gpt_neox", "gpt2", "deepseek_v3") else 1
     for layer, (query, *written, hidden) in enumerate(layers):
         for stream, grads in zip(("key", "value"), written, strict=True):
             head, own = grads.sum(0), own_of(grads)
             whole = head.unflatten(1, (-1, share)).sum(2).repeat_interleave(share, 1)
-            mine = found.isel(layer=layer).sel(written=stream)
-            close(mine.loss_credit.sel(part="own"), (own * whole).sum(-1).sum(0))
-            later = mine.loss_credit.sel(part=["self later", "future"]).sum("part")
+            actual = result.isel(layer=layer).sel(written=stream)
+            close(actual.loss_credit.sel(part="own"), (own * whole).sum(-1).sum(0))
+            later = actual.loss_credit.sel(part=["self later", "future"]).sum("part")
             close(later, ((head - own) * whole).sum(-1).sum(0))
-            sides = found.credit_by_position.isel(layer=layer).sel(stream=stream)
-            close(mine.loss_credit.sel(part="future"), sides.sel(side="other"))
-            close(mine.loss_gram.sel(pair="own"), own.square().sum(-1).sum(0))
-            both = mine.loss_gram.sel(pair=["self later", "future", "self later . future", "self later . future"])
+            sides = result.credit_by_position.isel(layer=layer).sel(stream=stream)
+            close(actual.loss_credit.sel(part="future"), sides.sel(side="other"))
+            close(actual.loss_gram.sel(pair="own"), own.square().sum(-1).sum(0))
+            both = actual.loss_gram.sel(pair=["self later", "future", "self later . future", "self later . future"])
             close(both.sum("pair"), (head - own).square().sum(-1).sum(0))
-            cross = mine.loss_gram.sel(pair=["own . self later", "own . future"]).sum("pair")
+            cross = actual.loss_gram.sel(pair=["own . self later", "own . future"]).sum("pair")
             close(cross, (own * (head - own)).sum(-1).sum(0))
             for h in (1, 2, 5):
-                left = remaining(grads, 1 - 1 / h)
-                mine_h = found.horizon_by_document.isel(layer=layer).sel(stream=stream, horizon=h)
-                close(mine_h, (left * whole).sum((-1, -2)))
+                discounted = remaining(grads, 1 - 1 / h)
+                mine_h = result.horizon_by_document.isel(layer=layer).sel(stream=stream, horizon=h)
+                close(mine_h, (discounted * whole).sum((-1, -2)))
         for h in (1, 2, 5):
-            mine_h = found.horizon_by_document.isel(layer=layer).sel(stream="query", horizon=h)
+            mine_h = result.horizon_by_document.isel(layer=layer).sel(stream="query", horizon=h)
             close(mine_h, (remaining(query, 1 - 1 / h) * query.sum(0)).sum((-1, -2)))
         own, later = own_of(hidden), hidden.sum(0) - own_of(hidden)
-        mine = found.hidden.isel(layer=layer)
-        for term, right in (("own", own * own), ("later", later * later), ("inner", own * later)):
-            close(mine.sel(loss_term=term), right.sum(-1).sum(0))
-    np.testing.assert_allclose(derived.who_pays(found, ("layer", "head")).share.sum("part"), 1, rtol=1e-9)
+        actual = result.hidden.isel(layer=layer)
+        for term, expected in (("own", own * own), ("later", later * later), ("inner", own * later)):
+            close(actual.sel(loss_term=term), expected.sum(-1).sum(0))
+    np.testing.assert_allclose(derived.loss_shares(result, ("layer", "head")).share.sum("part"), 1, rtol=1e-9)
     # nothing after the last attention layer moves information between positions
-    last = found.loss_gram.isel(layer=-1).sel(pair="self later")
-    assert float(last.max()) <= 1e-20 * float(found.loss_gram.isel(layer=-1).max())
+    last = result.loss_gram.isel(layer=-1).sel(pair="self later")
+    assert float(last.max()) <= 1e-20 * float(result.loss_gram.isel(layer=-1).max())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
@@ -69,10 +69,10 @@ def test_the_three_parts_are_those_of_one_backward_pass_per_position(name):
 @pytest.mark.usefixtures("small_blocks")
 def test_a_discount_is_the_discounted_sum_over_losses(name, inputs, rate):
     model, ids = exact(name), tokens(2)
-    given = INPUTS[inputs](ids)
-    layers = by_position(model, ids, **dict(given))
+    model_inputs = INPUTS[inputs](ids)
+    layers = by_position(model, ids, **dict(model_inputs))
     seen, hidden = {}, []
-    with watched(model, lambda layer, back, project: seen.update({layer: back})) as watch:
+    with observe_model(model, lambda layer, back, project: seen.update({layer: back})) as watch:
         holders = [model.get_submodule(layer.name.rpartition(".")[0]) for layer in watch.layers]
         hooks = [
             holder.register_forward_pre_hook(
@@ -81,22 +81,22 @@ def test_a_discount_is_the_discounted_sum_over_losses(name, inputs, rate):
             for holder in holders
         ]
         with posterity.horizon(model, Discount(rate)):
-            loss = position_losses(model, ids, **dict(given)).sum()
+            loss = position_losses(model, ids, **dict(model_inputs)).sum()
             grads = torch.autograd.grad(loss, hidden)
         for hook in hooks:
             hook.remove()
         backs = [seen[layer] for layer in watch.layers]
     for back, grad, (query, key, value, state) in zip(backs, grads, layers, strict=True):
-        mine = (back.grad_query, back.grad_key, back.grad_value)
-        for x, right in zip(mine, (query, key, value), strict=True):
-            close(x, remaining(right, rate))
+        actual = (back.grad_query, back.grad_key, back.grad_value)
+        for x, expected in zip(actual, (query, key, value), strict=True):
+            close(x, remaining(expected, rate))
         close(grad, remaining(state, rate))
 
 
 def parameter_gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return result
 
 
 def cut_gradients(model, ids, rule, **settings):
@@ -117,9 +117,9 @@ def test_a_horizon_is_dense_autograd_with_a_factor_on_every_edge(name, cut, rule
     model, ids = tiny(name), tokens(2)
     if layers and name == "deepseek_v3":
         layers = [layer for layer in layers if layer < 1] or [0]
-    loss, mine = cut_gradients(model, ids, rule, cut=cut, streams=streams, layers=layers)
+    loss, actual = cut_gradients(model, ids, rule, cut=cut, streams=streams, layers=layers)
     count = model.config.num_hidden_layers
-    chosen = range(count) if layers is None else [layer % count for layer in layers]
+    cut_layers = range(count) if layers is None else [layer % count for layer in layers]
     with dense(model) as spy:
         own_attend, calls = spy.attend, 0
         spy.hidden = cut == "hidden"
@@ -128,20 +128,20 @@ def test_a_horizon_is_dense_autograd_with_a_factor_on_every_edge(name, cut, rule
             nonlocal calls
             if spy.captured is not None:
                 return own_attend(*args, **kwargs)
-            factors = tuple(rule.weight if stream in streams else None for stream in ("key", "value"))
-            spy.factor = factors if calls in chosen else (None, None)
+            factors = tuple(rule.factor if stream in streams else None for stream in ("key", "value"))
+            spy.factor = factors if calls in cut_layers else (None, None)
             calls += 1
             return own_attend(*args, **kwargs)
 
         AttentionInterface.register("dense", attend)
         right_loss = summed_loss(model, ids)
         right_loss.backward()
-    right = parameter_gradients(model)
+    expected = parameter_gradients(model)
     torch.testing.assert_close(loss, right_loss.detach(), rtol=1e-6, atol=0)
-    largest = max(x.abs().max() for x in right.values())
-    assert mine.keys() == right.keys()
-    for parameter, grad in right.items():
-        torch.testing.assert_close(mine[parameter], grad, rtol=1e-4, atol=1e-6 * largest.item(), msg=parameter)
+    largest = max(x.abs().max() for x in expected.values())
+    assert actual.keys() == expected.keys()
+    for parameter, grad in expected.items():
+        torch.testing.assert_close(actual[parameter], grad, rtol=1e-4, atol=1e-6 * largest.item(), msg=parameter)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2", "phi3"])
@@ -187,7 +187,7 @@ def test_rate_0_is_myopic_and_rate_1_is_full_to_the_bit():
     full = parameter_gradients(model)
     for cut in ("kv", "hidden"):
         one, zero, window, myopic = (
-            cut_gradients(model, ids, rule, cut=cut) for rule in (Discount(1), Discount(0), EdgeWindow(0), Myopic())
+            cut_gradients(model, ids, rule, cut=cut) for rule in (Discount(1.0), Discount(0.0), EdgeWindow(0), Myopic())
         )
         assert one[0] == zero[0] == myopic[0]
         for name in plain:
@@ -202,10 +202,10 @@ def test_beyond_an_edge_window_gradients_are_exactly_zero():
     output = posterity.attention(query, key, value, horizon=lambda: (EdgeWindow(5), EdgeWindow(9)))
     grad = torch.zeros_like(output)
     grad[:, :, 650:] = 1
-    found = torch.autograd.grad(output, (key, value), grad)
-    assert (found[0][:, :, :645] == 0).all()
-    assert (found[1][:, :, :641] == 0).all()
-    assert (found[1][:, :, 641] != 0).all()
+    result = torch.autograd.grad(output, (key, value), grad)
+    assert (result[0][:, :, :645] == 0).all()
+    assert (result[1][:, :, :641] == 0).all()
+    assert (result[1][:, :, 641] != 0).all()
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.99])
@@ -225,19 +225,21 @@ def test_a_discount_over_a_long_context_neither_overflows_nor_underflows(rate):
         late = torch.arange(length)[None] > torch.arange(rows.start, rows.stop)[:, None]
         weight = torch.softmax(score.masked_fill(late, -torch.inf), -1)[:, j]
         factor = rate ** torch.arange(rows.stop - rows.start, dtype=torch.double)
-        right = (weight * factor) @ grad[0, 0, rows].double()
-        torch.testing.assert_close(value.grad[0, 0, j].double(), right, rtol=1e-4, atol=1e-6 * grad.abs().max().item())
+        expected = (weight * factor) @ grad[0, 0, rows].double()
+        torch.testing.assert_close(
+            value.grad[0, 0, j].double(), expected, rtol=1e-4, atol=1e-6 * grad.abs().max().item()
+        )
 
 
 def test_an_account_inside_a_horizon_counts_what_the_horizon_lets_through():
     model, ids = tiny("llama"), tokens(1)
     with posterity.horizon(model, EdgeWindow(3)), posterity.account(model, lags="all") as ledger:
         summed_loss(model, ids).backward()
-    found = ledger.result()
-    assert (found.credit.sel(stream=["key", "value"]).sel(lag=slice(4, None)) == 0).all()
-    assert (found.mass.sel(stream=["key", "value"]).sel(lag=slice(4, None)) == 0).all()
-    assert (found.credit.sel(stream="query").sel(lag=slice(4, None)) != 0).any()
-    assert float(derived.balance(found).max()) < 1e-10
+    result = ledger.result()
+    assert (result.credit.sel(stream=["key", "value"]).sel(lag=slice(4, None)) == 0).all()
+    assert (result.mass.sel(stream=["key", "value"]).sel(lag=slice(4, None)) == 0).all()
+    assert (result.credit.sel(stream="query").sel(lag=slice(4, None)) != 0).any()
+    assert float(derived.balance(result).max()) < 1e-10
     with posterity.account(model, lags="all") as outer, posterity.horizon(model, Myopic(), cut="hidden"):
         summed_loss(model, ids).backward()
     assert (outer.result().credit.sel(stream="key", lag=4) != 0).any()  # W_K learns from all of it
@@ -247,40 +249,41 @@ def test_an_account_inside_a_horizon_counts_what_the_horizon_lets_through():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_parameters_split_into_what_the_own_and_what_later_losses_ask_for(name):
     model, ids = tiny(name), tokens(2)
-    found = posterity.measure(model, None, ids, context=12, parameters=True, progress=False)
+    result = posterity.measure(model, None, ids, context=12, parameters=True, progress=False)
     assert all(p.grad is None for p in model.parameters())
-    names = list(found.parameter.values)
+    names = list(result.parameter.values)
     for document, row in enumerate(ids):
         model.zero_grad()
         summed_loss(model, row[None]).backward()
         whole = parameter_gradients(model)
         _, own = cut_gradients(model, row[None], Myopic())
         for index, module in enumerate(names):
-            mine = dict(zip(found.loss_term.values, found.parameter_by_document[document, index].values, strict=True))
-            right = {"own": 0.0, "later": 0.0, "inner": 0.0}
+            terms = result.parameter_by_document[document, index].values
+            actual = dict(zip(result.loss_term.values, terms, strict=True))
+            expected = {"own": 0.0, "later": 0.0, "inner": 0.0}
             for parameter, grad in whole.items():
                 if parameter.rpartition(".")[0] == module:
                     later = grad - own[parameter]
-                    right["own"] += own[parameter].square().sum().item()
-                    right["later"] += later.square().sum().item()
-                    right["inner"] += (own[parameter] * later).sum().item()
-            assert mine == pytest.approx(
-                right, rel=1e-5, abs=1e-7 * sum(x.square().sum().item() for x in whole.values())
+                    expected["own"] += own[parameter].square().sum().item()
+                    expected["later"] += later.square().sum().item()
+                    expected["inner"] += (own[parameter] * later).sum().item()
+            assert actual == pytest.approx(
+                expected, rel=1e-5, abs=1e-7 * sum(x.square().sum().item() for x in whole.values())
             )
 
 
 def test_a_horizon_leaves_the_forward_pass_and_the_model_alone():
     model, ids = tiny("llama"), tokens(2)
     with posterity.horizon(model, Full()):
-        right = summed_loss(model, ids)
-        right.backward()
+        expected = summed_loss(model, ids)
+        expected.backward()
     for cut in ("kv", "hidden"):
         with posterity.horizon(model, Discount(0.5), cut=cut):
             loss = summed_loss(model, ids)
             loss.backward()
-        assert torch.equal(loss, right)
+        assert torch.equal(loss, expected)
     assert model.config._attn_implementation == "eager"
-    assert not watches
+    assert not any(interceptions.values())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -288,12 +291,12 @@ def test_a_horizon_leaves_the_forward_pass_and_the_model_alone():
 @pytest.mark.parametrize("cut", ["kv", "hidden"])
 def test_a_horizon_under_gradient_checkpointing_is_the_same(reentrant, cut):
     model, ids = tiny("llama"), tokens(2)
-    _, right = cut_gradients(model, ids, Discount(0.5), cut=cut)
+    _, expected = cut_gradients(model, ids, Discount(0.5), cut=cut)
     model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    _, mine = cut_gradients(model, ids, Discount(0.5), cut=cut)
-    for name, grad in right.items():
-        torch.testing.assert_close(mine[name], grad, rtol=1e-6, atol=1e-9)
+    _, actual = cut_gradients(model, ids, Discount(0.5), cut=cut)
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=1e-6, atol=1e-9)
 
 
 def test_bad_horizons_are_refused_in_one_line():
@@ -337,9 +340,9 @@ def test_bad_horizons_are_refused_in_one_line():
             posterity.measure(model, None, ids, context=12, horizons=horizons, progress=False)
     with posterity.horizon(model, Myopic()):
         summed_loss(model, ids).backward()
-        for asked in ({"losses": True}, {"horizons": (1, 2)}):
+        for options in ({"losses": True}, {"horizons": (1, 2)}):
             with pytest.raises(InputError, match="a question to the whole gradient"):
-                posterity.measure(model, None, ids, context=12, progress=False, **asked)
+                posterity.measure(model, None, ids, context=12, progress=False, **options)
     with pytest.raises(InputError, match="one window at a time"):
         posterity.measure(model, None, ids, context=12, parameters=True, batch=2, progress=False)
 
@@ -356,13 +359,13 @@ def spoilt(x, passes):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         ({"losses": True}, r"what the own losses send to layer model\.layers\.1\.self_attn"),
         ({"horizons": (4,)}, r"at horizon 4 the gradient of layer model\.layers\.1\.self_attn"),
     ],
 )
-def test_a_later_backward_pass_that_is_not_finite_is_named(asked, message):
+def test_a_later_backward_pass_that_is_not_finite_is_named(options, message):
     model = tiny("llama")
 
     def spoil(module, args, output):
@@ -371,7 +374,7 @@ def test_a_later_backward_pass_that_is_not_finite_is_named(asked, message):
 
     model.model.layers[1].mlp.register_forward_hook(spoil)
     with pytest.raises(InputError, match=rf"^{message} is not finite in window .*#0: check the model"):
-        posterity.measure(model, None, tokens(), context=12, progress=False, **asked)
+        posterity.measure(model, None, tokens(), context=12, progress=False, **options)
 
 
 def test_gradients_of_hidden_states_and_parameters_that_are_not_finite_are_named():
@@ -407,30 +410,30 @@ def test_a_single_loss_whose_gradient_is_not_finite_is_named():
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_the_matrix_of_one_text_is_one_backward_pass_per_loss(name, batch):
     model, ids = exact(name), tokens(1)
-    found = posterity.inspect(model, None, ids[0], batch=batch, horizons=(1, 4), progress=False)
-    assert list(found.token.values) == [str(int(one)) for one in ids[0]]
+    result = posterity.inspect(model, None, ids[0], batch=batch, horizons=(1, 4), progress=False)
+    assert list(result.token.values) == [str(int(token)) for token in ids[0]]
     share = 1 if name == "gpt2" else 2
     for layer, (_, *written, _) in enumerate(by_position(model, ids)):
         for stream, grads in zip(("key", "value"), written, strict=True):
             shared = grads.unflatten(2, (-1, share)).sum(3)  # loss, batch, group, position, dim
-            mine = found.isel(layer=layer).sel(written=stream)
-            close(mine.inspect_credit, (shared * shared.sum(0)).sum((1, 2, 4)))
-            close(mine.inspect_norm, shared.square().sum((1, 2, 4)).sqrt())
+            actual = result.isel(layer=layer).sel(written=stream)
+            close(actual.inspect_credit, (shared * shared.sum(0)).sum((1, 2, 4)))
+            close(actual.inspect_norm, shared.square().sum((1, 2, 4)).sqrt())
     # the sum over losses is the whole, its diagonal the own part, and nothing is paid before it is written
     whole = (
-        found.credit_by_position.sel(stream=["key", "value"]).sum(("head", "side")).transpose("layer", "stream", ...)
+        result.credit_by_position.sel(stream=["key", "value"]).sum(("head", "side")).transpose("layer", "stream", ...)
     )
-    close(found.inspect_credit.sum("loss_position"), whole)
-    own = found.loss_credit.sel(part="own").sum("head")
-    close(np.diagonal(found.inspect_credit, axis1=2, axis2=3), own)
+    close(result.inspect_credit.sum("loss_position"), whole)
+    own = result.loss_credit.sel(part="own").sum("head")
+    close(np.diagonal(result.inspect_credit, axis1=2, axis2=3), own)
     early = np.triu(np.ones((12, 12)), 1).astype(bool)
-    assert (found.inspect_credit.values[..., early] == 0).all()
-    assert (found.inspect_norm.values[..., early] == 0).all()
+    assert (result.inspect_credit.values[..., early] == 0).all()
+    assert (result.inspect_norm.values[..., early] == 0).all()
 
 
 def test_an_inspected_text_is_saved_and_read(tmp_path):
-    found = posterity.inspect(tiny("llama"), None, tokens(1)[0], progress=False)
-    assert posterity.load(posterity.save(found, tmp_path / "one.nc")).identical(found)
+    result = posterity.inspect(tiny("llama"), None, tokens(1)[0], progress=False)
+    assert posterity.load(posterity.save(result, tmp_path / "one.nc")).identical(result)
 
 
 def test_texts_that_cannot_be_inspected_are_refused_in_one_line():
@@ -448,27 +451,27 @@ def test_texts_that_cannot_be_inspected_are_refused_in_one_line():
 @pytest.mark.filterwarnings("ignore")
 def test_own_losses_of_the_default_model_are_those_of_one_backward_pass_per_position():
     loaded = loading.load_model(None)
-    window = corpus.windows([corpus.default_text()], loaded.tokenizer, 48, 1)[0]
-    found = posterity.inspect(loaded.model, None, window.ids, progress=False)
-    own = found.loss_credit.sel(part="own").sum("head").values
-    diagonal = np.diagonal(found.inspect_credit, axis1=2, axis2=3)
+    window = corpus.cut_windows([corpus.default_text()], loaded.tokenizer, 48, 1)[0]
+    result = posterity.inspect(loaded.model, None, window.ids, progress=False)
+    own = result.loss_credit.sel(part="own").sum("head").values
+    diagonal = np.diagonal(result.inspect_credit, axis1=2, axis2=3)
     largest = np.abs(own).max((1, 2), keepdims=True)
     assert (np.abs(own - diagonal) / largest).max() < 1e-4
     whole = (
-        found.credit_by_position.sel(stream=["key", "value"]).sum(("head", "side")).transpose("layer", "stream", ...)
+        result.credit_by_position.sel(stream=["key", "value"]).sum(("head", "side")).transpose("layer", "stream", ...)
     )
-    summed = found.inspect_credit.sum("loss_position").values
+    summed = result.inspect_credit.sum("loss_position").values
     assert (np.abs(summed - whole.values) / np.abs(whole.values).max((1, 2), keepdims=True)).max() < 1e-4
-    norms = found.loss_gram.sel(pair="self later").isel(layer=-1).sum().item()
-    assert norms <= 1e-12 * found.loss_gram.isel(layer=-1).sel(pair="future").sum().item()
+    norms = result.loss_gram.sel(pair="self later").isel(layer=-1).sum().item()
+    assert norms <= 1e-12 * result.loss_gram.isel(layer=-1).sel(pair="future").sum().item()
 
 
 def test_the_summary_says_who_pays():
-    found = posterity.measure(
+    result = posterity.measure(
         tiny("llama"), None, tokens(3), context=12, losses=True, horizons=(1, 2, 64), progress=False
     )
-    table = {row.label: row.cells for row in rows(found)}
-    share = derived.who_pays(found).share
+    table = {row.label: row.cells for row in summary_rows(result)}
+    share = derived.loss_shares(result).share
     for label, part in (("own loss", "own"), ("self edge, later losses", "self later"), ("future edges", "future")):
         query, key, value = table[label]
         assert query == ""
@@ -476,4 +479,4 @@ def test_the_summary_says_who_pays():
         assert value.startswith(f"{100 * share.sel(written='value', part=part):.1f}")
     assert all("token" in cell for cell in table["effective horizon"])
     plain = posterity.measure(tiny("llama"), None, tokens(3), context=12, progress=False)
-    assert not {row.label for row in rows(plain)} & {"own loss", "effective horizon"}
+    assert not {row.label for row in summary_rows(plain)} & {"own loss", "effective horizon"}

@@ -10,22 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.batches import INPUTS, padded
 from support.reference import by_lag
-from support.spy import spied
+from support.spy import spy_on
 from support.tiny import CONFIGS, summed_loss, tiny, tokens
 
 import posterity
 from posterity.errors import InputError
-from posterity.measurement.estimate import _continued, estimate
-from posterity.models.chunked_loss import Head
+from posterity.measurement.estimate import _extrapolate, estimate
+from posterity.models.chunked_loss import LMHead
 from posterity.results import stats as derived
 
 KEYS = ("q_proj", "k_proj", "v_proj")
 
 
-def own_loss(model, ids, given):
-    logits = model(input_ids=ids, use_cache=False, **{k: v for k, v in given.items() if k != "labels"}).logits
+def own_loss(model, ids, model_inputs):
+    logits = model(input_ids=ids, use_cache=False, **{k: v for k, v in model_inputs.items() if k != "labels"}).logits
     return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        logits[:, :-1].flatten(0, 1), model_inputs["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
 
 
@@ -34,21 +34,21 @@ def own_loss(model, ids, given):
 @pytest.mark.usefixtures("small_blocks")
 def test_every_number_equals_the_dense_account_of_autograds_gradients(name, inputs):
     model, ids = tiny(name), tokens()
-    given, readers = INPUTS[inputs](ids), None
+    model_inputs, readers = INPUTS[inputs](ids), None
     if inputs.endswith("padding"):
-        given["labels"] = padded(ids, inputs.split()[0])[1]
+        model_inputs["labels"] = padded(ids, inputs.split()[0])[1]
         if inputs == "left padding":
-            given["labels"][1, 4] = -100
-        readers = given["attention_mask"].bool()
-    with spied(model) as spy:
-        own_loss(model, ids, given).backward()
+            model_inputs["labels"][1, 4] = -100
+        readers = model_inputs["attention_mask"].bool()
+    with spy_on(model) as spy:
+        own_loss(model, ids, model_inputs).backward()
     with posterity.account(model, lags="all") as ledger:
-        own_loss(model, ids, given).backward()
+        own_loss(model, ids, model_inputs).backward()
     ours = ledger.result()
 
-    def same(mine, right):
-        right = np.stack([np.asarray(x) for x in right])
-        np.testing.assert_allclose(mine.values, right, rtol=1e-10, atol=1e-10 * np.abs(right).max())
+    def same(actual, expected):
+        expected = np.stack([np.asarray(x) for x in expected])
+        np.testing.assert_allclose(actual.values, expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
 
     dense = spy.accounts(readers)
     assert len(dense) == ours.sizes["layer"] > 1
@@ -105,10 +105,10 @@ def test_the_two_parts_of_a_weight_gradient_add_up_to_autograds_own(name, batch)
             per_document = [
                 torch.cat([g[f"{module}.{n}"][index].flatten() for n, index in rows.items()]) for g in gradients
             ]
-            right = [g.square().sum().item() for g in per_document]
-            np.testing.assert_allclose(whole.sel(layer=layer, stream=stream), right, rtol=1e-6)
-            right = torch.stack(per_document).mean(0).square().sum().item()
-            assert mean.sel(layer=layer, stream=stream).item() == pytest.approx(right, rel=1e-6)
+            expected = [g.square().sum().item() for g in per_document]
+            np.testing.assert_allclose(whole.sel(layer=layer, stream=stream), expected, rtol=1e-6)
+            expected = torch.stack(per_document).mean(0).square().sum().item()
+            assert mean.sel(layer=layer, stream=stream).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
@@ -148,9 +148,9 @@ def test_the_self_part_of_a_weight_gradient_is_the_gradient_with_all_other_edges
     rows = PROJECTIONS[name](model)
     for stream, parts in zip(ours.stream.values, rows, strict=True):
         parameters = dict(module.named_parameters())
-        right = sum(parameters[n].grad[at].square().sum().item() for n, at in parts.items())
-        mine = ours.weight_by_document.sel(stream=stream, term="self").isel(layer=-1).item()
-        assert mine == pytest.approx(right, rel=1e-5), stream
+        expected = sum(parameters[n].grad[rows].square().sum().item() for n, rows in parts.items())
+        actual = ours.weight_by_document.sel(stream=stream, term="self").isel(layer=-1).item()
+        assert actual == pytest.approx(expected, rel=1e-5), stream
 
 
 @settings(max_examples=8, deadline=None)
@@ -188,19 +188,19 @@ def test_padding_on_the_left_changes_no_number_of_a_document():
     with posterity.account(model, lags="all") as padded_ledger:
         places = {"attention_mask": mask, "position_ids": torch.cat((torch.zeros(4), torch.arange(12)))[None].long()}
         own_loss(model, behind, places | {"labels": behind.masked_fill(torch.arange(16) < 5, -100)}).backward()
-    for name, right in alone.result().data_vars.items():
-        mine = padded_ledger.result()[name]
-        mine = mine.isel({dim: slice(0, right.sizes[dim]) for dim in ("lag", "position") if dim in mine.dims})
-        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-9, err_msg=name)
+    for name, expected in alone.result().data_vars.items():
+        actual = padded_ledger.result()[name]
+        actual = actual.isel({dim: slice(0, expected.sizes[dim]) for dim in ("lag", "position") if dim in actual.dims})
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-9, err_msg=name)
 
 
 def test_the_corpus_of_a_ledger_is_the_sum_of_its_documents():
-    found = posterity.measure(tiny("llama"), None, tokens(3, 20), context=20, progress=False)
-    by_document = found.credit_by_document.sum("document")
-    xr.testing.assert_allclose(found.credit_by_position.sum("position"), by_document)
-    xr.testing.assert_allclose(found.credit.isel(lag=0, drop=True), by_document.sel(side="self", drop=True))
-    xr.testing.assert_allclose(found.profile_by_document.sum("document"), found.credit.sum("head"))
-    xr.testing.assert_allclose(found.attention.sum("lag"), xr.full_like(found.attention_first, 60.0))
+    result = posterity.measure(tiny("llama"), None, tokens(3, 20), context=20, progress=False)
+    by_document = result.credit_by_document.sum("document")
+    xr.testing.assert_allclose(result.credit_by_position.sum("position"), by_document)
+    xr.testing.assert_allclose(result.credit.isel(lag=0, drop=True), by_document.sel(side="self", drop=True))
+    xr.testing.assert_allclose(result.profile_by_document.sum("document"), result.credit.sum("head"))
+    xr.testing.assert_allclose(result.attention.sum("lag"), xr.full_like(result.attention_first, 60.0))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -235,14 +235,14 @@ def test_gradient_accumulation_and_unequal_lengths_add_documents():
     with posterity.account(model) as ledger:
         for length in (12, 30, 20):
             summed_loss(model, tokens(1, length)).backward()
-    found = ledger.result()
-    assert found.sizes["document"] == 3
-    assert found.sizes["position"] == 30
+    result = ledger.result()
+    assert result.sizes["document"] == 3
+    assert result.sizes["position"] == 30
     for index, length in enumerate((12, 30, 20)):
         alone = posterity.measure(model, None, tokens(1, length), context=length, progress=False)
-        mine = found.profile_by_document.isel(document=index).sel(lag=alone.lag)
+        actual = result.profile_by_document.isel(document=index).sel(lag=alone.lag)
         xr.testing.assert_allclose(
-            mine.drop_vars(("document", "text", "lag_end")),
+            actual.drop_vars(("document", "text", "lag_end")),
             alone.profile_by_document[0].drop_vars(("document", "text", "lag_end")),
         )
 
@@ -255,10 +255,10 @@ def test_lags_all_summed_into_bins_equal_the_bins():
     for name in ("credit", "mass", "attention", "edges", "profile_by_document"):
         for bins in (coarse, two):
             for b, (first, last) in enumerate(zip(bins.lag.values, bins.lag_end.values, strict=True)):
-                right = fine[name].sel(lag=slice(first, last)).sum("lag")
-                mine = bins[name].isel(lag=b)
-                if not mine.isnull().all():
-                    np.testing.assert_allclose(mine, right, rtol=1e-9, atol=1e-12)
+                expected = fine[name].sel(lag=slice(first, last)).sum("lag")
+                actual = bins[name].isel(lag=b)
+                if not actual.isnull().all():
+                    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
                 else:
                     assert bins is two
 
@@ -266,10 +266,10 @@ def test_lags_all_summed_into_bins_equal_the_bins():
 def test_measuring_leaves_the_model_as_it_was():
     model = tiny("llama").train()
     model.model.embed_tokens.weight.requires_grad_(False)
-    wanted = [p.requires_grad for p in model.parameters()]
+    required = [p.requires_grad for p in model.parameters()]
     posterity.measure(model, None, tokens(), context=12, progress=False)
     assert model.training
-    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert [p.requires_grad for p in model.parameters()] == required
     assert all(p.grad is None for p in model.parameters())
     assert not model.model.embed_tokens._forward_hooks
 
@@ -329,29 +329,29 @@ def test_a_gradient_that_is_not_finite_is_named_by_document_and_layer():
 
 def test_progress_shows_an_estimate_and_a_bar(capsys):
     posterity.measure(tiny("llama"), None, tokens(), context=12, progress=True)
-    shown = capsys.readouterr().err
-    assert "2 windows of 12 tokens: about" in shown
-    assert "2/2 windows" in shown
+    stderr = capsys.readouterr().err
+    assert "2 windows of 12 tokens: about" in stderr
+    assert "2/2 windows" in stderr
 
 
 @given(
-    linear=st.floats(1e-6, 1e-2), quadratic=st.floats(0, 1e-5), before=st.integers(16, 2000), more=st.integers(1, 2000)
+    linear=st.floats(1e-6, 1e-2), quadratic=st.floats(0, 1e-5), before=st.integers(16, 2000), extra=st.integers(1, 2000)
 )
-def test_time_that_grows_with_the_square_of_the_context_is_estimated_from_two_trials(linear, quadratic, before, more):
-    rates = {tokens: linear + quadratic * tokens for tokens in (before, before + more)}
-    assert _continued(rates, 32768) == pytest.approx(linear + quadratic * 32768)
-    assert _continued({before: linear}, 32768) == linear
-    assert _continued({before: 2 * linear, before + more: linear}, 32768) == linear  # the first was cold
+def test_time_that_grows_with_the_square_of_the_context_is_estimated_from_two_trials(linear, quadratic, before, extra):
+    rates = {tokens: linear + quadratic * tokens for tokens in (before, before + extra)}
+    assert _extrapolate(rates, 32768) == pytest.approx(linear + quadratic * 32768)
+    assert _extrapolate({before: linear}, 32768) == linear
+    assert _extrapolate({before: 2 * linear, before + extra: linear}, 32768) == linear  # the first was cold
 
 
 def test_long_windows_are_tried_twice(monkeypatch):
     tried = []
     monkeypatch.setattr(
-        "posterity.measurement.estimate._rate", lambda model, ids, head: tried.append(len(ids)) or len(ids)
+        "posterity.measurement.estimate._seconds_per_token", lambda model, ids, head: tried.append(len(ids)) or len(ids)
     )
     model = tiny("llama", max_position_embeddings=4096)
     for length in (2047, 2048):
-        line = estimate(model, tokens(1, length)[0], 3, 1, False, Head(model), 0)
+        line = estimate(model, tokens(1, length)[0], 3, 1, False, LMHead.probe(model), 0)
     assert tried == [128, 256]
     assert "about 3495 h 15 min" in line  # 3 windows of 2048 tokens, 2048 s each
 

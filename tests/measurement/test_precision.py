@@ -10,8 +10,8 @@ from support.tiny import summed_loss, tiny, tokens
 
 import posterity
 from posterity import Discount, InputError
-from posterity.decomposition.credit import Bins, self_part, tally
-from posterity.models.attach import watched
+from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
+from posterity.models.attach import observe_model
 from posterity.ops.attention import attention
 from posterity.results import stats as derived
 
@@ -29,10 +29,10 @@ def in_half(name, kind, **changes):
 
 def backwards(model, casting, ids):
     """Every layer's finished backward pass."""
-    found = []
-    with watched(model, lambda layer, back, project: found.append(back)), casting:
+    backs = []
+    with observe_model(model, lambda layer, back, project: backs.append(back)), casting:
         summed_loss(model, ids).backward()
-    return found
+    return backs
 
 
 def dense(back):
@@ -45,13 +45,13 @@ def dense(back):
     if back.softcap is not None:
         score = back.softcap * torch.tanh(score / back.softcap)
         slope = 1 - (score / back.softcap) ** 2
-    at = torch.arange(length)
-    allowed = at[None] <= at[:, None]
+    position = torch.arange(length)
+    allowed = position[None] <= position[:, None]
     if back.mask.allowed is not None:
-        allowed = back.mask.allowed(at[:, None], at[None])
+        allowed = back.mask.allowed(position[:, None], position[None])
     weight = torch.exp(score - lse[..., None]).masked_fill(~allowed, 0)
     change = back.scale * slope * weight * (grad @ value.mT - (grad * output).sum(-1, keepdim=True))
-    whole = [x.double() for x in back.wholes]
+    whole = [x.double() for x in back.total_gradients()]
     credit = torch.stack((change * (whole[0] @ key.mT), change * (query @ whole[1].mT), weight * (grad @ whole[2].mT)))
     return credit, (change @ key, change.mT @ query, weight.mT @ grad)
 
@@ -72,7 +72,7 @@ class Sizes:
         lse = back.lse.double()[..., None]
         weight = torch.exp(score - lse).tril() * (1 + back.scale * (query @ key.mT) + lse.abs())
         change = back.scale * weight * (grad @ value.mT + (grad * output).sum(-1, keepdim=True))
-        whole = [x.double().abs() for x in back.wholes]
+        whole = [x.double().abs() for x in back.total_gradients()]
         self.grads = change @ key, change.mT @ query, weight.mT @ grad
         sums = (change * (whole[0] @ key.mT), change * (query @ whole[1].mT), weight * (grad @ whole[2].mT))
         self.credit = torch.stack([x.sum((0, 2, 3)) for x in sums], -1)  # head, stream
@@ -83,8 +83,8 @@ def bound(back, exact, roundoff, smallest):
     """How far credit by lag and by position may be apart, (head, stream): each head's gradient was rounded once."""
     sizes = Sizes(back)
     lost = [
-        (rounded_once(mine, size, sizes.float32, roundoff, smallest) * whole.double().abs()).sum((0, 2, 3))
-        for mine, size, whole in zip(exact, sizes.grads, back.wholes, strict=True)
+        (rounded_once(actual, size, sizes.float32, roundoff, smallest) * whole.double().abs()).sum((0, 2, 3))
+        for actual, size, whole in zip(exact, sizes.grads, back.total_gradients(), strict=True)
     ]
     return torch.stack(lost, -1) + sizes.float32 * sizes.credit
 
@@ -99,12 +99,12 @@ def rounded_once(exact, size, float32, roundoff, smallest):
 def test_accounts_in_half_precision_balance_within_the_rounding_of_the_gradients(name, kind):
     model, casting = in_half(name, kind)
     roundoff, smallest = ROUNDOFF[HALVES[kind]], SMALLEST[HALVES[kind]]
-    found = backwards(model, casting, tokens(1, LENGTH))
-    assert len(found) == model.config.num_hidden_layers
-    for back in found:
+    backs = backwards(model, casting, tokens(1, LENGTH))
+    assert len(backs) == model.config.num_hidden_layers
+    for back in backs:
         assert back.query.dtype == back.grad_key.dtype == HALVES[kind]
         _, exact = dense(back)
-        entry = tally(back, self_part(back), Bins.of("all", LENGTH))
+        entry = pass_credit(back, self_edge_gradients(back), Bins.of("all", LENGTH))
         by_edge, by_place = entry.credit.sum((0, -1)), entry.credit_by_position.sum((0, -1, -2))
         assert entry.credit.dtype == torch.float64
         allowed = bound(back, exact, roundoff, smallest)
@@ -114,7 +114,7 @@ def test_accounts_in_half_precision_balance_within_the_rounding_of_the_gradients
         groups = back.key.shape[1]
         share = back.query.shape[1] // groups
         for stream, repeated in enumerate((1, share, share)):
-            squared = back.wholes[stream].double().square().sum() / repeated
+            squared = back.total_gradients()[stream].double().square().sum() / repeated
             assert abs(whole[stream] - squared) <= 1.05 * roundoff * squared
 
 
@@ -125,13 +125,13 @@ def test_nothing_is_added_up_in_half_precision(name, kind):
     model, casting = in_half(name, kind)
     for back in backwards(model, casting, tokens(1, LENGTH)):
         credit, exact = dense(back)
-        entry = tally(back, self_part(back), Bins.of("all", LENGTH))
-        right = by_lag(credit).sum(1).movedim(0, 1)
+        entry = pass_credit(back, self_edge_gradients(back), Bins.of("all", LENGTH))
+        expected = by_lag(credit).sum(1).movedim(0, 1)
         sizes, rounding = Sizes(back), (ROUNDOFF[HALVES[kind]], SMALLEST[HALVES[kind]])
-        assert ((entry.credit[0] - right).abs() <= sizes.float32 * sizes.credit[..., None]).all()
+        assert ((entry.credit[0] - expected).abs() <= sizes.float32 * sizes.credit[..., None]).all()
         grads = (back.grad_query, back.grad_key, back.grad_value)
-        for mine, one, size in zip(grads, exact, sizes.grads, strict=True):
-            assert ((mine.double() - one).abs() <= rounded_once(one, size, sizes.float32, *rounding)).all()
+        for actual, one, size in zip(grads, exact, sizes.grads, strict=True):
+            assert ((actual.double() - one).abs() <= rounded_once(one, size, sizes.float32, *rounding)).all()
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
@@ -141,15 +141,15 @@ def test_a_key_with_many_readers_is_rounded_once_however_many_blocks_there_are(k
     query, key, value = (torch.randn(1, 1, length, 8) for _ in range(3))
     query[..., 0], key[..., 0], key[:, :, 0] = 4.0, -4.0, 0.0
     key[:, :, 0, 0] = 4.0  # a sink: all queries attend to the first key
-    given = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+    leaves = [x.to(dtype).requires_grad_() for x in (query, key, value)]
     seen = []
-    attention(*given, observe=seen.append).backward((torch.rand(1, 1, length, 8) + 0.5).to(dtype))
+    attention(*leaves, observe=seen.append).backward((torch.rand(1, 1, length, 8) + 0.5).to(dtype))
     back = seen[0]
     weight = torch.exp(back.scale * (back.query.double() @ back.key[:, :, :1].double().mT).squeeze(-1) - back.lse)
-    right = (weight[..., None] * back.grad_output.double()).sum(2)
+    expected = (weight[..., None] * back.grad_output.double()).sum(2)
     assert weight.mean() > 0.5
-    error = (given[2].grad[:, :, 0].double() - right).abs()
-    assert (error <= ROUNDOFF[dtype] * right.abs() * (1 + 1e-3)).all()
+    error = (leaves[2].grad[:, :, 0].double() - expected).abs()
+    assert (error <= ROUNDOFF[dtype] * expected.abs() * (1 + 1e-3)).all()
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
@@ -161,37 +161,37 @@ def test_factors_of_a_horizon_are_not_rounded_to_half_precision(kind):
     seen = []
     horizon = lambda: (Discount(0.999), Discount(0.999))  # noqa: E731
     attention(query, key, value, horizon=horizon, observe=seen.append).backward(grad)
-    back, at = seen[0], torch.arange(length)
-    assert back.value_weight.dtype == torch.float32
+    back, position = seen[0], torch.arange(length)
+    assert back.value_factor.dtype == torch.float32
     score = back.scale * (back.query.double() @ back.key.double().mT) - back.lse.double()[..., None]
-    factor = 0.999 ** (at[:, None] - at[None]).clamp(min=0).double()
-    right = (torch.exp(score).tril() * factor).mT @ grad.double()
-    error = (value.grad.double() - right).abs()
-    assert (error <= ROUNDOFF[dtype] * right * (1 + 1e-2)).all()
+    factor = 0.999 ** (position[:, None] - position[None]).clamp(min=0).double()
+    expected = (torch.exp(score).tril() * factor).mT @ grad.double()
+    error = (value.grad.double() - expected).abs()
+    assert (error <= ROUNDOFF[dtype] * expected * (1 + 1e-2)).all()
 
 
 @pytest.mark.parametrize("kind", HALVES)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_shares_in_half_precision_are_near_those_of_float32(name, kind):
     """No law: forward passes differ. Rounding is a part u of every number; a tenth is twenty-five of them."""
-    asked = {"context": LENGTH, "losses": True, "horizons": (4,), "progress": False}
+    options = {"context": LENGTH, "losses": True, "horizons": (4,), "progress": False}
     exact = tiny(name, torch.float32)
     with torch.no_grad():  # the same weights in all precisions
         exact.load_state_dict({n: x.to(HALVES[kind]).float() for n, x in exact.state_dict().items()})
-    right = posterity.measure(exact, None, tokens(2, LENGTH), **asked)
+    expected = posterity.measure(exact, None, tokens(2, LENGTH), **options)
     model, casting = in_half(name, kind)
     model.load_state_dict(exact.state_dict())
     with casting:
-        found = posterity.measure(model, None, tokens(2, LENGTH), **asked)
+        result = posterity.measure(model, None, tokens(2, LENGTH), **options)
     for shares in (
         lambda result: derived.shares(result).share,
-        lambda result: derived.who_pays(result).share,
-        lambda result: derived.weights(result).share,
+        lambda result: derived.loss_shares(result).share,
+        lambda result: derived.weight_shares(result).share,
     ):
-        one, other = shares(found), shares(right)
+        one, other = shares(result), shares(expected)
         assert math.isfinite(float(one.sum()))
         assert float(abs(one - other).max()) < 0.1
-    balance = float(derived.balance(found).max())
+    balance = float(derived.balance(result).max())
     assert balance < 8 * ROUNDOFF[HALVES[kind]]
 
 

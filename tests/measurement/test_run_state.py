@@ -20,18 +20,19 @@ from typer.testing import CliRunner
 import posterity
 from posterity import InputError
 from posterity.cli import main as cli
-from posterity.decomposition.accumulator import Sums
-from posterity.measurement import run_state as resume
+from posterity.decomposition.accumulator import Accumulator
+from posterity.measurement import run_state
 from posterity.measurement.distributed import Processes
+from posterity.measurement.state_folder import FolderLock, remove_state
 
 TESTS = Path(__file__).parents[1]
 
 
-def forked(what, folder, *numbers):
-    command = [sys.executable, "-m", "support.forked", what, str(folder), *map(str, numbers)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=TESTS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def forked(scenario, folder, *numbers):
+    command = [sys.executable, "-m", "support.forked", scenario, str(folder), *map(str, numbers)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=TESTS)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    return json.loads(answer.stdout.splitlines()[-1])
 
 
 def test_a_run_killed_fifty_times_at_random_gives_the_same_bits(tmp_path):
@@ -85,13 +86,13 @@ def measure(state=None, model=None, documents=None, **options):
 
 def test_a_finished_state_gives_the_result_without_a_pass(tmp_path, monkeypatch):
     first = measure(tmp_path / "state")
-    monkeypatch.setattr("posterity.measurement.measure._measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("posterity.measurement.measure._measure_batch", lambda *_: pytest.fail("measured again"))
     again = measure(tmp_path / "state")
     assert first.drop_attrs().identical(again.drop_attrs())
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"lags": "all"}, "lags octaves there, all here"),
         ({"weights": True}, "weights False there, True here"),
@@ -105,10 +106,10 @@ def test_a_finished_state_gives_the_result_without_a_pass(tmp_path, monkeypatch)
         ({"model": tiny("gpt2")}, "another model"),
     ],
 )
-def test_a_state_of_other_settings_is_refused(tmp_path, changed, said):
+def test_a_state_of_other_settings_is_refused(tmp_path, changed, message):
     measure(tmp_path / "state")
     before = {file: file.read_bytes() for file in (tmp_path / "state").glob("*.safetensors")}
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         measure(tmp_path / "state", **changed)
     assert {file: file.read_bytes() for file in (tmp_path / "state").glob("*.safetensors")} == before
 
@@ -141,7 +142,7 @@ def test_a_window_that_stands_in_two_states_is_refused(tmp_path):
 
 def test_an_interruption_says_what_is_kept_and_half_a_window_is_not(tmp_path, monkeypatch):
     accounts = importlib.import_module("posterity.measurement.account")
-    expected, original, calls = measure(), accounts.tally, []
+    expected, original, calls = measure(), accounts.pass_credit, []
 
     def interrupted(*args):
         calls.append(1)
@@ -149,11 +150,11 @@ def test_an_interruption_says_what_is_kept_and_half_a_window_is_not(tmp_path, mo
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(accounts, "tally", interrupted)
-    monkeypatch.setattr(resume, "SHARE", 1e9)
+    monkeypatch.setattr(accounts, "pass_credit", interrupted)
+    monkeypatch.setattr(run_state, "WRITE_SHARE", 1e9)
     with pytest.raises(KeyboardInterrupt, match=r"kept in .*state"):
         measure(tmp_path / "state")
-    monkeypatch.setattr(accounts, "tally", original)
+    monkeypatch.setattr(accounts, "pass_credit", original)
     assert expected.drop_attrs().identical(measure(tmp_path / "state").drop_attrs())
 
 
@@ -167,10 +168,28 @@ def test_a_buffer_that_differs_is_another_model(tmp_path):
 
 
 def test_a_state_is_held_by_one_run(tmp_path):
-    with resume.lock(tmp_path / "state", 0), pytest.raises(InputError, match="another run is at work on"):
+    lock = FolderLock.acquire(tmp_path / "state", 0)
+    with pytest.raises(InputError, match=r"another run is at work on .*state: wait for it, or choose another output"):
         measure(tmp_path / "state")
+    lock.release()
     measure(tmp_path / "state")
     measure(tmp_path / "state")  # each has let it go
+
+
+def test_a_killed_process_frees_its_lock_and_its_part_file_is_removed(tmp_path):
+    code = (
+        "import os, signal\nfrom pathlib import Path\n"
+        "from posterity.measurement.state_folder import FolderLock, write_state_file\n"
+        "lock = FolderLock.acquire('state', 0)\n"
+        "with write_state_file(Path('state/0.safetensors')) as part:\n"
+        "    part.write_bytes(b'a part')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["0.lock", "0.part"]
+    FolderLock.acquire(tmp_path / "state", 0).release()
+    remove_state(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
 
 
 def test_the_model_is_as_before_after_a_refused_state(tmp_path):
@@ -186,28 +205,28 @@ def test_the_model_is_as_before_after_a_refused_state(tmp_path):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.randoms())
 def test_sums_over_parts_are_the_sums_over_all(owners, random):
     values = [torch.tensor([float(random.randint(-99, 99)) for _ in range(4)]) for _ in owners]  # exact in any order
-    whole, parts = Sums(), [Sums() for _ in range(4)]
+    whole, parts = Accumulator(), [Accumulator() for _ in range(4)]
     numbers = [[] for _ in parts]
     for number, (x, owner) in enumerate(zip(values, owners, strict=True)):
         for sums in (whole, parts[owner]):
-            sums.add("total", x)
-            sums.note("row", [x])
+            sums.add(("layer", "total"), x)
+            sums.append_rows((None, "row"), [x])
         numbers[owner].append(number)
-    merged = Sums()
+    merged = Accumulator()
     for part in parts:
-        merged.merge(Sums.of(part.tensors()))
-    order = [number for some in numbers for number in some]
+        merged.merge(Accumulator.from_tensors(part.tensors()))
+    order = [number for part_numbers in numbers for number in part_numbers]
     merged.reorder(sorted(range(len(order)), key=order.__getitem__))
-    assert torch.equal(merged.total["total"], whole.total["total"])
-    assert torch.equal(torch.stack(merged.rows["row"]), torch.stack(whole.rows["row"]))
-    assert torch.equal(torch.stack(whole.rows["row"]), torch.stack(values))
+    assert torch.equal(merged.total["layer", "total"], whole.total["layer", "total"])
+    assert torch.equal(torch.stack(merged.rows[None, "row"]), torch.stack(whole.rows[None, "row"]))
+    assert torch.equal(torch.stack(whole.rows[None, "row"]), torch.stack(values))
 
 
 def test_sums_of_other_lengths_add_from_the_first_entry():
-    sums = Sums()
+    sums = Accumulator()
     for x in ([1.0, 2], [1.0, 2, 3], [1.0]):
-        sums.add("x", torch.tensor(x))
-    assert sums.total["x"].tolist() == [3, 4, 3]
+        sums.add((None, "x"), torch.tensor(x))
+    assert sums.total[None, "x"].tolist() == [3, 4, 3]
 
 
 def test_processes_that_cannot_find_each_other_say_so(monkeypatch):
@@ -233,16 +252,16 @@ def command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
-        given = ["measure", "tiny", str(text), "--context", "12", "--documents", "4", "-o", "run.nc", *args]
-        monkeypatch.setattr(sys, "argv", ["posterity", *given])
-        done = CliRunner().invoke(cli.app, given)
-        return done.exit_code, done.stdout, done.stderr
+        arguments = ["measure", "tiny", str(text), "--context", "12", "--documents", "4", "-o", "run.nc", *args]
+        monkeypatch.setattr(sys, "argv", ["posterity", *arguments])
+        answer = CliRunner().invoke(cli.app, arguments)
+        return answer.exit_code, answer.stdout, answer.stderr
 
     return run
 
 
 def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkeypatch):
-    original, calls = sys.modules["posterity.measurement.measure"]._measure, []
+    original, calls = sys.modules["posterity.measurement.measure"]._measure_batch, []
 
     def interrupted(*args):
         calls.append(1)
@@ -250,14 +269,14 @@ def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkey
             raise KeyboardInterrupt
         original(*args)
 
-    monkeypatch.setattr("posterity.measurement.measure._measure", interrupted)
-    code, _, said = command()
+    monkeypatch.setattr("posterity.measurement.measure._measure_batch", interrupted)
+    code, _, message = command()
     assert code == 130
-    assert re.search(r"interrupted; [12] of 4 windows are kept in run.nc.state: add --resume to go on", said)
+    assert re.search(r"interrupted; [12] of 4 windows are kept in run.nc.state: add --resume to go on", message)
     assert not (tmp_path / "run.nc").exists()
-    code, _, said = command()
+    code, _, message = command()
     assert code == 2
-    assert "holds an unfinished run: add --resume" in said
+    assert "holds an unfinished run: add --resume" in message
     assert len(calls) == 3
     code, table, _ = command("--resume")
     assert code == 0
@@ -265,10 +284,10 @@ def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkey
     assert not (tmp_path / "run.nc.state").exists()
     assert len(calls) < 3 + 4  # what was kept is not measured again
     result = posterity.load(tmp_path / "run.nc")
-    code, table, said = command("--resume")  # a job that is started again when it is done
+    code, table, message = command("--resume")  # a job that is started again when it is done
     assert code == 0
     assert "4 windows" in table
-    assert "is finished" in said
+    assert "is finished" in message
     assert len(calls) < 3 + 4
     assert command("--resume", "--report", "page.html")[0] == 0
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
@@ -276,48 +295,44 @@ def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkey
     assert command()[0] == 0  # without --resume it is measured anew
     assert len(calls) >= 3 + 4
     assert result.drop_attrs().identical(posterity.load(tmp_path / "run.nc").drop_attrs())
-    code, _, said = command("--lags", "all", "--resume")
+    code, _, message = command("--lags", "all", "--resume")
     assert code == 2
-    assert "is the result of another command" in said
+    assert "is the result of another command" in message
 
 
 def test_resume_needs_an_output(monkeypatch):
-    done = CliRunner().invoke(cli.app, ["measure", "--resume"])
-    assert done.exit_code == 2
-    assert "--resume goes on with a run that has an --output" in done.stderr
+    answer = CliRunner().invoke(cli.app, ["measure", "--resume"])
+    assert answer.exit_code == 2
+    assert "--resume goes on with a run that has an --output" in answer.stderr
 
 
 def test_checkpoints_are_resumed_each_from_its_own_state(tmp_path, monkeypatch):
-    from posterity.measurement.run_state import remove
-
     for step in (1, 2):
         measure(tmp_path / "run.nc.state" / f"step-{step}", seed=step)
-    remove(tmp_path / "run.nc.state")
+    remove_state(tmp_path / "run.nc.state")
     assert not (tmp_path / "run.nc.state").exists()
 
 
 def test_what_else_stands_in_the_folder_of_a_state_stays(tmp_path):
-    from posterity.measurement.run_state import remove
-
     measure(tmp_path / "state")
     (tmp_path / "state" / "notes.txt").write_text("mine")
-    remove(tmp_path / "state")
+    remove_state(tmp_path / "state")
     assert [file.name for file in (tmp_path / "state").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("name", ["inspect", "fold", "report", "summary", "check"])
 def test_commands_that_cannot_share_their_work_refuse_several_processes(name, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    given = {
+    arguments = {
         "inspect": ["--text", "a"],
         "fold": ["-o", str(tmp_path / "x")],
         "report": ["a.nc", "-o", str(tmp_path / "x.html")],
         "summary": ["a.nc"],
         "check": [],
     }
-    done = CliRunner().invoke(cli.app, [name, *given[name]])
-    assert done.exit_code == 2
-    assert "expected one process" in done.stderr
+    answer = CliRunner().invoke(cli.app, [name, *arguments[name]])
+    assert answer.exit_code == 2
+    assert "expected one process" in answer.stderr
 
 
 @pytest.fixture(scope="module")
@@ -327,14 +342,14 @@ def folder(tmp_path_factory):
 
     from posterity.inputs import model as loading
 
-    made, tokenizer = tmp_path_factory.mktemp("model"), loading.load_model(None).tokenizer
+    path, tokenizer = tmp_path_factory.mktemp("model"), loading.load_model(None).tokenizer
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
     )
-    LlamaForCausalLM(config).save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    return made
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 def torchrun(folder, *args, count=2):
@@ -350,8 +365,8 @@ def torchrun(folder, *args, count=2):
 def test_torchrun_measures_what_one_process_measures(folder, tmp_path):
     options = ["measure", "--context", "64", "--documents", "5", "--losses", "-o"]
     run = torchrun(folder, *options, str(tmp_path / "two.nc"))
-    table, said = run.communicate(timeout=300)
-    assert run.returncode == 0, said
+    table, message = run.communicate(timeout=300)
+    assert run.returncode == 0, message
     assert table.count("Credit of the gradient") == 1
     subprocess.run(
         [sys.executable, "-m", "posterity", options[0], str(folder), *options[1:], str(tmp_path / "one.nc")],
@@ -378,20 +393,20 @@ def test_a_process_that_dies_stops_the_others_and_the_run_can_go_on(folder, tmp_
     workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     ranks = {}
     for worker in workers:
-        found = re.search(rb"\0RANK=(\d)\0", Path(f"/proc/{worker}/environ").read_bytes())
-        if found:
-            ranks[found[1]] = int(worker)
+        match = re.search(rb"\0RANK=(\d)\0", Path(f"/proc/{worker}/environ").read_bytes())
+        if match:
+            ranks[match[1]] = int(worker)
     os.kill(ranks[b"1"], signal.SIGKILL)
-    _, said = run.communicate(timeout=120)
+    _, message = run.communicate(timeout=120)
     assert run.returncode != 0
     why = "posterity: told to stop from outside, or because another process has ended"
-    assert re.search(why + r"; \d+ of 200 windows are kept in .*: add --resume to go on", " ".join(said.split()))
+    assert re.search(why + r"; \d+ of 200 windows are kept in .*: add --resume to go on", " ".join(message.split()))
     assert not (tmp_path / "run.nc").exists()
-    before = sum(len(resume.safe_open(file, "pt").get_tensor("done")) for file in state.glob("*.safetensors"))
+    before = sum(len(run_state.safe_open(file, "pt").get_tensor("done")) for file in state.glob("*.safetensors"))
     assert before
     run = torchrun(folder, *options, "--resume")
-    _, said = run.communicate(timeout=500)
-    assert run.returncode == 0, said
+    _, message = run.communicate(timeout=500)
+    assert run.returncode == 0, message
     assert posterity.load(tmp_path / "run.nc").sizes["document"] == 400
     assert not state.exists()
 
@@ -399,6 +414,6 @@ def test_a_process_that_dies_stops_the_others_and_the_run_can_go_on(folder, tmp_
 @pytest.mark.slow
 def test_a_mistake_is_said_once_by_all_processes(tmp_path):
     run = torchrun(tmp_path / "nowhere", "measure")
-    _, said = run.communicate(timeout=120)
+    _, message = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert len([line for line in said.splitlines() if line.startswith("posterity: ")]) == 1
+    assert len([line for line in message.splitlines() if line.startswith("posterity: ")]) == 1

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import posterity
 from posterity import check
-from posterity.models import chunked_loss as sending
-from posterity.models.chunked_loss import Head, Sending
-from posterity.models.language_model import frozen
+from posterity.models import chunked_loss
+from posterity.models.chunked_loss import ChunkedLoss, LMHead, token_losses
+from posterity.models.language_model import freeze_parameters
 
 # A soft-cap, scales, a transform or a projection before the head, a bias; a head inside another module; tied weights.
 BEHIND = ["gemma2", "cohere", "granite", "minicpm3", "opt", "bert", "roberta", "electra", "xglm", "phi", "glm4", "mpt"]
@@ -21,25 +21,25 @@ BEHIND = ["gemma2", "cohere", "granite", "minicpm3", "opt", "bert", "roberta", "
 @pytest.fixture
 def chunk_of(monkeypatch):
     """Sets how many positions of two windows make a chunk."""
-    return lambda positions, vocabulary: monkeypatch.setattr(sending, "CHUNK", 2 * positions * vocabulary + 1)
+    return lambda positions, vocabulary: monkeypatch.setattr(chunked_loss, "CHUNK", 2 * positions * vocabulary + 1)
 
 
 def by_chunks(model, ids, parameters=False):
     """Losses, the gradient at the embeddings, and the gradients of all parameters, from two backward passes."""
-    kept = []
-    with frozen(model, parameters):
-        head = Head(model)
-        hook = model.get_input_embeddings().register_forward_hook(lambda *call: kept.append(call[-1]))
-        sent = Sending(model, ids, head)
+    embeddings = []
+    with freeze_parameters(model, parameters):
+        head = LMHead.probe(model)
+        hook = model.get_input_embeddings().register_forward_hook(lambda *call: embeddings.append(call[-1]))
+        loss = ChunkedLoss.run(model, ids, head)
         hook.remove()
-        kept[0].retain_grad()
-        sent.backward(again=True)
-        once = kept[0].grad.clone()
+        embeddings[0].retain_grad()
+        loss.backward(retain_graph=True)
+        grad = embeddings[0].grad.clone()
         grads = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
-        kept[0].grad = None
-        sent.backward()
-    torch.testing.assert_close(kept[0].grad, once, rtol=0, atol=0)
-    return head.apart, sent.losses, once, grads
+        embeddings[0].grad = None
+        loss.backward()
+    torch.testing.assert_close(embeddings[0].grad, grad, rtol=0, atol=0)
+    return head.separable, loss.losses, grad, grads
 
 
 def at_once(model, ids):
@@ -47,20 +47,20 @@ def at_once(model, ids):
     losses, grads = [], []
     model.zero_grad()
     for row in ids:
-        kept = []
-        hook = model.get_input_embeddings().register_forward_hook(lambda *call: kept.append(call[-1]))  # noqa: B023
-        loss = summed_loss(model, row[None])
+        embeddings = []
+        hook = model.get_input_embeddings().register_forward_hook(lambda *call: embeddings.append(call[-1]))  # noqa: B023
+        summed = summed_loss(model, row[None])
         hook.remove()
-        kept[0].retain_grad()
-        loss.backward()
-        losses.append(loss.detach())
-        grads.append(kept[0].grad[0])
+        embeddings[0].retain_grad()
+        summed.backward()
+        losses.append(summed.detach())
+        grads.append(embeddings[0].grad[0])
     return torch.stack(losses), torch.stack(grads), {n: x.grad for n, x in model.named_parameters()}
 
 
-def assert_equal(model, ids, apart=True):
-    found_apart, losses, grads, _ = by_chunks(model, ids)
-    assert found_apart == apart
+def assert_equal(model, ids, separable=True):
+    is_separable, losses, grads, _ = by_chunks(model, ids)
+    assert is_separable == separable
     right_losses, right_grads, _ = at_once(model, ids)
     close(losses, right_losses, 1e-12)
     close(grads, right_grads, 1e-12)
@@ -119,18 +119,18 @@ def not_a_call(model, hidden, logits):
 
 def replaced(model, behind, call_head=True):
     """The model with something else behind its body."""
-    own = model.forward
+    plain_forward = model.forward
 
     def forward(*args, **kwargs):
-        kept = []
-        hook = model.model.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
+        hidden = []
+        hook = model.model.register_forward_hook(lambda *call: hidden.append(call[-1].last_hidden_state))
         if call_head:
-            output = own(*args, **kwargs)
+            output = plain_forward(*args, **kwargs)
         else:
             output = model.model(*args, **kwargs)
             output.logits = None
         hook.remove()
-        output.logits = behind(model, kept[0], output.logits)
+        output.logits = behind(model, hidden[0], output.logits)
         return output
 
     model.forward = forward
@@ -141,21 +141,33 @@ def replaced(model, behind, call_head=True):
 def test_a_model_that_cannot_be_chunked_is_measured_with_all_logits_at_once(behind, chunk_of):
     chunk_of(3, 61)
     model, ids = replaced(exact("llama"), behind, behind is not not_a_call), tokens(2)
-    assert_equal(model, ids, apart=False)
+    assert_equal(model, ids, separable=False)
 
 
 @pytest.mark.parametrize("behind", [past_the_head, not_a_call])
 def test_who_pays_is_right_for_a_model_that_cannot_be_chunked(behind):
     model, ids = replaced(exact("llama"), behind, behind is not not_a_call), tokens(1)
-    found = posterity.measure(model, None, ids, context=12, losses=True, horizons=(2,), progress=False)
+    result = posterity.measure(model, None, ids, context=12, losses=True, horizons=(2,), progress=False)
     for layer, (_, key, value, _) in enumerate(by_position(model, ids)):
         for stream, grads in (("key", key), ("value", value)):
             own, head = own_of(grads), grads.sum(0)
-            whole = head.unflatten(1, (-1, 2)).sum(2).repeat_interleave(2, 1)
-            mine = found.isel(layer=layer).sel(written=stream)
-            close(mine.loss_credit.sel(part="own"), (own * whole).sum(-1).sum(0))
-            left = found.horizon_by_document.isel(layer=layer).sel(stream=stream, horizon=2)
-            close(left, (remaining(grads, 0.5) * whole).sum((-1, -2)))
+            total = head.unflatten(1, (-1, 2)).sum(2).repeat_interleave(2, 1)
+            credit = result.isel(layer=layer).sel(written=stream)
+            close(credit.loss_credit.sel(part="own"), (own * total).sum(-1).sum(0))
+            left = result.horizon_by_document.isel(layer=layer).sel(stream=stream, horizon=2)
+            close(left, (remaining(grads, 0.5) * total).sum((-1, -2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_token_loss_is_the_negative_log_likelihood_in_the_working_precision(dtype):
+    logits, targets = torch.randn(2, 5, 7).to(dtype), torch.randint(7, (2, 5))
+    targets[0, 3] = -100
+    losses = token_losses(logits, targets)
+    assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = -logits.to(losses.dtype).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    expected[0, 3] = 0
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(token_losses(logits[1, 2:], targets[1, 2:]), losses[1, 2:], rtol=0, atol=0)
 
 
 class Widest(TorchDispatchMode):
@@ -166,22 +178,22 @@ class Widest(TorchDispatchMode):
         self.vocabulary, self.positions = vocabulary, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for x in made if isinstance(made, (tuple, list)) else (made,):
+        output = function(*args, **(kwargs or {}))
+        for x in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == self.vocabulary:
                 self.positions = max(self.positions, x.numel() // self.vocabulary)
-        return made
+        return output
 
 
-@pytest.mark.parametrize("asked", [{}, {"losses": True, "horizons": (1, 4)}])
-def test_logits_of_all_positions_are_never_held(asked, chunk_of):
+@pytest.mark.parametrize("options", [{}, {"losses": True, "horizons": (1, 4)}])
+def test_logits_of_all_positions_are_never_held(options, chunk_of):
     model, ids = tiny("gemma2", vocab_size=211), tokens(2, 64)
     with Widest(211) as all_logits:
         summed_loss(model, ids)
     assert all_logits.positions >= 2 * 63  # what the guard would see
     chunk_of(6, 211)
     with Widest(211) as chunks:
-        posterity.measure(model, None, ids, context=64, batch=2, weights=False, progress=False, **asked)
+        posterity.measure(model, None, ids, context=64, batch=2, weights=False, progress=False, **options)
     assert chunks.positions <= 3 * 16  # of the probes of the operator, not the 128 of the windows
 
 
@@ -189,9 +201,9 @@ def test_chunks_are_deterministic_and_leave_the_model_as_it_was(chunk_of):
     chunk_of(3, 61)
     model, ids = tiny("llama"), tokens(2)
     before = [(dict(vars(module)), len(module._forward_hooks)) for module in model.modules()]
-    one, other = (posterity.measure(model, None, ids, context=12, losses=True, progress=False) for _ in range(2))
-    for variable in one.data_vars:
-        assert one[variable].equals(other[variable])
+    first, second = (posterity.measure(model, None, ids, context=12, losses=True, progress=False) for _ in range(2))
+    for variable in first.data_vars:
+        assert first[variable].equals(second[variable])
     for module, (held, hooks) in zip(model.modules(), before, strict=True):
         assert vars(module).keys() == held.keys()
         assert len(module._forward_hooks) == hooks

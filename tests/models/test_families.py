@@ -4,7 +4,6 @@ docs/models.md says what each of them is; `make models` writes it, and here it i
 """
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from support.verification import TOLERANCE, double, nll, row, verify
 
 import posterity
 from posterity import InputError, check
-from posterity.results import stats as derived
+from posterity.ops.blockwise import block_backward
+from posterity.results import stats
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 ROWS = {
@@ -64,14 +64,11 @@ def test_the_page_lists_every_type_of_the_installed_transformers():
 
 
 def test_a_wrong_gradient_makes_a_type_wrong(monkeypatch):
-    operator = sys.modules["posterity.ops.attention"]
-    own = operator._block_backward
-
-    def off(*args, **kwargs):
-        query, key, value = own(*args, **kwargs)
+    def wrong_backward(*args, **kwargs):
+        query, key, value = block_backward(*args, **kwargs)
         return [query, key * (1 + 10 * TOLERANCE), value]
 
-    monkeypatch.setattr(operator, "_block_backward", off)
+    monkeypatch.setattr("posterity.ops.attention.block_backward", wrong_backward)
     verdict = verify("gemma2")
     assert verdict.kind == "wrong"
     assert "gradient of" in verdict.reason
@@ -81,10 +78,10 @@ def test_a_wrong_gradient_makes_a_type_wrong(monkeypatch):
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_hybrid_is_refused_for_who_pays_by_name_and_still_has_its_ledger(name):
     model, ids = build(name), torch.arange(1, 33)[None]
-    found = check(model)
-    assert found.ok, found
-    assert found.other_paths
-    assert any(part in found.reason for part in HYBRIDS[name].split("|")), found.reason
+    answer = check(model)
+    assert answer.ok, answer
+    assert answer.other_paths
+    assert any(part in answer.reason for part in HYBRIDS[name].split("|")), answer.reason
     with pytest.raises(InputError, match="carries information between them too"):
         posterity.measure(model, None, ids, context=32, losses=True, weights=False, progress=False)
     with pytest.raises(InputError, match="a horizon needs"), posterity.horizon(model, posterity.Myopic()):
@@ -92,15 +89,15 @@ def test_a_hybrid_is_refused_for_who_pays_by_name_and_still_has_its_ledger(name)
     with pytest.raises(InputError, match="every path between positions"):
         posterity.inspect(model, None, ids[0], progress=False)
     result = posterity.measure(model, None, ids, context=32, weights=False, progress=False)
-    assert float(derived.balance(result).max()) < 1e-4
+    assert float(stats.balance(result).max()) < 1e-4
     assert result.attrs["other_paths"]
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "olmo2", "mixtral", "cohere", "opt"])
 def test_a_model_of_attention_alone_has_no_other_paths(name):
-    found = check(build(name))
-    assert found.ok
-    assert not found.leaks
+    answer = check(build(name))
+    assert answer.ok
+    assert not answer.other_paths
 
 
 @pytest.mark.parametrize("name", ["hrm_text", "diffllama"])
@@ -119,16 +116,16 @@ def test_layers_called_several_times_have_the_gradient_of_each_call_at_their_inp
         nll(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
         for hook in hooks:
             hook.remove()
-        wanted = torch.tensor([x.grad.square().sum() for x in inputs if x.requires_grad])
+        expected = torch.tensor([x.grad.square().sum() for x in inputs if x.requires_grad])
         result = posterity.measure(model, None, ids, context=16, losses=True, progress=False)
     own, later, inner = torch.tensor(result.hidden.sum("position").transpose("loss_term", "layer").values)
-    whole = own + later + 2 * inner
+    total = own + later + 2 * inner
     if name == "diffllama":
-        torch.testing.assert_close(whole[::2], whole[1::2])
-        whole = whole[::2]
+        torch.testing.assert_close(total[::2], total[1::2])
+        total = total[::2]
     else:
-        assert len(set(map(str, result.module.values))) == len(wanted) > len(layers)
-    torch.testing.assert_close(whole, wanted, rtol=TOLERANCE, atol=0)
+        assert len(set(map(str, result.module.values))) == len(expected) > len(layers)
+    torch.testing.assert_close(total, expected, rtol=TOLERANCE, atol=0)
     assert torch.tensor(result.weight_mean.values).isfinite().all()
 
 
@@ -137,8 +134,8 @@ def test_a_split_of_weights_over_shared_keys_is_that_of_single_documents():
     with double():
         both = posterity.measure(model, None, ids, context=20, batch=2, progress=False)
         alone = posterity.measure(model, None, ids, context=20, batch=1, progress=False)
-    both, alone = (torch.tensor(x.weight_by_document.values) for x in (both, alone))
-    torch.testing.assert_close(both, alone, rtol=TOLERANCE, atol=0, equal_nan=True)
+    both, single = (torch.tensor(x.weight_by_document.values) for x in (both, alone))
+    torch.testing.assert_close(both, single, rtol=TOLERANCE, atol=0, equal_nan=True)
     assert both[:, -1, 1:].isnan().all()  # the last layer reads keys and values of an earlier one
     assert both[:, 0].isfinite().all()
 
@@ -164,15 +161,15 @@ def test_gradient_checkpointing_is_refused_where_it_would_mix_up_calls_or_masks(
 def test_padding_is_no_reader_where_the_model_chooses_keys(name):
     model, ids, mask = build(name), torch.arange(3, 23)[None], torch.ones(1, 20, dtype=torch.long)
     mask[:, -4:] = 0
-    found = []
-    for given in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:, :-4]}):
+    results = []
+    for batch in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:, :-4]}):
         with posterity.account(model, weights=False) as ledger:
-            labels = ids[:, : given["input_ids"].shape[1]].clone()
+            labels = ids[:, : batch["input_ids"].shape[1]].clone()
             labels[:, 16:] = -100
-            model(**given, labels=labels, use_cache=False).loss.backward()
-        found.append(ledger.result())
-    padded, short = found
-    for result in found:  # what counting alone predicts does not ask which keys were chosen
+            model(**batch, labels=labels, use_cache=False).loss.backward()
+        results.append(ledger.result())
+    padded, short = results
+    for result in results:  # what counting alone predicts does not ask which keys were chosen
         assert (result.edges.isel(lag=0) == 16).all()
         assert (result.edges.sum("lag") == 16 * 17 / 2).all()
     same = padded.attention.sum("lag"), short.attention.sum("lag")
@@ -203,15 +200,15 @@ def test_the_vision_tower_of_a_model_keeps_its_own_attention(name):
     model, ids = build(name), torch.arange(3, 19)[None]
     tower = model.get_submodule(TOWERS[name])
     size, patch = tower.config.image_size, tower.config.patch_size
-    given = {"pixel_values": torch.randn(1, 3, size, size)}
+    images = {"pixel_values": torch.randn(1, 3, size, size)}
     if name == "phi4_multimodal":
-        given["patch_attention_mask"] = torch.ones(1, size // patch, size // patch, dtype=torch.bool)
+        images["patch_attention_mask"] = torch.ones(1, size // patch, size // patch, dtype=torch.bool)
     with torch.no_grad():
-        own = tower(**given).last_hidden_state
+        hidden = tower(**images).last_hidden_state
     with posterity.account(model, weights=False) as ledger:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         assert model.config.get_text_config(decoder=True)._attn_implementation == "posterity"
         assert tower.config._attn_implementation == "eager"
         with torch.no_grad():
-            assert torch.equal(tower(**given).last_hidden_state, own)
+            assert torch.equal(tower(**images).last_hidden_state, hidden)
     assert not [layer for layer in ledger.result().module.values if str(layer).startswith(TOWERS[name])]

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 import posterity
 from posterity.errors import InputError
-from posterity.models.attach import watched
+from posterity.models.attach import observe_model
+from posterity.models.interception import interceptions
 from posterity.models.probe import check
-from posterity.models.watch import watches
 
 
 def ignore(layer, back, project):
@@ -29,21 +29,21 @@ def test_loss_and_every_parameter_gradient_are_those_of_the_eager_model(name, in
     if inputs == "left padding":  # the last padding row predicts the first real token
         mask, labels = padded(ids, "left")
         labels[1, 4] = -100
-        given = {"attention_mask": mask, "labels": labels}
+        batch = {"attention_mask": mask, "labels": labels}
     else:
-        given = INPUTS[inputs](ids)
-    found = {}
+        batch = INPUTS[inputs](ids)
+    passes = {}
     for inside in (False, True):
         model.zero_grad()
-        with watched(model, ignore) if inside else torch.enable_grad():
-            loss = model(input_ids=ids, use_cache=False, **given).loss
+        with observe_model(model, ignore) if inside else torch.enable_grad():
+            loss = model(input_ids=ids, use_cache=False, **batch).loss
             loss.backward()
-        found[inside] = [loss.detach(), *(x.grad.clone() for x in model.parameters() if x.grad is not None)]
-    assert len(found[True]) > 10
-    largest = max(grad.abs().max() for grad in found[False])
-    for ours, own in zip(found[True], found[False], strict=True):
+        passes[inside] = [loss.detach(), *(x.grad.clone() for x in model.parameters() if x.grad is not None)]
+    assert len(passes[True]) > 10
+    largest = max(grad.abs().max() for grad in passes[False])
+    for ours, eager in zip(passes[True], passes[False], strict=True):
         # transformers computes norms and softmax in float32 even in a float64 model
-        torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-6 * largest)
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -62,7 +62,7 @@ def test_the_model_is_restored_even_after_an_error():
     logits = model(input_ids=tokens()).logits
 
     def fail():
-        with watched(model, ignore):
+        with observe_model(model, ignore):
             assert model.config._attn_implementation == "posterity"
             raise RuntimeError("mine")
 
@@ -76,19 +76,19 @@ def test_the_model_is_restored_even_after_an_error():
 
 def test_a_second_model_of_the_same_config_is_not_measured():
     config = AutoConfig.for_model("llama", **CONFIGS["llama"])
-    one, other = (AutoModelForCausalLM.from_config(config, attn_implementation="eager") for _ in range(2))
+    model, other = (AutoModelForCausalLM.from_config(config, attn_implementation="eager") for _ in range(2))
     own = other(input_ids=tokens()).logits
-    seen = []
-    with watched(one, lambda layer, back, project: seen.append(layer)):
+    layers = []
+    with observe_model(model, lambda layer, back, project: layers.append(layer)):
         ours = other(input_ids=tokens(), labels=tokens())
         ours.loss.backward()
     torch.testing.assert_close(ours.logits, own)
-    assert not seen
+    assert not layers
 
 
 def test_attention_dropout_in_training_is_refused_with_the_setting():
     model = tiny("gpt2").train()
-    with pytest.raises(InputError, match="attn_pdrop"), watched(model, ignore):
+    with pytest.raises(InputError, match="attn_pdrop"), observe_model(model, ignore):
         model(input_ids=tokens())
 
 
@@ -105,7 +105,7 @@ def test_models_that_cannot_be_measured_are_refused_with_the_reason():
     assert "got Linear" in check(torch.nn.Linear(2, 2)).reason
     for model in (falcon, t5, bert, headless):
         assert not check(model).ok
-        with pytest.raises(InputError, match=re.escape(check(model).reason)), watched(model, ignore):
+        with pytest.raises(InputError, match=re.escape(check(model).reason)), observe_model(model, ignore):
             pass
 
 
@@ -141,10 +141,10 @@ def test_accounts_nest_and_each_counts_what_is_inside_its_with():
             summed_loss(model, tokens(2)).backward()
         summed_loss(model, tokens(1)).backward()
     assert (outer.documents, inner.documents) == (4, 2)
-    with posterity.account(model) as alone:
+    with posterity.account(model) as separate:
         summed_loss(model, tokens(2)).backward()
-    xr.testing.assert_equal(inner.result().credit, alone.result().credit)
-    assert not watches
+    xr.testing.assert_equal(inner.result().credit, separate.result().credit)
+    assert not any(interceptions.values())
 
 
 def test_a_user_made_mask_of_four_dimensions_is_honoured():
@@ -156,12 +156,12 @@ def test_a_user_made_mask_of_four_dimensions_is_honoured():
         torch.zeros(1, 1, 12, 12).double().masked_fill(~allowed, torch.finfo(torch.double).min),
     ):
         own = model(input_ids=ids, attention_mask=mask.expand(2, 1, 12, 12)).logits
-        with watched(model, ignore):
+        with observe_model(model, ignore):
             ours = model(input_ids=ids, attention_mask=mask.expand(2, 1, 12, 12)).logits
         torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
     biased = mask.expand(2, 1, 12, 12) + torch.randn(2, 1, 12, 12).double()
     own = model(input_ids=ids, attention_mask=biased).logits
-    with watched(model, ignore):
+    with observe_model(model, ignore):
         ours = model(input_ids=ids, attention_mask=biased).logits
     torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
 
@@ -169,8 +169,8 @@ def test_a_user_made_mask_of_four_dimensions_is_honoured():
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_wrapped_model_is_measured_like_the_model(name):
     model = tiny(name)
-    with watched(torch.nn.DataParallel(model), ignore) as found:
-        assert len(found.layers) == 3
+    with observe_model(torch.nn.DataParallel(model), ignore) as watch:
+        assert len(watch.layers) == 3
 
 
 def test_summed_loss_is_the_models_own():

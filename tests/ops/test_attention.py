@@ -29,10 +29,10 @@ def test_output_and_gradients_equal_dense_attention(length, name, softcap, sinks
     torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
     inputs = [x for x in (query, key, value, sink) if x is not None]
     grad = torch.randn_like(ours)
-    for mine, right in zip(
+    for actual, expected in zip(
         torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(dense, inputs, grad), strict=True
     ):
-        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 9])
@@ -69,10 +69,10 @@ def test_a_bias_and_sinks_of_each_query_have_the_gradients_of_dense_attention(le
     torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
     inputs = (query, sinks, bias, *((key, value) if horizon == Full() else ()))
     grad = torch.randn_like(ours)
-    for mine, right in zip(
+    for actual, expected in zip(
         torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(dense, inputs, grad), strict=True
     ):
-        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 9])
@@ -100,20 +100,20 @@ def test_a_bias_that_does_not_fit_is_refused():
 @pytest.mark.usefixtures("small_blocks")
 def test_chosen_keys_are_the_only_edges(length, groups, size, name):
     mask, allowed, readers = mask_case(name, length)
-    chosen = torch.randint(-1, -(-length // size), (2, groups, length, 3))
+    selection = torch.randint(-1, -(-length // size), (2, groups, length, 3))
     blocks = torch.arange(length) // size
-    seen = (chosen[..., None] == blocks).any(3).repeat_interleave(HEADS // groups, 1) & allowed
+    selected = (selection[..., None] == blocks).any(3).repeat_interleave(HEADS // groups, 1) & allowed
     query, key, value, _ = leaves(length)
-    limited = mask.among(chosen, HEADS, size)
+    limited = mask.select_keys(selection, HEADS, size)
     ours = attention(query, key, value, 0.7, mask=limited)
-    torch.testing.assert_close(ours, dense_attention(query, key, value, 0.7, seen)[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours, dense_attention(query, key, value, 0.7, selected)[0], rtol=1e-10, atol=1e-12)
     counted = allowed[:, 0]
     if readers is not None:
         counted = counted & readers[:, :, None]
     lags = torch.stack([counted.diagonal(-lag, 1, 2).sum(-1) for lag in range(length)], -1)
     assert (limited.edges(length, query.device) == lags).all()
-    blind = ~seen.any(-1) if readers is None else ~seen.any(-1) & readers[:, None]
-    assert limited.blind(length, length, query.device) == blind.any()
+    blind = ~selected.any(-1) if readers is None else ~selected.any(-1) & readers[:, None]
+    assert limited.has_blind_query(length, length, query.device) == blind.any()
 
 
 def test_a_mask_can_be_taken_whole_and_not_in_part():
@@ -131,19 +131,19 @@ def test_plain_attention_equals_scaled_dot_product_attention(length, dtype):
     ours = attention(query, key, value)
     theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     grad = torch.randn_like(ours)
-    for mine, right in zip(
+    for actual, expected in zip(
         (ours, *torch.autograd.grad(ours, (query, key, value), grad)),
         (theirs, *torch.autograd.grad(theirs, (query, key, value), grad)),
         strict=True,
     ):
-        torch.testing.assert_close(mine, right)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_fewer_queries_than_keys_stand_at_the_end():
     query, key, value, _ = leaves(21)
-    whole = attention(query, key, value)
-    torch.testing.assert_close(attention(query[:, :, 13:], key, value), whole[:, :, 13:], rtol=1e-12, atol=1e-12)
+    output = attention(query, key, value)
+    torch.testing.assert_close(attention(query[:, :, 13:], key, value), output[:, :, 13:], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -181,14 +181,14 @@ def test_under_autocast_it_takes_what_fused_attention_takes():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
     grad = torch.randn(2, 4, 9, 8).bfloat16()
-    found = []
+    results = []
     for function in (attention, partial(nn.functional.scaled_dot_product_attention, is_causal=True)):
         with torch.autocast("cpu", torch.bfloat16):
             out = function(query, key, value.bfloat16())  # rotary embedding leaves queries and keys in float32
-        found.append((out, *torch.autograd.grad(out, (query, key, value), grad)))
-    assert found[0][0].dtype == torch.bfloat16
-    for mine, right in zip(*found, strict=True):
-        torch.testing.assert_close(mine, right, rtol=2e-2, atol=2e-2)
+        results.append((out, *torch.autograd.grad(out, (query, key, value), grad)))
+    assert results[0][0].dtype == torch.bfloat16
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
     wide = query.double(), key.double(), value.double()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(attention(*wide), attention(*wide), rtol=0, atol=0)
@@ -198,14 +198,14 @@ def test_under_autocast_it_takes_what_fused_attention_takes():
 @pytest.mark.parametrize("rule", [Full(), Discount(0.5)])
 def test_a_backward_pass_under_autocast_keeps_its_precision(rule):
     torch.manual_seed(0)
-    given = [torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3)]
-    grad, found, seen = torch.randn(1, 2, 9, 8), [], []
+    inputs = [torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3)]
+    grad, gradients, passes = torch.randn(1, 2, 9, 8), [], []
     for enabled in (False, True):
-        out = attention(*given, horizon=lambda: (rule, rule), observe=seen.append)
+        out = attention(*inputs, horizon=lambda: (rule, rule), observe=passes.append)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found.append(torch.autograd.grad(out, given, grad))
-    assert all(map(torch.equal, *found))
-    assert torch.equal(seen[0].grad_key, seen[1].grad_key)
+            gradients.append(torch.autograd.grad(out, inputs, grad))
+    assert all(map(torch.equal, *gradients))
+    assert torch.equal(passes[0].grad_key, passes[1].grad_key)
 
 
 @pytest.mark.parametrize("late", [(0, 150), (3, 299), (127, 128), (130, 256), (298, 299)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posterity.decomposition.credit import Bins, self_part, tally
+from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
 from posterity.ops import fused_kernels as fused
 from posterity.ops.attention import _Attention, _Options, attention
 from posterity.ops.horizon_rules import Discount, EdgeWindow, Full, Myopic
@@ -14,7 +14,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 HALF = torch.bfloat16
 
 
-class Seen(TorchDispatchMode):
+class CalledKernels(TorchDispatchMode):
     """The names of the fused kernels that were called."""
 
     def __init__(self):
@@ -34,7 +34,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(fused, "_GPU", "meta")
 
 
-def given(shape_q=(2, 6, 40, 16), groups=2, dim_v=None, dtype=torch.float32, device="meta"):
+def random_inputs(shape_q=(2, 6, 40, 16), groups=2, dim_v=None, dtype=torch.float32, device="meta"):
     batch, _, length, dim = shape_q
     shapes = (shape_q, (batch, groups, length, dim), (batch, groups, length, dim_v or dim))
     return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
@@ -49,14 +49,20 @@ class Context:
         self.saved_tensors = tensors
 
 
-def passed(leaves, softcap=None, sinks=None, rule=Full()):  # noqa: B008
-    """(kernels called, output, gradients, the `Backward`)."""
-    found, context = [], Context()
-    options = _Options(leaves[0].shape[-1] ** -0.5, softcap, Mask(), lambda: (rule, rule), found.append)
-    with Seen() as seen:
+def run_pass(leaves, softcap=None, sinks=None, rule=Full()):  # noqa: B008
+    """Return (kernels called, output, gradients, the `Backward`)."""
+    passes, context = [], Context()
+    options = _Options(
+        scale=leaves[0].shape[-1] ** -0.5,
+        softcap=softcap,
+        mask=Mask(),
+        horizon=lambda: (rule, rule),
+        observe=passes.append,
+    )
+    with CalledKernels() as called:
         out = _Attention.forward(context, *leaves, sinks, None, None, None, options)
         grads = _Attention._backward(context, torch.ones_like(out))[:3]
-    return seen.names, out, grads, found[0]
+    return called.names, out, grads, passes[0]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +81,8 @@ def passed(leaves, softcap=None, sinks=None, rule=Full()):  # noqa: B008
 )
 @pytest.mark.usefixtures("fake")
 def test_the_kernel_is_chosen_by_type_and_width_and_accepts_what_it_gets(dtype, dim, dim_v, kernel):
-    leaves = given((2, 6, 40, dim), dim_v=dim_v, dtype=dtype)
-    names, out, grads, back = passed(leaves)
+    leaves = random_inputs((2, 6, 40, dim), dim_v=dim_v, dtype=dtype)
+    names, out, grads, back = run_pass(leaves)
     assert names == ([] if kernel is None else [kernel, f"{kernel}_backward"])
     assert (out.shape, out.dtype, out.device.type) == ((2, 6, 40, dim_v), dtype, "meta")
     for grad, leaf in zip(grads, leaves, strict=True):
@@ -89,24 +95,24 @@ def test_the_kernel_is_chosen_by_type_and_width_and_accepts_what_it_gets(dtype, 
 @pytest.mark.usefixtures("fake")
 def test_an_old_gpu_goes_block_by_block(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert passed(given())[0] == []
+    assert run_pass(random_inputs())[0] == []
 
 
 @pytest.mark.usefixtures("fake")
 def test_a_mask_a_cap_or_sinks_go_block_by_block():
-    assert passed(given(), softcap=2.0)[0] == []
-    assert passed(given(), sinks=torch.zeros(1, 6, 1, device="meta"))[0] == []
+    assert run_pass(random_inputs(), softcap=2.0)[0] == []
+    assert run_pass(random_inputs(), sinks=torch.zeros(1, 6, 1, device="meta"))[0] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("lags", ["octaves", "all", "self"])
 @pytest.mark.usefixtures("fake")
 def test_a_pass_and_its_account_never_wait_for_the_gpu(dtype, lags):
-    back = passed(given((1, 6, 700, 16), dtype=dtype))[3]
-    account = tally(back, self_part(back), Bins.of(lags, 700))
-    assert account.credit.device.type == "meta"
+    back = run_pass(random_inputs((1, 6, 700, 16), dtype=dtype))[3]
+    entry = pass_credit(back, self_edge_gradients(back), Bins.of(lags, 700))
+    assert entry.credit.device.type == "meta"
     with pytest.raises(RuntimeError, match="item"):  # the test would see it
-        account.credit.sum().item()
+        entry.credit.sum().item()
 
 
 def test_a_masks_blocks_are_asked_for_once(monkeypatch):
@@ -121,11 +127,11 @@ def test_a_masks_blocks_are_asked_for_once(monkeypatch):
 
 
 def dense(leaves, grad, **options):
-    """The same in float64 on a CPU, which other tests compare with the dense reference."""
+    """Repeat the pass in float64 on a CPU, which other tests compare with the dense reference."""
     wide = [x.detach().cpu().double().requires_grad_() for x in leaves]
-    found = []
-    out = attention(*wide, observe=found.append, **options)
-    return found[0], out, torch.autograd.grad(out, wide, grad.cpu().double())
+    passes = []
+    out = attention(*wide, observe=passes.append, **options)
+    return passes[0], out, torch.autograd.grad(out, wide, grad.cpu().double())
 
 
 CASES = [(torch.float32, 64, 64, 6), (torch.float32, 64, 32, 2), (torch.float32, 15, 15, 2), (HALF, 64, 64, 2)]
@@ -142,27 +148,27 @@ class TestOnAGpu:
     pytestmark = gpu
 
     def test_output_gradients_and_ledger_equal_float64_on_a_cpu(self, dtype, dim, dim_v, groups, length, rule, masked):
-        leaves = [x.requires_grad_() for x in given((2, 6, length, dim), groups, dim_v, dtype, "cuda")]
+        leaves = [x.requires_grad_() for x in random_inputs((2, 6, length, dim), groups, dim_v, dtype, "cuda")]
         options = {"horizon": lambda: (rule, rule)}
         ours, theirs = dict(options), dict(options)
         if masked:
             ours["mask"], theirs["mask"] = (Mask(lambda q, k: (k <= q) & (q - k < 300)) for _ in range(2))
-        found = []
-        out = attention(*leaves, observe=found.append, **ours)
+        passes = []
+        out = attention(*leaves, observe=passes.append, **ours)
         grad = torch.randn_like(out)
         grads = torch.autograd.grad(out, leaves, grad)
-        back, right, rights = dense(leaves, grad, **theirs)
+        back, expected_out, expected_grads = dense(leaves, grad, **theirs)
         bound = 32 * torch.finfo(dtype).eps
 
-        def same(mine, true):
-            assert (mine.cpu().double() - true).norm() <= bound * true.norm()
+        def same(actual, expected):
+            assert (actual.cpu().double() - expected).norm() <= bound * expected.norm()
 
-        same(out, right)
-        same(found[0].lse, back.lse)
-        for mine, true in zip(grads, rights, strict=True):
-            same(mine, true)
+        same(out, expected_out)
+        same(passes[0].lse, back.lse)
+        for actual, expected in zip(grads, expected_grads, strict=True):
+            same(actual, expected)
         bins = Bins.of("octaves", length)
-        mine, true = (tally(x, self_part(x), bins) for x in (found[0], back))
+        actual, expected = (pass_credit(x, self_edge_gradients(x), bins) for x in (passes[0], back))
         for name in ("credit", "mass", "attention"):
-            same(getattr(mine, name), getattr(true, name))
-        assert torch.equal(mine.edges.cpu(), true.edges)
+            same(getattr(actual, name), getattr(expected, name))
+        assert torch.equal(actual.edges.cpu(), expected.edges)

@@ -21,43 +21,43 @@ from transformers.masking_utils import (
 
 import posterity
 from posterity import Discount, InputError, Myopic
-from posterity.ops.intervals import Span
+from posterity.ops.intervals import Interval
 from posterity.ops.mask import Mask
 
 LENGTH = 2048
 PACKED = torch.arange(LENGTH)[None] % 700  # positions that begin anew with every document
 
 
-class Largest(TorchDispatchMode):
-    """Keeps the size of the largest tensor that any operation makes."""
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest tensor that any operation makes."""
 
     def __init__(self):
         super().__init__()
         self.numbers = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for x in made if isinstance(made, (tuple, list)) else (made,):
+        output = function(*args, **(kwargs or {}))
+        for x in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(x, torch.Tensor):
                 self.numbers = max(self.numbers, x.numel())
-        return made
+        return output
 
 
 def long_model(name, **changes):
     """Narrow, so that nothing linear in the length is as large as the square of the length."""
-    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 61}
-    return tiny(name, torch.float32, max_position_embeddings=LENGTH, **small, **changes)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 61}
+    return tiny(name, torch.float32, max_position_embeddings=LENGTH, **sizes, **changes)
 
 
 def padding(length=LENGTH):
     return (torch.arange(length) >= 300)[None].long()
 
 
-def measured(model, ids, **asked):
-    posterity.measure(model, None, ids, context=LENGTH, progress=False, **asked)
+def measure(model, ids, **options):
+    posterity.measure(model, None, ids, context=LENGTH, progress=False, **options)
 
 
-def accounted(model, ids, rule=None, **inputs):
+def account(model, ids, rule=None, **inputs):
     with posterity.account(model):
         if rule is None:
             return summed_loss(model, ids, **inputs).backward()
@@ -65,37 +65,37 @@ def accounted(model, ids, rule=None, **inputs):
             return summed_loss(model, ids, **inputs).backward()
 
 
-ASKED = {
-    "plain": ("llama", measured, {}),
-    "plain, all lags": ("llama", measured, {"lags": "all"}),
-    "plain, who pays": ("llama", measured, {"losses": True, "horizons": (1, 8)}),
-    "sliding": ("mistral", measured, {}),
-    "sliding, who pays": ("mistral", measured, {"losses": True, "horizons": (1, 8)}),
-    "soft-cap and sliding": ("gemma2", measured, {}),
-    "sinks": ("gpt_oss", measured, {}),
-    "packed": ("llama", accounted, {"position_ids": PACKED}),
-    "packed and sliding": ("mistral", accounted, {"position_ids": PACKED}),
-    "packed under a horizon": ("llama", accounted, {"position_ids": PACKED, "rule": Discount(0.9)}),
-    "padded": ("llama", accounted, {"attention_mask": padding()}),
-    "padded, sliding, under a horizon": ("mistral", accounted, {"attention_mask": padding(), "rule": Myopic()}),
+CASES = {
+    "plain": ("llama", measure, {}),
+    "plain, all lags": ("llama", measure, {"lags": "all"}),
+    "plain, who pays": ("llama", measure, {"losses": True, "horizons": (1, 8)}),
+    "sliding": ("mistral", measure, {}),
+    "sliding, who pays": ("mistral", measure, {"losses": True, "horizons": (1, 8)}),
+    "soft-cap and sliding": ("gemma2", measure, {}),
+    "sinks": ("gpt_oss", measure, {}),
+    "packed": ("llama", account, {"position_ids": PACKED}),
+    "packed and sliding": ("mistral", account, {"position_ids": PACKED}),
+    "packed under a horizon": ("llama", account, {"position_ids": PACKED, "rule": Discount(0.9)}),
+    "padded": ("llama", account, {"attention_mask": padding()}),
+    "padded, sliding, under a horizon": ("mistral", account, {"attention_mask": padding(), "rule": Myopic()}),
 }
 
 
-@pytest.mark.parametrize("kind", ASKED)
+@pytest.mark.parametrize("kind", CASES)
 def test_nothing_of_the_square_of_the_length_is_ever_made(kind):
-    name, measure, asked = ASKED[kind]
+    name, run, options = CASES[kind]
     model, ids = long_model(name), torch.randint(1, 61, (1, LENGTH))
-    with Largest() as largest:
-        measure(model, ids, **asked)
+    with LargestTensor() as largest:
+        run(model, ids, **options)
     assert largest.numbers < LENGTH**2 / 4
 
 
 def test_the_guard_of_sizes_sees_a_square():
     model, ids = long_model("llama"), torch.randint(1, 61, (1, LENGTH))
-    with Largest() as largest:
+    with LargestTensor() as largest:
         model(input_ids=ids, position_ids=PACKED, use_cache=False)  # transformers' own mask
     assert largest.numbers >= LENGTH**2
-    with Largest() as largest:
+    with LargestTensor() as largest:
         torch.nn.functional.linear(torch.zeros(LENGTH, 8), torch.zeros(LENGTH, 8))
     assert largest.numbers == LENGTH**2
 
@@ -132,10 +132,11 @@ RULES = {
 @pytest.mark.usefixtures("small_blocks")
 def test_blocks_that_the_bounds_leave_out_hold_no_edges(name, monkeypatch):
     rule, device = rule_of(RULES[name], 2), torch.device("cpu")
-    assert name in ("strided", "by control flow") or isinstance(rule(Span(*bounds(4, 7)), Span(*bounds(0, 7).mT)), Span)
-    found = Mask(rule).tiles(63, 63, device)
-    monkeypatch.setattr(Mask, "_possible", lambda *_: None)
-    assert found == Mask(rule).tiles(63, 63, device)
+    if name not in ("strided", "by control flow"):
+        assert isinstance(rule(Interval(*bounds(4, 7)), Interval(*bounds(0, 7).mT)), Interval)
+    tiles = Mask(rule).tiles(63, 63, device)
+    monkeypatch.setattr(Mask, "_candidates", lambda *_: None)
+    assert tiles == Mask(rule).tiles(63, 63, device)
 
 
 def bounds(low, high):
@@ -145,11 +146,11 @@ def bounds(low, high):
 @pytest.mark.usefixtures("small_blocks")
 def test_bounds_hold_for_fewer_queries_than_keys_and_for_heads_that_see_themselves_only(monkeypatch):
     device = torch.device("cpu")
-    masks = [Mask(rule_of(RULES["sliding"], 2)), Mask().self_only([1], 3), Mask(padding=PADDED)]
-    found = [mask.tiles(20, 63, device) for mask in masks]
-    monkeypatch.setattr(Mask, "_possible", lambda *_: None)
-    again = [Mask(rule_of(RULES["sliding"], 2)), Mask().self_only([1], 3), Mask(padding=PADDED)]
-    assert found == [mask.tiles(20, 63, device) for mask in again]
+    masks = [Mask(rule_of(RULES["sliding"], 2)), Mask().restrict_to_self([1], 3), Mask(padding=PADDED)]
+    tiles = [mask.tiles(20, 63, device) for mask in masks]
+    monkeypatch.setattr(Mask, "_candidates", lambda *_: None)
+    again = [Mask(rule_of(RULES["sliding"], 2)), Mask().restrict_to_self([1], 3), Mask(padding=PADDED)]
+    assert tiles == [mask.tiles(20, 63, device) for mask in again]
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -162,8 +163,8 @@ def test_a_later_key_in_a_far_block_is_still_refused():
 @pytest.mark.parametrize("name", ["sliding", "packed"])
 def test_blocks_that_are_evaluated_grow_with_the_length_not_with_its_square(name, monkeypatch):
     evaluated = []
-    own = Mask._evaluate
-    monkeypatch.setattr(Mask, "_evaluate", lambda mask, *given: evaluated.append(1) or own(mask, *given))
+    evaluate = Mask._evaluate
+    monkeypatch.setattr(Mask, "_evaluate", lambda mask, *args: evaluated.append(1) or evaluate(mask, *args))
 
     def count(length):
         evaluated.clear()
@@ -177,7 +178,7 @@ def test_blocks_that_are_evaluated_grow_with_the_length_not_with_its_square(name
         return len(evaluated)
 
     assert count(16384) <= 2.1 * count(8192)
-    monkeypatch.setattr(Mask, "_possible", lambda *_: None)
+    monkeypatch.setattr(Mask, "_candidates", lambda *_: None)
     assert count(4096) > 3 * count(2048)  # what the bounds save
 
 
@@ -185,7 +186,7 @@ LONG = """
 import json, sys, torch
 from transformers import LlamaConfig, MistralConfig, LlamaForCausalLM, MistralForCausalLM
 import posterity
-from posterity.results import stats as derived
+from posterity.results import stats
 
 kind, length = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
@@ -203,11 +204,11 @@ if kind == "packed":
         torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
         result = ledger.result()
 else:
-    asked = dict(losses=True, horizons=(8,)) if kind == "plain" else {}
-    result = posterity.measure(model, None, ids, context=length, progress=False, **asked)
+    options = dict(losses=True, horizons=(8,)) if kind == "plain" else {}
+    result = posterity.measure(model, None, ids, context=length, progress=False, **options)
 with open("/proc/self/status") as status:
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-print(json.dumps({"peak": peak, "balance": float(derived.balance(result).max()),
+print(json.dumps({"peak": peak, "balance": float(stats.balance(result).max()),
                   "edges": int(result.edges.isel(layer=0).sum())}))
 """
 
@@ -217,26 +218,26 @@ def edges_of(kind, length):
         return length * (length + 1) // 2
     if kind == "sliding":
         return 512 * 513 // 2 + (length - 512) * 512
-    whole, rest = divmod(length, 3000)
-    return whole * 3000 * 3001 // 2 + rest * (rest + 1) // 2
+    documents, rest = divmod(length, 3000)
+    return documents * 3000 * 3001 // 2 + rest * (rest + 1) // 2
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("kind", ["plain", "sliding", "packed"])
 def test_memory_is_linear_up_to_32768_tokens_and_the_ledger_balances(kind):
-    def alone(length):
+    def run(length):
         command = [sys.executable, "-c", LONG, kind, str(length)]
         # memory that is freed goes back to the system, so that the peak is of what is used, not of malloc's habits
         freed = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=freed)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=freed)
+        assert process.returncode == 0, process.stderr
+        return json.loads(process.stdout.splitlines()[-1])
 
-    found = {length: alone(length) for length in (8192, 16384, 32768)}
-    for length, one in found.items():
-        assert one["balance"] < 1e-5
-        assert one["edges"] == edges_of(kind, length)
-    first, second = (found[2 * n]["peak"] - found[n]["peak"] for n in (8192, 16384))
+    reports = {length: run(length) for length in (8192, 16384, 32768)}
+    for length, report in reports.items():
+        assert report["balance"] < 1e-5
+        assert report["edges"] == edges_of(kind, length)
+    first, second = (reports[2 * n]["peak"] - reports[n]["peak"] for n in (8192, 16384))
     assert second < 3 * first  # growth over twice as many tokens: twice if linear, four times if quadratic
     assert second < 0.5 * 32768**2  # a single N x N tensor of bools would add 0.75 times that square to it

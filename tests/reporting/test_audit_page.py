@@ -6,17 +6,17 @@ import sys
 import numpy as np
 import pytest
 from rich.console import Console
-from support.pages import browser, opened
+from support.pages import DRAWN, browser, opened
 from support.tiny import tiny, tokens
 
 import posterity
-from posterity.clauses.audit import CLAUSES
+from posterity.clauses.all_clauses import CLAUSES
+from posterity.clauses.drawing import Chart, View, bars, measured_line
+from posterity.palette import DARK
+from posterity.reporting.audit_page import draw_picture
 
 SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "budget": 16, "prefix": 8}
 SMALL |= {"positions": 2, "prefixes": 2, "future": 4, "draws": 3}
-DRAWN = """() => [...document.querySelectorAll('.chart')].map(chart => ({
-    width: chart.querySelector('.main-svg').getBoundingClientRect().width,
-    marks: chart.querySelectorAll('.scatterlayer .trace, .heatmaplayer image, .barlayer .trace').length}))"""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,27 @@ def test_all_rows_survive_file_and_table(tmp_path, audited):
     posterity.summary(loaded, console)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    assert all(f"{one.number} · {one.name}" in text for one in CLAUSES)
+    assert all(f"{clause.number} · {clause.name}" in text for clause in CLAUSES)
+
+
+def test_names_in_a_picture_are_shown_as_they_are():
+    line, bar = measured_line("<b>a</b>", [0, 1], [1, 2]), bars(["<i>c</i>"], [1])
+    grid = draw_picture(Chart("<u>t</u>", "", [line, measured_line("&amp;", [0], [1]), bar], "<s>x</s>"), "<u>t</u>")
+    drawn, layout = grid.traces, grid.layout(1100, titled=True)
+    assert [trace.get("name") for trace in drawn] == ["&lt;b&gt;a&lt;/b&gt;", "&amp;amp;", None]
+    assert drawn[2]["x"] == ["&lt;i&gt;c&lt;/i&gt;"]
+    assert layout["title"]["text"] == "&lt;u&gt;t&lt;/u&gt;"
+    assert layout["xaxis"]["title"]["text"] == "&lt;s&gt;x&lt;/s&gt;"
+    assert layout["xaxis"]["unifiedhovertitle"]["text"] == "&lt;s&gt;x&lt;/s&gt; %{x}"
+
+
+def test_a_clause_speaks_the_colours_of_the_page(audited):
+    grids = [draw_picture(chart, "") for clause in CLAUSES for chart in clause.draw(View(audited, "LlamaForCausalLM"))]
+    axes = [grid.layout(500)["coloraxis"] for grid in grids if grid.colours]
+    assert len(axes) >= 6
+    assert {colour for axis in axes for _, colour in axis["colorscale"]} <= set(DARK)
+    for grid in grids:
+        grid.figure()
 
 
 @pytest.mark.slow
@@ -56,7 +76,7 @@ def test_every_picture_of_the_audit_is_drawn_without_an_error_or_a_request(tmp_p
         opened(tab, posterity.report(audited, tmp_path / "audit.html"))
         drawn = tab.evaluate(DRAWN)
         assert len(drawn) == tab.evaluate("document.querySelectorAll('figure').length") > 40
-        assert all(one["marks"] > 0 and 0 < one["width"] <= width for one in drawn)
+        assert all(chart["marks"] > 0 and chart["saves"] == 2 and 0 < chart["size"] <= width for chart in drawn)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert heard == []
 
@@ -67,8 +87,8 @@ def test_the_laws_hold_on_the_default_model(tmp_path):
     done = subprocess.run([*command, "-r", str(tmp_path / "a.html")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "4 · The count and the weights" in done.stdout
-    found = posterity.load(tmp_path / "a.nc")
-    figure = dict(zip(found.measure.values.tolist(), found.figure.values[0].tolist(), strict=True))
+    audit = posterity.load(tmp_path / "a.nc")
+    figure = dict(zip(audit.measure.values.tolist(), audit.figure.values[0].tolist(), strict=True))
     assert figure["later terms for one own"] == 127.5
     assert figure["error of the identity"] < 1e-4
     assert 0 < figure["self share of W_K, one window"] < 0.5

@@ -11,9 +11,9 @@ from support.pages import browser, opened, page
 from support.sample import sample
 
 import posterity
-from posterity.reporting.html import MARKS, shown
-from posterity.results.audit_schema import KIND, KIND_VERSION
-from posterity.training import compare as comparison
+from posterity.reporting.html import MARKS, displayable
+from posterity.results.audit_schema import AUDIT, KIND_VERSION
+from posterity.results.comparison_schema import COMPARISON
 
 SCRIPT = "<script>document.title='ran'</script><img src=//evil.example/x onerror=alert(1)><svg onload=alert(2)>"
 EVIL = [
@@ -52,7 +52,7 @@ def compared():
         {"loss": (("run", "document", "position"), np.ones((len(arms), 2, 4)), {"units": ALL})},
         {"folder": ("run", ["a", *EVIL]), "arm": ("run", arms), "seed": ("run", [0] * len(arms)),
          "document": range(2), "position": range(4)},
-        {"kind": comparison.KIND, "data": ALL, "steps": 5},
+        {"kind": COMPARISON.name, "data": ALL, "steps": 5},
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def audited():
     coords = {"model": [ALL], "clause": [1], "measure": [ALL], "of_clause": ("measure", [1])}
     verdict = {"verdict": (("model", "clause"), [["not measured"]])}
     return xr.Dataset(
-        {**texts, **numbers, **verdict}, coords, {"kind": KIND, "kind_version": KIND_VERSION, "model": ALL}
+        {**texts, **numbers, **verdict}, coords, {"kind": AUDIT.name, "kind_version": KIND_VERSION, "model": ALL}
     )
 
 
@@ -111,10 +111,10 @@ def test_right_to_left_letters_turn_nothing_around_them_around(tmp_path):
 
 
 def test_texts_of_a_page_are_isolated_and_of_finite_height():
-    assert shown("a שלום עולם 5 windows") == "a \u2068שלום עולם\u2069 5 windows"
-    assert shown("\u202ea\u2069\x1b\ud800") == "\ufffda\ufffd\ufffd\ufffd"
-    assert shown("e" + "\u0301" * 100 + "e\u0301") == "e" + "\u0301" * MARKS + "e\u0301"
-    assert shown("1.5\u00a0% ± 2") == "1.5\u00a0% ± 2"
+    assert displayable("a שלום עולם 5 windows") == "a \u2068שלום עולם\u2069 5 windows"
+    assert displayable("\u202ea\u2069\x1b\ud800") == "\ufffda\ufffd\ufffd\ufffd"
+    assert displayable("e" + "\u0301" * 100 + "e\u0301") == "e" + "\u0301" * MARKS + "e\u0301"
+    assert displayable("1.5\u00a0% ± 2") == "1.5\u00a0% ± 2"
 
 
 @pytest.mark.parametrize("kind", PAGES)

@@ -1,4 +1,4 @@
-"""Laws of one text under the glass: what the page says of a token is what the result holds."""
+"""Laws of an inspected text: what the page says of a token is what the result holds."""
 
 import base64
 
@@ -7,9 +7,9 @@ import pytest
 from support.pages import browser
 from support.sample import sample
 
-from posterity.reporting.inspected_text import glass, visible
+from posterity.reporting.inspected_text import pack_inspected_text, visible_token
 from posterity.reporting.report import report
-from posterity.reporting.result_page import render
+from posterity.reporting.result_page import render_results
 
 WORDS = ["The", " cat", " sat", " on", " the", " mat", ",", " and", " it", " was", " warm", "."]
 HOSTILE = [
@@ -33,10 +33,10 @@ def unpacked(text, size):
 
 def values(result, measure, written, layer):
     """The matrix of loss and key that the choosers ask for, without the last position."""
-    found = result[f"inspect_{measure}"].transpose("layer", "written", "loss_position", "position")
-    found = found.sel(written=["key", "value"] if written == "both" else [written])
-    found = found if layer == "all" else found.sel(layer=[int(layer)])
-    all_of_them = found.values.reshape(-1, *found.shape[2:])[:, :-1, :-1]
+    matrices = result[f"inspect_{measure}"].transpose("layer", "written", "loss_position", "position")
+    matrices = matrices.sel(written=["key", "value"] if written == "both" else [written])
+    matrices = matrices if layer == "all" else matrices.sel(layer=[int(layer)])
+    all_of_them = matrices.values.reshape(-1, *matrices.shape[2:])[:, :-1, :-1]
     return all_of_them.sum(0) if measure == "credit" else np.sqrt((all_of_them**2).sum(0))
 
 
@@ -46,7 +46,7 @@ def values(result, measure, written, layer):
 @pytest.mark.parametrize("measure", ["credit", "norm"])
 def test_the_packed_matrices_are_those_of_the_result(measure):
     result = inspected()
-    data = glass(result)
+    data = pack_inspected_text(result)
     assert data is not None
     assert set(data[measure]) == {"key", "value"}
     for written, layers in data[measure].items():
@@ -61,7 +61,7 @@ def test_a_number_that_is_not_known_stays_so():
     result = inspected()
     result["inspect_credit"].loc[{"layer": 1, "written": "key", "loss_position": 5, "position": 2}] = np.nan
     result["inspect_credit"].loc[{"layer": 1, "written": "key", "position": 4}] = 0
-    data = glass(result)
+    data = pack_inspected_text(result)
     assert data is not None
     packed = unpacked(data["credit"]["key"][1], 11)
     assert np.isnan(packed[:, 2]).all()
@@ -69,10 +69,10 @@ def test_a_number_that_is_not_known_stays_so():
     assert (packed[:, 4] == 0).all()
 
 
-def test_a_result_of_no_single_text_has_nothing_under_the_glass():
-    assert glass(sample(losses=True)) is None
-    assert "glass-text" not in render([sample(losses=True)])
-    assert "glass-text" in render([sample(losses=True), inspected()])
+def test_a_result_of_no_single_text_has_no_inspected_text():
+    assert pack_inspected_text(sample(losses=True)) is None
+    assert "inspected-template" not in render_results([sample(losses=True)])
+    assert "inspected-template" in render_results([sample(losses=True), inspected()])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_result_of_no_single_text_has_nothing_under_the_glass():
     ],
 )
 def test_a_token_shows_all_that_it_holds(token, shown):
-    assert visible(token) == shown
+    assert visible_token(token) == shown
 
 
 # ---- in a browser
@@ -100,7 +100,7 @@ def test_a_token_shows_all_that_it_holds(token, shown):
 def opened(tab, path):
     tab.goto(f"file://{path}")
     tab.wait_for_selector("html[data-drawn]")
-    return tab.locator("article.glass").first
+    return tab.locator("article.inspected").first
 
 
 def sentence(text):
@@ -112,7 +112,7 @@ def pair(text):
 
 
 def token(text, number):
-    return text.locator(".glass-strip button").nth(number)
+    return text.locator(".inspected-strip button").nth(number)
 
 
 def box(locator):
@@ -124,8 +124,8 @@ def numbers(text):
     """Rows of the table of all numbers, as numbers: token, lag, share, value."""
     if text.locator("details").get_attribute("open") is None:
         text.locator("summary").click()
-        text.locator(".glass-all tbody tr").first.wait_for()
-    rows = text.locator(".glass-all tbody tr").evaluate_all(
+        text.locator(".inspected-all tbody tr").first.wait_for()
+    rows = text.locator(".inspected-all tbody tr").evaluate_all(
         "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
     )
     plain = [[cell.replace("−", "-").removesuffix(" %") for cell in row] for row in rows]
@@ -136,7 +136,7 @@ CHOICES = [("both", "credit", "all"), ("key", "credit", "2"), ("value", "norm", 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("toward", ["payers", "paid"])
+@pytest.mark.parametrize("toward", ["losses", "keys"])
 def test_the_numbers_of_a_token_are_those_of_the_result(tmp_path, toward):
     result = inspected()
     with browser() as (tab, heard):
@@ -149,18 +149,20 @@ def test_the_numbers_of_a_token_are_those_of_the_result(tmp_path, toward):
             text.locator("select").select_option(layer)
             true = values(result, measure, written, layer)
             share = true / true.sum(0)
-            found = numbers(text)
-            at = np.arange(4, 11) if toward == "payers" else np.arange(4, -1, -1)
-            row, column = (at, 4) if toward == "payers" else (4, at)
-            np.testing.assert_array_equal(found[:, 0], at)
-            np.testing.assert_array_equal(found[:, 1], np.abs(at - 4))
-            np.testing.assert_allclose(found[:, 2], 100 * share[row, column], atol=0.02)
-            np.testing.assert_allclose(found[:, 3], true[row, column], rtol=0.01, atol=1e-4 * true.max())
+            rows = numbers(text)
+            tokens = np.arange(4, 11) if toward == "losses" else np.arange(4, -1, -1)
+            row, column = (tokens, 4) if toward == "losses" else (4, tokens)
+            np.testing.assert_array_equal(rows[:, 0], tokens)
+            np.testing.assert_array_equal(rows[:, 1], np.abs(tokens - 4))
+            np.testing.assert_allclose(rows[:, 2], 100 * share[row, column], atol=0.02)
+            np.testing.assert_allclose(rows[:, 3], true[row, column], rtol=0.01, atol=1e-4 * true.max())
             said = float(sentence(text).replace("−", "-").split(" %")[0].split()[-1])
             assert said == pytest.approx(100 * share[4, 4], abs=0.06)
-            bars = text.locator(".glass-curve rect").evaluate_all("bars => bars.map(b => +b.getAttribute('height'))")
+            bars = text.locator(".inspected-curve rect").evaluate_all(
+                "bars => bars.map(b => +b.getAttribute('height'))"
+            )
             drawn = np.array(bars) / max(bars)
-            np.testing.assert_allclose(drawn, np.abs(found[:, 2]) / np.abs(found[:, 2]).max(), atol=0.01)
+            np.testing.assert_allclose(drawn, np.abs(rows[:, 2]) / np.abs(rows[:, 2]).max(), atol=0.01)
         assert heard == []
 
 
@@ -168,14 +170,14 @@ def test_the_numbers_of_a_token_are_those_of_the_result(tmp_path, toward):
 def test_the_strip_of_tokens_works_by_key(tmp_path):
     with browser(viewport={"width": 500, "height": 900}) as (tab, heard):
         text = opened(tab, report(inspected(), tmp_path / "report.html"))
-        assert text.locator(".glass-strip button[tabindex='0']").count() == 1
+        assert text.locator(".inspected-strip button[tabindex='0']").count() == 1
         text.locator("select").focus()
         tab.keyboard.press("Tab")
         press, focus = tab.keyboard.press, lambda: tab.evaluate("document.activeElement.dataset.token")
-        for key, at in (("Home", 0), ("ArrowLeft", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        for key, number in (("Home", 0), ("ArrowLeft", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
             press(key)
-            assert focus() == str(at)
-            assert sentence(text).startswith(f"Token {at} “{visible(WORDS[at])}”: own loss")
+            assert focus() == str(number)
+            assert sentence(text).startswith(f"Token {number} “{visible_token(WORDS[number])}”: own loss")
         press("ArrowDown")
         below = int(focus())
         (left, top, *_), (left_below, top_below, *_) = box(token(text, 1)), box(token(text, below))
@@ -208,11 +210,11 @@ def test_pointing_at_a_token_shows_who_pays_and_a_click_holds_it(tmp_path):
         assert sentence(text).startswith("Token 5 “·mat”: own loss")
         assert f"later losses {share[6:, 5].sum():.1f} %" in sentence(text).replace("−", "-")
         top = 6 + int(share[6:, 5].argmax())
-        name, following = visible(WORDS[top]), visible(WORDS[top + 1])
+        name, following = visible_token(WORDS[top]), visible_token(WORDS[top + 1])
         most = f"most by token {top} “{name}” ({share[top, 5]:.1f} %), in predicting “{following}”."
         assert sentence(text).endswith(most)
-        painted = text.locator(".glass-strip button").evaluate_all("all => all.map(b => b.style.backgroundColor)")
-        assert [bool(one) for one in painted] == [False] * 5 + [True] * 6 + [False]
+        painted = text.locator(".inspected-strip button").evaluate_all("all => all.map(b => b.style.backgroundColor)")
+        assert [bool(colour) for colour in painted] == [False] * 5 + [True] * 6 + [False]
         token(text, 2).click()
         token(text, 7).hover()
         assert sentence(text).startswith("Token 2 “·sat”")
@@ -244,8 +246,8 @@ def test_the_other_direction_shows_what_a_loss_pays_for(tmp_path):
             f"Token 6 “,”: its loss, in predicting “·and”, pays {share[6, 6]:.1f} % of its own"
         )
         assert sentence(text).endswith(f"brings {100 * true[6].sum() / true.sum():.1f} % of all credit in the text.")
-        painted = text.locator(".glass-strip button").evaluate_all("all => all.map(b => b.style.backgroundColor)")
-        assert [bool(one) for one in painted] == [True] * 7 + [False] * 5
+        painted = text.locator(".inspected-strip button").evaluate_all("all => all.map(b => b.style.backgroundColor)")
+        assert [bool(colour) for colour in painted] == [True] * 7 + [False] * 5
         assert text.locator("table thead").first.inner_text().split() == ["of", "token", "lag", "share"]
         token(text, 11).click()
         assert "it has no loss" in sentence(text)
@@ -257,13 +259,13 @@ def test_tokens_of_every_kind_show_as_text(tmp_path):
     with browser(viewport={"width": 400, "height": 900}) as (tab, heard):
         result = inspected(HOSTILE)
         text = opened(tab, report(result, tmp_path / "report.html"))
-        shown = [visible(str(one)) for one in result.token.values]
-        assert text.locator(".glass-strip .word").all_text_contents() == shown
-        assert shown[0] == HOSTILE[0]
-        for number, name in enumerate(shown):
+        names = [visible_token(str(word)) for word in result.token.values]
+        assert text.locator(".inspected-strip .word").all_text_contents() == names
+        assert names[0] == HOSTILE[0]
+        for number, name in enumerate(names):
             token(text, number).focus()
-            if number < len(shown) - 1:
-                assert len(numbers(text)) == len(shown) - 1 - number
+            if number < len(names) - 1:
+                assert len(numbers(text)) == len(names) - 1 - number
             assert name.replace("\u0301", "")[:20] in sentence(text).replace("\u0301", "")
         assert text.locator("img, script").count() == 0
         assert tab.evaluate("document.documentElement.scrollWidth") <= 400
@@ -273,19 +275,19 @@ def test_tokens_of_every_kind_show_as_text(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_texts_have_a_glass_each(tmp_path):
+def test_several_inspected_texts_stand_side_by_side(tmp_path):
     other = inspected(["x", "y", "z"], layers=2, model="<b>other</b>")
     with browser(color_scheme="dark") as (tab, heard):
         opened(tab, report([sample(losses=True), inspected(model="first"), other], tmp_path / "report.html"))
-        texts = tab.locator("article.glass")
-        assert [one.split(",")[0] for one in texts.locator("h3").all_text_contents()] == ["first", "<b>other</b>"]
+        texts = tab.locator("article.inspected")
+        assert [words.split(",")[0] for words in texts.locator("h3").all_text_contents()] == ["first", "<b>other</b>"]
         before = sentence(texts.nth(0))
         token(texts.nth(1), 0).click()
         texts.nth(1).locator("input[value=norm]").check()
         assert sentence(texts.nth(1)).startswith("Token 0 “x”: own loss")
         assert sentence(texts.nth(0)) == before
         notes = [texts.nth(number).locator("[data-part=note]").inner_text() for number in (0, 1)]
-        assert [one.split()[0] for one in notes] == ["Credit", "Norm"]
+        assert [words.split()[0] for words in notes] == ["Credit", "Norm"]
         assert texts.nth(1).locator("option").all_text_contents() == ["all layers", "layer 0", "layer 1"]
         assert heard == []
 

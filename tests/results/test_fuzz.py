@@ -13,8 +13,8 @@ def fuzz(name: str, number: int, *, always_the_same: bool) -> None:
     profile = settings(max_examples=number, derandomize=always_the_same, deadline=None, database=None,
                        suppress_health_check=CHECKS)  # fmt: skip
 
-    def law(one):
-        use(one)
+    def law(example):
+        use(example)
 
     profile(given(inputs)(law))()
 

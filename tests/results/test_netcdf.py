@@ -25,7 +25,7 @@ def plain():
 @pytest.fixture
 def path(tmp_path, plain):
     """A whole file without its seal, to be spoiled by the test."""
-    data = netcdf.packed(plain)
+    data = netcdf.pack(plain)
     (tmp_path / "run.nc").write_bytes(data[: data.rindex(netcdf.SEAL)])
     (tmp_path / "numbers.bin").write_bytes(np.array([5.0, 6.0]).tobytes())
     with h5py.File(tmp_path / "other.nc", "w") as file:
@@ -104,11 +104,11 @@ def test_a_text_that_stands_for_many_is_not_unpacked(path):
         del file["text"]
         text = file.create_dataset("text", (10_000,), h5py.string_dtype())
         text[0] = "x" * 4_000_000
-    whole = bytearray(path.read_bytes())
+    data = bytearray(path.read_bytes())
     with h5py.File(path) as file:
         start = file["text"].id.get_offset()
-    whole[start : start + 160_000] = bytes(whole[start : start + 16]) * 10_000
-    path.write_bytes(whole)
+    data[start : start + 160_000] = bytes(data[start : start + 16]) * 10_000
+    path.write_bytes(data)
     assert "'text' claims more text than is in it" in refusal(path)
 
 
@@ -122,17 +122,17 @@ def test_attributes_at_which_the_c_library_would_crash_are_refused(path, name, v
         file["document" if name in ("REFERENCE_LIST", "CLASS") else "loss"].attrs[name] = value
     code = f"import posterity\ntry: posterity.load({str(path)!r})\nexcept posterity.InputError as error: print(error)"
     environment = {**os.environ, "PYTHONPATH": str(Path(netcdf.__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert f"has an attribute '{name}' of a kind that is never written" in done.stdout, done.stderr
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert f"has an attribute '{name}' of a kind that is never written" in run.stdout, run.stderr
 
 
 def test_every_changed_byte_of_a_file_is_found(tmp_path, plain):
     path = save(plain, tmp_path / "run.nc")
-    whole = path.read_bytes()
-    for place in (0, 9, 40, len(whole) // 3, len(whole) // 2, len(whole) - 200, len(whole) - 1):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    data = path.read_bytes()
+    for place in (0, 9, 40, len(data) // 3, len(data) // 2, len(data) - 200, len(data) - 1):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         assert "its bytes are not those that were written" in refusal(path)
-    path.write_bytes(whole)
+    path.write_bytes(data)
     assert posterity.load(path).identical(plain)
 
 
@@ -158,38 +158,42 @@ def test_an_unknown_kind_of_file_is_named(path):
 
 
 def test_a_message_is_one_line_that_a_terminal_can_show_and_a_person_can_read():
-    given = "a\x1b[2Jb\r\nc\u202ed\ud800e\x9b31m" + "x" * 10_000 + " the end"
-    said = str(InputError(given))
-    assert said.startswith("a\ufffd[2Jb c\ufffdd?e\ufffd31mxxx")
-    assert said.endswith("xxx the end")
-    assert len(said) <= LONGEST + 3
-    assert said.isprintable()
+    text = "a\x1b[2Jb\r\nc\u202ed\ud800e\x9b31m" + "x" * 10_000 + " the end"
+    message = str(InputError(text))
+    assert message.startswith("a\ufffd[2Jb c\ufffdd?e\ufffd31mxxx")
+    assert message.endswith("xxx the end")
+    assert len(message) <= LONGEST + 3
+    assert message.isprintable()
 
 
-COMPARED = xr.Dataset(
+COMPARISON = xr.Dataset(
     {"loss": (("run", "document", "position"), np.ones((2, 3, 4)), {"units": "nats"})},
     {"folder": ("run", ["a", "b"]), "arm": ("run", ["vanilla", "myopic"]), "seed": ("run", [0, 0]),
      "document": range(3), "position": range(4)},
     {"kind": "comparison", "data": "text", "steps": 5},
 )  # fmt: skip
 SPOILED = {
-    "not every run": lambda one: one.assign_coords(seed=("run", [0, 1])),
-    "plain run": lambda one: one.assign_coords(arm=("run", ["a", "b"])),
-    "one plain run": lambda one: one.assign_coords(arm=("run", ["vanilla", "vanilla"])),
-    "it does not say its units": lambda one: one.assign(loss=one.loss.assign_attrs(units=1).drop_attrs()),
-    "it does not say its data": lambda one: one.drop_attrs(deep=False).assign_attrs(kind="comparison", steps=5),
-    "'seed' is float64 by run": lambda one: one.assign_coords(seed=("run", [0.0, np.nan])),
-    "it has no 'position'": lambda one: one.drop_vars("position"),
-    "a loss is infinite": lambda one: one * np.inf,
+    "not every run": lambda comparison: comparison.assign_coords(seed=("run", [0, 1])),
+    "plain run": lambda comparison: comparison.assign_coords(arm=("run", ["a", "b"])),
+    "one plain run": lambda comparison: comparison.assign_coords(arm=("run", ["vanilla", "vanilla"])),
+    "it does not say its units": lambda comparison: comparison.assign(
+        loss=comparison.loss.assign_attrs(units=1).drop_attrs()
+    ),
+    "it does not say its data": lambda comparison: comparison.drop_attrs(deep=False).assign_attrs(
+        kind="comparison", steps=5
+    ),
+    "'seed' is float64 by run": lambda comparison: comparison.assign_coords(seed=("run", [0.0, np.nan])),
+    "it has no 'position'": lambda comparison: comparison.drop_vars("position"),
+    "a loss is infinite": lambda comparison: comparison * np.inf,
 }
 
 
 @pytest.mark.parametrize("reason", SPOILED)
 def test_a_comparison_that_is_none_is_neither_read_nor_written_nor_shown(tmp_path, reason):
-    posterity.load(posterity.save(COMPARED, tmp_path / "whole.nc"))
+    posterity.load(posterity.save(COMPARISON, tmp_path / "whole.nc"))
     with xr.set_options(keep_attrs=True):
-        spoiled = SPOILED[reason](COMPARED)
-    (tmp_path / "gap.nc").write_bytes(netcdf.packed(spoiled))
+        spoiled = SPOILED[reason](COMPARISON)
+    (tmp_path / "gap.nc").write_bytes(netcdf.pack(spoiled))
     for use in (
         lambda: posterity.load(tmp_path / "gap.nc"),
         lambda: posterity.save(spoiled, tmp_path / "other.nc"),

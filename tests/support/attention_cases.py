@@ -12,7 +12,7 @@ HEADS, GROUPS, DIM, DIM_V = 4, 2, 5, 3
 
 
 def mask_case(name, length, batch=2):
-    """(Mask, allowed pairs of the reference, readers)."""
+    """Return (Mask, allowed pairs of the reference, readers)."""
     window, documents, padding = None, None, None
     if name == "window":
         window = 3
@@ -36,8 +36,8 @@ MASKS = ("plain", "window", "packed", "left padding", "right padding")
 
 def leaves(length, dim_v=DIM_V, sinks=False, batch=2, dtype=torch.double):
     shapes = ((batch, HEADS, length, DIM), (batch, GROUPS, length, DIM), (batch, GROUPS, length, dim_v))
-    made = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-    return [*made, torch.randn(HEADS, dtype=dtype).requires_grad_() if sinks else None]
+    tensors = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    return [*tensors, torch.randn(HEADS, dtype=dtype).requires_grad_() if sinks else None]
 
 
 BIASES = {  # of a batch of two and so many positions

@@ -160,17 +160,17 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 
 @contextlib.contextmanager
 def without_timm():
-    """Inside, towers that need the package timm (the vision tower of gemma3n) are left out."""
-    own = AutoModel.from_config
+    """Leave out towers that need the package timm (the vision tower of gemma3n)."""
+    make_model = AutoModel.from_config
 
     def from_config(config, **options):
-        return torch.nn.Identity() if config.model_type == "gemma3n_vision" else own(config, **options)
+        return torch.nn.Identity() if config.model_type == "gemma3n_vision" else make_model(config, **options)
 
     AutoModel.from_config = from_config
     try:
         yield
     finally:
-        AutoModel.from_config = own
+        AutoModel.from_config = make_model
 
 
 def shrunk(default: PreTrainedConfig, changes: dict) -> dict:

@@ -2,7 +2,7 @@
 
 python -m support.forked killed FOLDER SEED KILLS   kill runs at random, resume them, compare with one that ran through
 python -m support.forked points FOLDER              the same, killed at every single step of writing the state
-python -m support.forked shared FOLDER              several processes; some killed, and resumed by another number of them
+python -m support.forked shared FOLDER              several processes; some killed, resumed by another number of them
 python -m support.forked audited FOLDER             an audit by one process, by several, and killed at its rows
 
 Each prints what happened as JSON.
@@ -26,8 +26,8 @@ import xarray as xr
 from support.tiny import tiny, tokens
 
 from posterity import audit
-from posterity.clauses import saved_findings as kept
-from posterity.measurement import run_state as resume
+from posterity.clauses.saved_findings import SavedFindings
+from posterity.measurement import run_state
 from posterity.measurement.distributed import Processes
 from posterity.measurement.measure import measure
 
@@ -35,7 +35,7 @@ WINDOWS, CONTEXT = 9, 12
 EVERYTHING = {"losses": True, "horizons": (1, 2, 4), "parameters": True}
 
 
-def numbers(model, state=None, windows=WINDOWS, processes=None, **options):
+def measured_arrays(model, state=None, windows=WINDOWS, processes=None, **options):
     """Every number of a result, by name."""
     result = measure(
         model,
@@ -50,7 +50,7 @@ def numbers(model, state=None, windows=WINDOWS, processes=None, **options):
     return {name: x.values for name, x in result.variables.items() if x.dtype.kind in "if"}
 
 
-def forked(work):
+def fork(work):
     """Run in a child process; its number."""
     child = os.fork()
     if child:
@@ -67,75 +67,75 @@ def forked(work):
         os._exit(code)
 
 
-def ended(child):
-    """Wait; True if it came to its end, False if it was killed."""
+def ends(child):
+    """Wait; True if it comes to its end, False if it is killed."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, -signal.SIGKILL), code
     return code == 0
 
 
-def counted(state):
+def saved_windows(state, rank=0):
     """How many windows the state of one process holds."""
-    file = state / resume.FILE.format(0)
+    file = state / run_state.STATE_FILE.format(rank)
     if not file.exists():
         return 0
-    with resume.safe_open(file, "pt") as opened:
-        return len(opened.get_tensor("done"))
+    with run_state.safe_open(file, "pt") as tensors:
+        return len(tensors.get_tensor("done"))
 
 
-def compare(found, expected):
-    """Whether two files of numbers are the same bits."""
-    one, two = np.load(found), np.load(expected)
-    assert one.files == two.files
-    return all(one[name].tobytes() == two[name].tobytes() for name in one.files)
+def same_bits(path, expected_path):
+    """Whether two files of arrays are the same bits."""
+    arrays, expected = np.load(path), np.load(expected_path)
+    assert arrays.files == expected.files
+    return all(arrays[name].tobytes() == expected[name].tobytes() for name in arrays.files)
 
 
-def measured(model, path, state=None, **options):
-    np.savez(path, **numbers(model, state, **options))
+def save_measurement(model, path, state=None, **options):
+    np.savez(path, **measured_arrays(model, state, **options))
 
 
 def killed(folder, seed, kills):
     """Kill runs at random moments, and go on with each until it ends."""
     generator, model = random.Random(seed), tiny("llama", torch.float32)
-    expected, found, state = folder / "expected.npz", folder / "found.npz", folder / "state"
-    started = time.monotonic()
-    assert ended(forked(lambda: measured(model, expected)))
-    longest = time.monotonic() - started
+    expected, resumed, state = folder / "expected.npz", folder / "resumed.npz", folder / "state"
+    start = time.monotonic()
+    assert ends(fork(lambda: save_measurement(model, expected)))
+    duration = time.monotonic() - start
     counts = {"killed": 0, "with something kept": 0, "ended": 0, "same": 0, "resumed and ended": 0}
     while counts["killed"] < kills:
-        resume.SHARE = generator.choice((0.02, 1e9))  # the rule as it is, or a state after every window
-        before = counted(state)
-        child = forked(lambda: measured(model, found, state))
-        time.sleep(generator.uniform(0, 1.2 * longest))
+        run_state.WRITE_SHARE = generator.choice((0.02, 1e9))  # the rule as it is, or a state after every window
+        before = saved_windows(state)
+        child = fork(lambda: save_measurement(model, resumed, state))
+        time.sleep(generator.uniform(0, 1.2 * duration))
         os.kill(child, signal.SIGKILL)
-        if ended(child):
+        if ends(child):
             counts["ended"] += 1
             counts["resumed and ended"] += before > 0
-            counts["same"] += compare(found, expected)
+            counts["same"] += same_bits(resumed, expected)
             shutil.rmtree(state)
-            found.unlink()
+            resumed.unlink()
         else:
             counts["killed"] += 1
-            counts["with something kept"] += counted(state) > 0
+            counts["with something kept"] += saved_windows(state) > 0
     if state.exists():
-        assert ended(forked(lambda: measured(model, found, state)))
+        assert ends(fork(lambda: save_measurement(model, resumed, state)))
         counts["ended"] += 1
-        counts["same"] += compare(found, expected)
+        counts["same"] += same_bits(resumed, expected)
     return counts
 
 
 @contextmanager
-def deadly(owner, name, calls, late=True):
-    """Inside, a process dies at so many calls of a function, before it or after it."""
-    original, seen = getattr(owner, name), 0
+def kill_at(owner, name, count, after=True):
+    """Within the block, the process kills itself at this call of a function, before it or after it."""
+    function, calls = getattr(owner, name), 0
 
     def call(*args, **kwargs):
-        nonlocal seen
-        seen += 1
-        if seen == calls and not late:
+        nonlocal calls
+        calls += 1
+        if calls == count and not after:
             os.kill(os.getpid(), signal.SIGKILL)
-        value = original(*args, **kwargs)
-        if seen == calls:
+        value = function(*args, **kwargs)
+        if calls == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return value
 
@@ -143,56 +143,57 @@ def deadly(owner, name, calls, late=True):
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        setattr(owner, name, function)
 
 
 def points(folder):
     """Kill a run before and after each call by which the state is written."""
     model, counts = tiny("llama", torch.float32), {"killed": 0, "same": 0}
-    expected, found, state = folder / "expected.npz", folder / "found.npz", folder / "state"
-    assert ended(forked(lambda: measured(model, expected, **EVERYTHING)))
-    resume.SHARE = 1e9
-    for name, module in (("save_file", resume), ("fsync", os), ("replace", os)):
-        for calls in (2, WINDOWS):
-            for late in (False, True):
-                with deadly(module, name, calls, late):
-                    assert not ended(forked(lambda: measured(model, found, state, **EVERYTHING)))
+    expected, resumed, state = folder / "expected.npz", folder / "resumed.npz", folder / "state"
+    assert ends(fork(lambda: save_measurement(model, expected, **EVERYTHING)))
+    run_state.WRITE_SHARE = 1e9
+    for name, module in (("save_file", run_state), ("fsync", os), ("replace", os)):
+        for count in (2, WINDOWS):
+            for after in (False, True):
+                with kill_at(module, name, count, after):
+                    assert not ends(fork(lambda: save_measurement(model, resumed, state, **EVERYTHING)))
                 counts["killed"] += 1
-                assert ended(forked(lambda: measured(model, found, state, **EVERYTHING)))
-                counts["same"] += compare(found, expected)
+                assert ends(fork(lambda: save_measurement(model, resumed, state, **EVERYTHING)))
+                counts["same"] += same_bits(resumed, expected)
                 shutil.rmtree(state)
     return counts
 
 
-def together(count, work, port):
+def fork_ranks(count, work, port):
     """Run `work(processes)` in so many processes that find each other; their numbers."""
 
-    def one(rank):
+    def run_rank(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes = Processes.join()
         assert (processes.rank, processes.count) == (rank, count)
         work(processes)
 
-    return [forked(lambda rank=rank: one(rank)) for rank in range(count)]
+    return [fork(lambda rank=rank: run_rank(rank)) for rank in range(count)]
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def shares(model, folder, windows, count, options):
     """How far several processes are from one."""
     expected = folder / "one.npz"
-    assert ended(forked(lambda: measured(model, expected, windows=windows, **options)))
+    assert ends(fork(lambda: save_measurement(model, expected, windows=windows, **options)))
 
     def work(processes):
-        measured(model, folder / f"rank{processes.rank}.npz", windows=windows, processes=processes, **options)
+        path = folder / f"rank{processes.rank}.npz"
+        save_measurement(model, path, windows=windows, processes=processes, **options)
 
-    assert all(map(ended, together(count, work, free_port())))
-    return max(apart(folder / f"rank{rank}.npz", expected) for rank in range(count))
+    assert all(map(ends, fork_ranks(count, work, free_port())))
+    return max(largest_difference(folder / f"rank{rank}.npz", expected) for rank in range(count))
 
 
 def shared(folder):
@@ -203,26 +204,27 @@ def shared(folder):
         "three processes, batches": shares(model, folder, 7, 3, {"batch": 2, "lags": "all"}),
         "more processes than windows": shares(model, folder, 1, 2, {}),
     }
-    resume.SHARE, state = 1e9, folder / "state"
+    run_state.WRITE_SHARE, state = 1e9, folder / "state"
 
-    def dies(processes):
+    def die(processes):
         """Each process is killed after some windows: one, two, ..."""
-        with deadly(resume.State, "add", processes.rank + 1):
-            measured(model, folder / "never.npz", state, processes=processes, **EVERYTHING)
+        with kill_at(run_state.RunState, "add_windows", processes.rank + 1):
+            save_measurement(model, folder / "never.npz", state, processes=processes, **EVERYTHING)
 
-    assert not any(map(ended, together(3, dies, free_port())))
-    left = sum(len(resume.safe_open(file, "pt").get_tensor("done")) for file in state.glob("*.safetensors"))
-    assert left == 1 + 2 + 3
+    assert not any(map(ends, fork_ranks(3, die, free_port())))
+    assert sum(saved_windows(state, rank) for rank in range(3)) == 1 + 2 + 3
     for count in (1, 2):
-        again = folder / f"state{count}"
-        shutil.copytree(state, again)
+        copy = folder / f"state{count}"
+        shutil.copytree(state, copy)
 
-        def work(processes, again=again):
-            measured(model, folder / f"rank{processes.rank}.npz", again, processes=processes, **EVERYTHING)
+        def work(processes, copy=copy):
+            save_measurement(model, folder / f"rank{processes.rank}.npz", copy, processes=processes, **EVERYTHING)
 
-        assert all(map(ended, together(count, work, free_port()) if count > 1 else [forked(lambda: work(Processes()))]))
-        assert ended(forked(lambda: measured(model, folder / "expected.npz", **EVERYTHING)))
-        largest[f"killed with 3, resumed with {count}"] = apart(folder / "rank0.npz", folder / "expected.npz")
+        children = fork_ranks(count, work, free_port()) if count > 1 else [fork(lambda: work(Processes()))]
+        assert all(map(ends, children))
+        assert ends(fork(lambda: save_measurement(model, folder / "expected.npz", **EVERYTHING)))
+        difference = largest_difference(folder / "rank0.npz", folder / "expected.npz")
+        largest[f"killed with 3, resumed with {count}"] = difference
     return largest
 
 
@@ -235,46 +237,47 @@ def audited(folder):
     model, control, counts = tiny("llama", torch.float64), "random", {"same": 0, "killed": 0}
 
     def run(path, state=None, processes=None):
-        found = audit(
+        findings = audit(
             model, None, tokens(6, 12), control=control, progress=False, state=state, processes=processes, **PLAN
         )
-        path.write_bytes(found.drop_attrs().to_netcdf(engine="h5netcdf"))
+        path.write_bytes(findings.drop_attrs().to_netcdf(engine="h5netcdf"))
 
-    assert ended(forked(lambda: run(folder / "one.nc")))
+    assert ends(fork(lambda: run(folder / "one.nc")))
     for count in (2, 3):
-        ranks = together(count, lambda p: run(folder / f"{p.count}-{p.rank}.nc", processes=p), free_port())
-        assert all(map(ended, ranks))
+        ranks = fork_ranks(count, lambda p: run(folder / f"{p.count}-{p.rank}.nc", processes=p), free_port())
+        assert all(map(ends, ranks))
         for rank in range(count):
-            counts["same"] += same(folder / f"{count}-{rank}.nc", folder / "one.nc")
+            counts["same"] += same_dataset(folder / f"{count}-{rank}.nc", folder / "one.nc")
     state = folder / "state"
     while True:
-        with deadly(kept.Kept, "put", 3):
-            if ended(forked(lambda: run(folder / "resumed.nc", state))):
+        with kill_at(SavedFindings, "save", 3):
+            if ends(fork(lambda: run(folder / "resumed.nc", state))):
                 break
         counts["killed"] += 1
-    assert all(map(ended, together(2, lambda p: run(folder / f"again-{p.rank}.nc", state, p), free_port())))
+    assert all(map(ends, fork_ranks(2, lambda p: run(folder / f"again-{p.rank}.nc", state, p), free_port())))
     for name in ("resumed", "again-0", "again-1"):
-        counts["same"] += same(folder / f"{name}.nc", folder / "one.nc")
+        counts["same"] += same_dataset(folder / f"{name}.nc", folder / "one.nc")
     return counts
 
 
-def same(one, two):
-    with xr.open_dataset(one) as x, xr.open_dataset(two) as y:
+def same_dataset(left, right):
+    with xr.open_dataset(left) as x, xr.open_dataset(right) as y:
         return x.identical(y)
 
 
-def apart(one, two):
-    """The largest difference of two files of numbers, relative to the largest number of each variable."""
-    one, two = np.load(one), np.load(two)
-    assert one.files == two.files
-    found = 0.0
-    for name in one.files:
-        x, y = one[name], two[name]
+def largest_difference(path, expected_path):
+    """The largest difference of two files of arrays, relative to the largest number of each variable."""
+    arrays, expected = np.load(path), np.load(expected_path)
+    assert arrays.files == expected.files
+    largest = 0.0
+    for name in arrays.files:
+        x, y = arrays[name], expected[name]
         assert x.shape == y.shape, name
         assert (np.isnan(x) == np.isnan(y)).all(), name
         scale = np.nanmax(np.abs(y)) if y.size and not np.isnan(y).all() else 0
-        found = max(found, float(np.nanmax(np.abs(x - y)) / scale) if scale else float(np.nan_to_num(x - y).max()))
-    return found
+        difference = np.nanmax(np.abs(x - y)) / scale if scale else np.nan_to_num(x - y).max()
+        largest = max(largest, float(difference))
+    return largest
 
 
 if __name__ == "__main__":

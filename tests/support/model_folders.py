@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from posterity.errors import InputError
 from posterity.inputs.model import load_model
 
 TEXT = "the cat sat on the mat and the dog ran"
-
-
-def tiny_config(**changes):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaConfig(vocab_size=300, num_key_value_heads=1, **sizes, **changes)
 
 
 def tiny_tokenizer():
@@ -36,26 +27,31 @@ def tiny_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made") / "model"
+def saved_model(tmp_path_factory):
+    """A tiny Llama in bfloat16 with its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=300, num_key_value_heads=1, **sizes)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config()).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def folder(made, tmp_path):
-    """A tiny model and its tokenizer, to be spoiled by the test."""
-    return Path(shutil.copytree(made, tmp_path / "model"))
+def folder(saved_model, tmp_path):
+    """A copy of the tiny model and its tokenizer that a test may damage."""
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))
 
 
-def configure(folder, **changes):
+def change_config(folder, **changes):
+    """Overwrite entries of the folder's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def refusal(*args, **options):
+    """Return the one line with which load_model refuses its arguments."""
     with pytest.raises(InputError) as caught:
         load_model(*args, **options)
     assert "\n" not in str(caught.value)

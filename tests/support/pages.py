@@ -1,4 +1,4 @@
-"""Pages in a browser, and their tables and numbers as data."""
+"""Pages in a browser, and their tables and figures as data."""
 
 import html
 import json
@@ -22,13 +22,13 @@ CHROMIUM = [
 PAGES = {}
 
 
-def page(*given) -> str:
+def page(*results) -> str:
     """The page of these results, made once for each."""
-    key = tuple(map(id, given))
+    key = tuple(map(id, results))
     if key not in PAGES:
-        made = report(list(given))
-        assert isinstance(made, Page)
-        PAGES[key] = given, made.html
+        answer = report(list(results))
+        assert isinstance(answer, Page)
+        PAGES[key] = results, answer.html
     return PAGES[key][1]
 
 
@@ -55,24 +55,45 @@ class Reader(HTMLParser):
         elif self.inside != "style":
             self.text += data
 
+    @property
+    def json(self) -> str:
+        """The text of the page's data."""
+        kinds = [attrs.get("type") for tag, attrs in self.tags if tag == "script"]
+        return self.scripts[kinds.index("application/json")]
+
 
 def tables(text) -> dict[str, list[list[str]]]:
     """Rows of text of each table with a caption, the first row that of the column headers."""
     found = {}
-    for one in re.findall(r"<table>(<caption>.*?)</table>", text, re.DOTALL):
-        caption = re.search("<caption>(.*?)</caption>", one)
-        rows = re.findall("<tr.*?>(.*?)</tr>", one, re.DOTALL)
+    for table in re.findall(r"<table>(<caption>.*?)</table>", text, re.DOTALL):
+        caption = re.search("<caption>(.*?)</caption>", table)
+        rows = re.findall("<tr.*?>(.*?)</tr>", table, re.DOTALL)
         found[html.unescape(caption[1])] = [
             [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows
         ]
     return found
 
 
-def data(text) -> list[dict]:
-    """What the script of the page draws, one for each result."""
-    read = Reader(text)
-    kinds = [attrs.get("type") for tag, attrs in read.tags if tag == "script"]
-    return json.loads(read.scripts[kinds.index("application/json")])
+def data(text) -> dict:
+    """What the scripts of the page draw."""
+    return json.loads(Reader(text).json)
+
+
+def traces(text, figure, panel=0) -> dict[str, dict]:
+    """The traces of one panel of a figure by their names; the edges of a band as "NAME low" and "NAME high".
+
+    The first of several traces without a name has that of its type, each other one more "+".
+    """
+    axis, named = f"x{panel + 1}" if panel else "x", {}
+    for trace in data(text)["figures"][figure]["data"]:
+        if trace["xaxis"] == axis:
+            name = html.unescape(trace.get("name") or trace.get("legendgroup") or trace["type"])
+            if trace.get("line", {}).get("width") == 0:
+                name += " high" if "fill" in trace else " low"
+            while name in named:
+                name += "+"
+            named[name] = trace
+    return named
 
 
 @contextmanager
@@ -87,13 +108,13 @@ def browser(**options):
         tab.on("console", lambda message: heard.append(message.text))
         tab.on("pageerror", lambda error: heard.append(str(error)))
         tab.on("dialog", lambda dialog: (heard.append("dialog"), dialog.dismiss()))
-        tab.on("request", lambda request: None if own(request.url) else heard.append(request.url[:200]))
-        tab.route("**/*", lambda route: route.continue_() if own(route.request.url) else route.abort())
+        tab.on("request", lambda request: None if is_own(request.url) else heard.append(request.url[:200]))
+        tab.route("**/*", lambda route: route.continue_() if is_own(route.request.url) else route.abort())
         yield tab, heard
         chromium.close()
 
 
-def own(url):
+def is_own(url):
     return url.startswith(("file:", "data:", "blob:", "about:"))
 
 

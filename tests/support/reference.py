@@ -19,7 +19,7 @@ def allowed_pairs(length, window=None, documents=None, padding=None):
 
 
 def dense_attention(query, key, value, scale, allowed, softcap=None, sinks=None, bias=None):
-    """Attention as written in the textbooks; returns (output, scores before the soft-cap, weights)."""
+    """Compute attention as written in the textbooks; return (output, scores before the soft-cap, weights)."""
     share = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
     score = scale * (query @ key.mT)
@@ -36,7 +36,10 @@ def dense_attention(query, key, value, scale, allowed, softcap=None, sinks=None,
 
 
 def dense_account(query, key, value, grad, scale, allowed, softcap=None, sinks=None, readers=None, bias=None):
-    """Every edge's term in full: credit and mass (stream, batch, head, query, key), weights, and the gradients."""
+    """Return every edge's term in full.
+
+    Credit and mass (stream, batch, head, query, key), weights, allowed pairs, the gradients and the terms.
+    """
     leaves = [x.detach().double().requires_grad_() for x in (query, key, value)]
     sinks = None if sinks is None else sinks.detach().double()
     bias = None if bias is None else bias.detach().double()
@@ -44,12 +47,12 @@ def dense_account(query, key, value, grad, scale, allowed, softcap=None, sinks=N
     score.retain_grad()
     output.backward(grad.double())
     share = query.shape[1] // key.shape[1]
-    whole = [leaves[0].grad, *(x.grad.repeat_interleave(share, 1) for x in leaves[1:])]
+    totals = [leaves[0].grad, *(x.grad.repeat_interleave(share, 1) for x in leaves[1:])]
     query, key = leaves[0].detach(), leaves[1].detach().repeat_interleave(share, 1)
     slope = scale * score.grad[..., None]
     terms = (slope * key[:, :, None], slope * query[:, :, :, None], weight.detach()[..., None] * grad[:, :, :, None])
-    wholes = (whole[0][:, :, :, None], whole[1][:, :, None], whole[2][:, :, None])
-    credit = torch.stack([(term * total).sum(-1) for term, total in zip(terms, wholes, strict=True)])
+    total_per_edge = (totals[0][:, :, :, None], totals[1][:, :, None], totals[2][:, :, None])
+    credit = torch.stack([(term * total).sum(-1) for term, total in zip(terms, total_per_edge, strict=True)])
     mass = torch.stack([term.norm(dim=-1) for term in terms])
     weight = weight.detach()
     if readers is not None:

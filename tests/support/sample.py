@@ -1,9 +1,9 @@
-"""A synthetic result, for tests only: made of random edges, so every identity between its accounts holds."""
+"""A synthetic result: sums over random edges, so that every identity between its accounts holds."""
 
 import numpy as np
 import xarray as xr
 
-from posterity.results import schema as results
+from posterity.results.schema import build_result
 
 ATTRS = {
     "posterity_version": "0.0.0",
@@ -28,7 +28,7 @@ ATTRS = {
 
 
 def bins(context: int, lags: str = "octaves") -> tuple[np.ndarray, np.ndarray]:
-    """First and last lag of each bin: exact to 15, then quarter octaves; "all"; or "self" and one bin for the rest."""
+    """Return first and last lag of each bin: exact to 15, then quarter octaves; "all"; or lag 0 and the rest."""
     starts = {"all": range(context), "self": range(min(2, context)), "octaves": range(min(16, context))}[lags]
     first = list(starts)
     if lags == "octaves":
@@ -40,14 +40,14 @@ def sample(
     layers=4, heads=3, context=64, documents=5, seed=0, *, lags="octaves", with_weights=True, missing_heads=0,
     modules=None, texts=None, losses=False, horizons=(), tokens=None, parameters=(), **changes,
 ) -> xr.Dataset:  # fmt: skip
-    """`changes` are attributes; the last layer lacks `missing_heads` heads."""
+    """Build a result; `changes` are attributes; the last layer lacks `missing_heads` heads."""
     random = np.random.default_rng(seed)
     first, last = bins(context, lags)
     edge = _edges(random, layers, heads, context, documents)  # document, layer, head, stream, lag, position
     edge[:, -1, heads - missing_heads :] = 0
     attention = _attention(random, layers, heads, context, documents)  # layer, head, query, key
     lag = np.subtract.outer(np.arange(context), np.arange(context))
-    by_lag = np.stack([np.where(lag == one, attention, 0).sum((2, 3)) for one in range(context)], -1)
+    by_lag = np.stack([np.where(lag == number, attention, 0).sum((2, 3)) for number in range(context)], -1)
     side = np.stack([edge[..., 0, :], edge[..., 1:, :].sum(4)], 4)
     binned = np.add.reduceat(edge.sum(-1), first, axis=-1)
     count = documents * (context - np.arange(context))
@@ -72,7 +72,7 @@ def sample(
         variables |= _losses(random, side)
     if parameters:
         coordinates["parameter"] = list(parameters)
-        variables["parameter_by_document"] = _two_parts(random.normal(size=(documents, len(parameters), 2, 40)))
+        variables["parameter_by_document"] = _terms(random.normal(size=(documents, len(parameters), 2, 40)))
     if horizons:
         coordinates["horizon"] = list(horizons)
         reach = random.uniform(5, 60, (layers, heads, 3, 1))
@@ -85,10 +85,10 @@ def sample(
         variables["inspect_norm"] = random.gamma(1, 1, shape) * decay * (lag >= 0)
         variables["inspect_credit"] = variables["inspect_norm"] ** 2 * random.uniform(-0.2, 1, shape)
     if missing_heads:
-        _take_away(variables, missing_heads)
+        _mask_missing_heads(variables, missing_heads)
     if with_weights:
         variables |= weight_norms(random.normal(size=(documents, layers, 3, 2, 40)) + 0.3)
-    return results.build(
+    return build_result(
         variables,
         modules=modules or [f"model.layers.{layer}.self_attn" for layer in range(layers)],
         lag=first,
@@ -101,15 +101,15 @@ def sample(
 
 
 def _losses(random, side) -> dict[str, np.ndarray]:
-    """Who pays, from credit (document, layer, head, stream, side, position): the self side split in two."""
+    """Split credit (document, layer, head, stream, side, position) by own and later losses: the self side in two."""
     side = side[:, :, :, 1:]
     own = side[..., 0, :] * random.uniform(0.2, 0.9, side[..., 0, :].shape)
     parts = np.stack([own, side[..., 0, :] - own, side[..., 1, :]], 4)
     vectors = np.sqrt(np.abs(parts.sum(0)))[..., None] * random.normal(size=(*parts.shape[1:], 8))
-    gram = [(vectors[..., one, :, :] * vectors[..., two, :, :]).sum(-1)
-            for one, two in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))]  # fmt: skip
+    gram = [(vectors[..., row, :, :] * vectors[..., column, :, :]).sum(-1)
+            for row, column in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))]  # fmt: skip
     documents, layers, context = side.shape[0], side.shape[1], side.shape[-1]
-    hidden = _two_parts(random.normal(size=(documents, layers, context, 2, 8)) + 0.3)
+    hidden = _terms(random.normal(size=(documents, layers, context, 2, 8)) + 0.3)
     return {
         "loss_credit": parts.sum(0),
         "loss_gram": np.stack(gram, 3),
@@ -119,24 +119,19 @@ def _losses(random, side) -> dict[str, np.ndarray]:
     }
 
 
-def _two_parts(gradient: np.ndarray) -> np.ndarray:
-    """Squared norms and inner product of own and later parts: (..., part, number) to (..., term)."""
-    own, later = gradient[..., 0, :], gradient[..., 1, :]
-    return np.stack([(own**2).sum(-1), (later**2).sum(-1), (own * later).sum(-1)], -1)
+def _terms(gradient: np.ndarray) -> np.ndarray:
+    """Return squared norms and inner product of two parts: (..., part, number) to (..., term)."""
+    first, second = gradient[..., 0, :], gradient[..., 1, :]
+    return np.stack([(first**2).sum(-1), (second**2).sum(-1), (first * second).sum(-1)], -1)
 
 
 def weight_norms(gradient: np.ndarray) -> dict[str, np.ndarray]:
-    """Norms and inner products of gradients (document, layer, stream, side, number) for each window and their mean."""
-
-    def terms(one):
-        own, other = one[..., 0, :], one[..., 1, :]
-        return np.stack([(own**2).sum(-1), (other**2).sum(-1), (own * other).sum(-1)], -1)
-
-    return {"weight_by_document": terms(gradient), "weight_mean": terms(gradient.mean(0))}
+    """Return the terms of gradients (document, layer, stream, side, number) for each window and for their mean."""
+    return {"weight_by_document": _terms(gradient), "weight_mean": _terms(gradient.mean(0))}
 
 
 def _edges(random, layers, heads, context, documents) -> np.ndarray:
-    """Credit of the edges, summed over everything but lag and position; falls with the lag, has a sink."""
+    """Return the credit of edges, (document, layer, head, stream, lag, position): falls with the lag, has a sink."""
     lag, position = np.meshgrid(np.arange(context), np.arange(context), indexing="ij")
     possible = np.stack([lag <= position, position + lag < context, position + lag < context])  # stream, lag, position
     shape = (documents, layers, heads, 3)
@@ -153,8 +148,8 @@ def _attention(random, layers, heads, context, documents) -> np.ndarray:
     return documents * weight / weight.sum(-1, keepdims=True)
 
 
-def _take_away(variables, missing) -> None:
-    """The last layer has fewer heads: NaN where the missing ones would be."""
+def _mask_missing_heads(variables, missing) -> None:
+    """Put NaN where the heads would be that the last layer does not have."""
     for name in ("credit", "mass", "attention", "credit_by_position", "attention_first"):
         variables[name][-1, -missing:] = np.nan
     for name in {"loss_credit", "loss_gram"} & set(variables):

@@ -30,7 +30,7 @@ class Spy:
         return output.transpose(1, 2).contiguous(), None
 
     def accounts(self, readers=None):
-        """The dense account of every call; run after the backward pass."""
+        """Return the dense account of every call; call it after the backward pass."""
         return [
             dense_account(query, key, value, output.grad, scaling, allowed, softcap, sinks, readers)
             for query, key, value, output, scaling, allowed, softcap, sinks in self.calls
@@ -38,8 +38,8 @@ class Spy:
 
 
 @contextlib.contextmanager
-def attending(model, name, attend):
-    """Inside, the model computes attention by `attend`, with transformers' own N x N masks."""
+def use_attention(model, name, attend):
+    """Let the model compute attention by `attend` within the block, with transformers' own N x N masks."""
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, eager_mask)
     before = model.config._attn_implementation
@@ -51,7 +51,7 @@ def attending(model, name, attend):
 
 
 @contextlib.contextmanager
-def spied(model):
+def spy_on(model):
     spy = Spy()
-    with attending(model, "spy", spy.attend):
+    with use_attention(model, "spy", spy.attend):
         yield spy

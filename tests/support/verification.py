@@ -28,12 +28,12 @@ class Verdict:
     kind: str  # exact, ledger only, refused, not built; or wrong, which no type may be
     reason: str = ""
     traits: list[str] = field(default_factory=list)  # what is special in it
-    hook: bool = True  # whether its attention goes through transformers' interface
+    uses_interface: bool = True  # whether its attention goes through transformers' interface
     error: float = 0.0  # the largest relative difference seen
 
 
 class _Double(TorchFunctionMode):
-    """Inside, what asks for float32 gets float64."""
+    """Gives float64 to what asks for float32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
@@ -56,18 +56,18 @@ def double():
 
 @dataclass
 class Call:
-    """What the eager attention function was given, and the gradients that autograd left at it."""
+    """Arguments of the eager attention function, and the gradients that autograd left at them."""
 
     module: torch.nn.Module
     streams: list[torch.Tensor]  # query, key, value, each a tensor of this call alone
     pointer: int  # to the key's memory
     mask: torch.Tensor | None
-    given: dict
+    options: dict
 
 
 @contextlib.contextmanager
-def recorded():
-    """Inside, the eager attention functions of all modelling files note their calls."""
+def record_calls():
+    """Record the calls of the eager attention functions of all modelling files."""
     calls, before = [], []
 
     def around(eager):
@@ -95,7 +95,7 @@ def recorded():
 def inputs(vocabulary):
     """Named model inputs of two rows, each with labels."""
     ids = torch.randint(3, vocabulary, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-    found = {"plain": {"input_ids": ids, "labels": ids}}
+    batches = {"plain": {"input_ids": ids, "labels": ids}}
     for name in ("padding on both sides", "padding on the right"):
         mask, labels = torch.ones_like(ids), ids.clone()
         mask[0, -PADDING:] = 0
@@ -103,9 +103,9 @@ def inputs(vocabulary):
             mask[1, :PADDING] = 0
             labels[1, PADDING] = -100  # the last padding token would predict it
         labels[mask == 0] = -100
-        found[name] = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        batches[name] = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     positions = torch.cat((torch.arange(FIRST), torch.arange(LENGTH - FIRST))).expand(2, -1)
-    return found | {"packed documents": {"input_ids": ids, "labels": ids, "position_ids": positions}}
+    return batches | {"packed documents": {"input_ids": ids, "labels": ids, "position_ids": positions}}
 
 
 def nll(logits, labels):
@@ -114,55 +114,55 @@ def nll(logits, labels):
     return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1)
 
 
-def passed(model, given):
+def run(model, batch):
     """(logits, loss, gradients by parameter) of one forward and backward pass."""
     model.zero_grad()
-    output = model(**given, use_cache=False)
-    loss = output.loss if output.loss is not None else nll(output.logits, given["labels"]).mean()
+    output = model(**batch, use_cache=False)
+    loss = output.loss if output.loss is not None else nll(output.logits, batch["labels"]).mean()
     loss.backward()
     grads = {name: None if x.grad is None else x.grad.clone() for name, x in model.named_parameters()}
     return output.logits.detach(), loss.detach(), grads
 
 
-def eager_pass(model, given):
+def eager_pass(model, batch):
     """The same with the squared norms of the gradients at query, key and value, for each call that has them."""
-    with recorded() as calls:
-        found = passed(model, given)
+    with record_calls() as calls:
+        results = run(model, batch)
     norms = [[x.grad.square().sum().item() for x in call.streams] for call in calls if call.streams[0].grad is not None]
-    return *found, norms, calls
+    return *results, norms, calls
 
 
-def apart(one, other, scale=None):
+def relative_difference(x, y, scale=None):
     """Largest difference, relative to the largest number; infinite if something is not a number."""
-    scale = other.abs().max() if scale is None else scale
-    difference = ((one - other).abs().max() / scale.clamp(min=1e-300)).item()
+    scale = y.abs().max() if scale is None else scale
+    difference = ((x - y).abs().max() / scale.clamp(min=1e-300)).item()
     return difference if difference == difference else float("inf")
 
 
-def compare(model, given, eager, weights):
+def compare(model, batch, eager, weights):
     """Errors of one input, by name."""
     logits, loss, grads, norms, _ = eager
-    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     with posterity.account(model, weights=weights) as ledger:
-        ours = passed(model, given)
-    errors = {"logits": apart(ours[0][real], logits[real]), "loss": apart(ours[1], loss)}
+        ours = run(model, batch)
+    errors = {"logits": relative_difference(ours[0][real], logits[real]), "loss": relative_difference(ours[1], loss)}
     zero = torch.zeros(())
     largest = max(x.abs().max() for x in grads.values() if x is not None)
-    for name, grad in grads.items():
-        one, other = (zero if x is None else x for x in (ours[2][name], grad))
-        errors[f"gradient of {name}"] = apart(one, other, largest)
+    for name, eager_grad in grads.items():
+        grad, eager_grad = (zero if x is None else x for x in (ours[2][name], eager_grad))
+        errors[f"gradient of {name}"] = relative_difference(grad, eager_grad, largest)
     credit = torch.tensor(ledger.result().credit.sum(("head", "lag")).values)
     if len(norms) != len(credit):
         return errors | {f"{len(credit)} calls accounted for instead of {len(norms)}": float("inf")}
-    for number, (mine, norm) in enumerate(zip(credit, norms, strict=True)):
-        errors[f"balance of call {number}"] = apart(mine, torch.tensor(norm))
+    for number, (layer_credit, norm) in enumerate(zip(credit, norms, strict=True)):
+        errors[f"balance of call {number}"] = relative_difference(layer_credit, torch.tensor(norm))
     return errors
 
 
 def eager_own_loss(model, ids):
     """Credit of the loss at `POSITION` in its own keys and values, (call, key or value)."""
     grads = []
-    with recorded() as calls:
+    with record_calls() as calls:
         losses = nll(model(input_ids=ids, use_cache=False).logits, ids)
         for loss in (losses[0, POSITION], losses.sum()):
             for x in (x for call in calls for x in call.streams):
@@ -176,8 +176,8 @@ def eager_own_loss(model, ids):
 def own_loss(model, ids):
     """The same from Posterity."""
     result = posterity.measure(model, None, ids, context=LENGTH, losses=True, weights=False, progress=False)
-    found = result.loss_credit.isel(part=0, position=POSITION).sum("head").transpose("layer", ...)
-    return torch.tensor(found.values)
+    credit = result.loss_credit.isel(part=0, position=POSITION).sum("head").transpose("layer", ...)
+    return torch.tensor(credit.values)
 
 
 def verify(name):
@@ -186,29 +186,29 @@ def verify(name):
         return Verdict("not built", IMPOSSIBLE[name])
     with double():
         model = build(name, torch.float64)
-        found = posterity.check(model)
-        if not found.ok:
-            return Verdict("refused", found.reason, hook=uses_the_hook(model))
-        verdict = Verdict("ledger only" if found.other_paths else "exact")
-        if found.other_paths:
-            verdict.reason = found.reason.partition("through ")[2].partition(", so that")[0]
-        given = inputs(model.config.get_text_config().vocab_size)
-        eager = {what: eager_pass(model, some) for what, some in given.items()}
+        answer = posterity.check(model)
+        if not answer.ok:
+            return Verdict("refused", answer.reason, uses_interface=calls_interface(model))
+        verdict = Verdict("ledger only" if answer.other_paths else "exact")
+        if answer.other_paths:
+            verdict.reason = answer.reason.partition("through ")[2].partition(", so that")[0]
+        batches = inputs(model.config.get_text_config().vocab_size)
+        eager = {what: eager_pass(model, batch) for what, batch in batches.items()}
         verdict.traits = traits(model, eager["plain"][-1])
-        if "written out" in found.reason:
+        if "written out" in answer.reason:
             verdict.traits.append("its N × N mask")
-        if not isolates(model, given["packed documents"], eager["packed documents"][0]):
+        if not isolates(model, batches["packed documents"], eager["packed documents"][0]):
             verdict.traits.append("packed documents see each other")
-        ids = given["plain"]["input_ids"][:1]
-        wanted = None if found.other_paths else eager_own_loss(model, ids)
+        ids = batches["plain"]["input_ids"][:1]
+        eager_credit = None if answer.other_paths else eager_own_loss(model, ids)
         errors = {}
         with posterity.account(model, weights=False):  # one probe for all that follows
-            for what, some in given.items():
+            for what, batch in batches.items():
                 if what != "padding on the right" or "padding on the right only" in verdict.traits:
-                    found = attempt(model, some, eager[what], what, verdict.traits)
-                    errors |= {f"{what}: {error}": size for error, size in found.items()}
-            if wanted is not None:
-                errors["own loss"] = apart(own_loss(model, ids), wanted)
+                    input_errors = attempt(model, batch, eager[what], what, verdict.traits)
+                    errors |= {f"{what}: {error}": size for error, size in input_errors.items()}
+            if eager_credit is not None:
+                errors["own loss"] = relative_difference(own_loss(model, ids), eager_credit)
             else:
                 with contextlib.suppress(InputError):
                     own_loss(model, ids)
@@ -220,18 +220,18 @@ def verify(name):
     return verdict
 
 
-def attempt(model, given, eager, what, found):
+def attempt(model, batch, eager, what, traits):
     """Errors of one input; what is refused of it goes to the traits."""
     try:
-        return compare(model, given, eager, weights=what == "plain")
+        return compare(model, batch, eager, weights=what == "plain")
     except InputError as error:
         if "measure without the weights" in str(error):
-            found.append("no split of the weights")
-            return compare(model, given, eager, weights=False)
+            traits.append("no split of the weights")
+            return compare(model, batch, eager, weights=False)
         if "put the padding on the right" in str(error) and what == "padding on both sides":
-            found.append("padding on the right only")
+            traits.append("padding on the right only")
         elif "packed documents are not measured" in str(error) and what == "packed documents":
-            found.append("no packed documents")
+            traits.append("no packed documents")
         else:
             raise
         return {}
@@ -243,26 +243,26 @@ def row(name, verdict):
     return f"| {name} | {verdict.kind} | {words.replace('|', '∣')} |"
 
 
-def uses_the_hook(model):
+def calls_interface(model):
     """Whether a plain forward pass of the type comes through transformers' attention interface."""
     ids = torch.arange(4 * LENGTH).view(4, LENGTH) % 60 + 3  # four rows: for four streams of tokens at once
-    with recorded() as calls, contextlib.suppress(Exception), torch.no_grad():
+    with record_calls() as calls, contextlib.suppress(Exception), torch.no_grad():
         model(input_ids=ids, use_cache=False)
     return bool(calls)
 
 
-def isolates(model, given, logits):
+def isolates(model, batch, logits):
     """Whether, in the model itself, a packed document does not depend on the one before."""
-    ids = given["input_ids"].clone()
+    ids = batch["input_ids"].clone()
     ids[:, 0] = (ids[:, 0] + 1) % 60 + 3
     with torch.no_grad():
-        other = model(**given | {"input_ids": ids}, use_cache=False).logits
-    return apart(other[:, FIRST:], logits[:, FIRST:]) < TOLERANCE
+        other = model(**batch | {"input_ids": ids}, use_cache=False).logits
+    return relative_difference(other[:, FIRST:], logits[:, FIRST:]) < TOLERANCE
 
 
 def traits(model, calls):
     """What is special in the attention of a type, from the calls of a plain forward pass of two rows."""
-    found = []
+    names = []
     modules = [call.module for call in calls]
     shapes = {(call.streams[1].shape[-1], call.streams[2].shape[-1]) for call in calls}
     owners = {}
@@ -271,22 +271,22 @@ def traits(model, calls):
     towers = [getattr(model.config, part, None) for part in model.config.sub_configs]
     towers = [part for part in towers if part is not None and part is not model.config.get_text_config(decoder=True)]
     if any(part is getattr(module, "config", None) for module in model.modules() for part in towers):
-        found.append("language tower only")
-    found += dict.fromkeys(x for call in calls for x in mask_traits(call.mask))
+        names.append("language tower only")
+    names += dict.fromkeys(x for call in calls for x in mask_traits(call.mask))
     for name, words in (("s_aux", "sinks"), ("sinks", "sinks of each query"), ("softcap", "soft-cap")):
-        if any(call.given.get(name) is not None for call in calls):
-            found.append(words)
-    if any(call.given.get("position_bias") is not None for call in calls):
-        found.append("position bias")
+        if any(call.options.get(name) is not None for call in calls):
+            names.append(words)
+    if any(call.options.get("position_bias") is not None for call in calls):
+        names.append("position bias")
     if any(key != value for key, value in shapes):
-        found.append("keys wider than values" if all(k >= v for k, v in shapes) else "values wider than keys")
-    if any(len(some) > 1 for some in owners.values()):
-        found.append("keys and values shared by layers")
+        names.append("keys wider than values" if all(k >= v for k, v in shapes) else "values wider than keys")
+    if any(len(modules_of_key) > 1 for modules_of_key in owners.values()):
+        names.append("keys and values shared by layers")
     if len(set(modules)) < len(modules):
-        found.append("modules called several times")
+        names.append("modules called several times")
     if any(not call.streams[0].requires_grad for call in calls):
-        found.append("some calls without gradient")
-    return found
+        names.append("some calls without gradient")
+    return names
 
 
 def mask_traits(mask):
@@ -299,6 +299,6 @@ def mask_traits(mask):
     if len(allowed) > 1 and (allowed[0] != allowed[1]).any():
         yield "keys chosen by content"
         return
-    seen = allowed[0, 0].sum(-1)
-    if (seen < torch.arange(1, len(seen) + 1)).any():
-        yield "sliding window" if (seen.diff() >= 0).all() else "chunks"
+    visible = allowed[0, 0].sum(-1)
+    if (visible < torch.arange(1, len(visible) + 1)).any():
+        yield "sliding window" if (visible.diff() >= 0).all() else "chunks"

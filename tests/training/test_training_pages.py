@@ -5,19 +5,18 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
-from support.pages import DRAWN, browser, data, opened, tables
+from support.pages import DRAWN, browser, opened, tables, traces
 from support.sample import sample
 from typer.testing import CliRunner
 
 import posterity
 from posterity.cli import main as cli
 from posterity.errors import InputError
-from posterity.inputs.checkpoints import checkpoints
+from posterity.inputs.checkpoints import find_checkpoints
 from posterity.reporting.report import Page, report
-from posterity.reporting.summary import heading
-from posterity.results import stats as derived
-from posterity.results import steps
-from posterity.results.comparison_schema import gaps
+from posterity.reporting.result_words import heading
+from posterity.results import stats, steps
+from posterity.results.comparison_schema import COMPARISON, myopia_gaps
 from posterity.results.files import save
 from posterity.results.schema import RESULT
 
@@ -31,13 +30,13 @@ def measured():
 
 @pytest.fixture(scope="module")
 def stepped(measured):
-    return steps.over_steps(measured)
+    return steps.join_steps(measured)
 
 
-def html(*given) -> str:
-    made = report(list(given))
-    assert isinstance(made, Page)
-    return made.html
+def html(*results) -> str:
+    page = report(list(results))
+    assert isinstance(page, Page)
+    return page.html
 
 
 # ---- results over training -------------------------------------------------------------------------------------------
@@ -45,62 +44,64 @@ def html(*given) -> str:
 
 def test_steps_are_kept_whole_in_memory_and_in_a_file(tmp_path, measured, stepped):
     posterity.save(stepped, tmp_path / "run.nc")
-    for found in (stepped, posterity.load(tmp_path / "run.nc")):
-        assert list(found.step.values) == [0, 100, 250]
-        parts = steps.by_step(found)
-        for step, one in measured.items():
+    for joined in (stepped, posterity.load(tmp_path / "run.nc")):
+        assert list(joined.step.values) == [0, 100, 250]
+        parts = steps.split_steps(joined)
+        for step, result in measured.items():
             RESULT.check(parts[step])
-            for name, variable in one.data_vars.items():
+            for name, variable in result.data_vars.items():
                 np.testing.assert_array_equal(parts[step][name], variable, err_msg=str(name))
-        assert steps.latest(found).equals(parts[250])
+        assert steps.latest_step(joined).equals(parts[250])
 
 
 def test_several_checkpoints_have_the_name_of_the_folder_that_holds_them(measured):
-    for names, wanted in (
+    for names, common in (
         (("run/checkpoint-0", "run/checkpoint-100", "run/checkpoint-250"), "run"),
         (("a", "b", "c"), "a, b, c"),
         (("same", "same", "same"), "same"),
         (("/x/run/a", "/x/run/b", "/x/run/c"), "/x/run"),
     ):
-        found = {step: one.assign_attrs(model=name) for (step, one), name in zip(measured.items(), names, strict=True)}
-        joined = steps.over_steps(found)
-        assert joined.attrs["model"] == wanted
-        assert heading(steps.latest(joined))[0] == wanted
+        named = {
+            step: result.assign_attrs(model=name) for (step, result), name in zip(measured.items(), names, strict=True)
+        }
+        joined = steps.join_steps(named)
+        assert joined.attrs["model"] == common
+        assert heading(steps.latest_step(joined))[0] == common
 
 
 def test_shares_over_training_are_those_of_each_step(measured, stepped):
-    for of in (derived.shares, derived.weights, derived.who_pays, derived.horizon_curve):
-        found = of(stepped, ("layer",))
-        for step, one in measured.items():
-            xr.testing.assert_allclose(found.sel(step=step, drop=True), of(one, ("layer",)))
-    for step, one in measured.items():
-        xr.testing.assert_allclose(derived.angles(stepped).sel(step=step, drop=True), derived.angles(one))
-        right = derived.effective_horizon(one, ("layer",))
-        xr.testing.assert_allclose(derived.effective_horizon(stepped, ("layer",)).sel(step=step, drop=True), right)
+    for compute in (stats.shares, stats.weight_shares, stats.loss_shares, stats.horizon_curve):
+        shares = compute(stepped, ("layer",))
+        for step, result in measured.items():
+            xr.testing.assert_allclose(shares.sel(step=step, drop=True), compute(result, ("layer",)))
+    for step, result in measured.items():
+        xr.testing.assert_allclose(stats.angles(stepped).sel(step=step, drop=True), stats.angles(result))
+        horizon = stats.effective_horizon(result, ("layer",))
+        xr.testing.assert_allclose(stats.effective_horizon(stepped, ("layer",)).sel(step=step, drop=True), horizon)
 
 
 def test_angles_are_those_of_the_parts():
-    one = sample(**PAID)
-    own, later, inner = one.parameter_by_document.sum(("document", "parameter")).sel(
+    result = sample(**PAID)
+    own, later, inner = result.parameter_by_document.sum(("document", "parameter")).sel(
         loss_term=["own", "later", "inner"]
     )
     right = np.degrees(np.arccos(inner / np.sqrt(own * later)))
-    assert float(derived.angles(one).parameters) == pytest.approx(float(right))
+    assert float(stats.angles(result).parameters) == pytest.approx(float(right))
     assert 0 < right < 180
-    assert "parameters" not in derived.angles(sample(losses=True))
+    assert "parameters" not in stats.angles(sample(losses=True))
 
 
 def test_results_that_do_not_belong_together_are_refused(measured, stepped):
     with pytest.raises(InputError, match="step 0 and step 7 were not measured in the same way"):
-        steps.over_steps({0: measured[0], 7: sample()})
+        steps.join_steps({0: measured[0], 7: sample()})
     with pytest.raises(InputError, match="at least one step; got none"):
-        steps.over_steps({})
+        steps.join_steps({})
     with pytest.raises(InputError, match="steps do not begin at 0 or more and grow"):
         RESULT.check(stepped.isel(step=[1, 0]))
 
 
 def test_summary_and_page_say_which_step_they_show(measured, stepped):
-    last = steps.latest(stepped)
+    last = steps.latest_step(stepped)
     assert any("after 250 steps" in line for line in heading(last))
     text = html(stepped)
     assert "after 250 steps" in text
@@ -109,27 +110,29 @@ def test_summary_and_page_say_which_step_they_show(measured, stepped):
     head, *rows = found["Self share by training step"]
     assert head == ["step", "query", "key", "value"]
     assert [row[0] for row in rows] == ["0", "100", "250"]
-    share = derived.shares(measured[100]).share.sel(side="self", stream="key")
+    share = stats.shares(measured[100]).share.sel(side="self", stream="key")
     assert rows[1][2].startswith(f"{100 * float(share):.1f}")
-    angle = float(derived.angles(measured[100]).parameters)
+    angle = float(stats.angles(measured[100]).parameters)
     assert found["Angle between own and later losses by training step"][2][2] == f"{angle:.1f}°"
-    charts = data(text)[0]
-    assert charts["training"]["step"] == [0, 100, 250]
-    np.testing.assert_allclose(charts["training"]["share"]["key"][1], float(share), rtol=1e-5)
-    own = derived.who_pays(measured[0], ("layer",)).share.sel(written="value", part="own")
-    np.testing.assert_allclose([line[0] for line in charts["training_paid"]["layers"]["value"]], own, rtol=1e-5)
-    np.testing.assert_allclose(charts["training_angle"]["share"]["parameters"][1], angle, rtol=1e-5)
+    keys = traces(text, "training", 1)["all layers"]
+    assert keys["x"] == [0, 100, 250]
+    np.testing.assert_allclose(keys["y"][1], float(share), rtol=1e-5)
+    own = stats.loss_shares(measured[0], ("layer",)).share.sel(written="value", part="own")
+    lines = traces(text, "training_own", 1)
+    layers = [lines[name] for name in ("first layer", "scatter", "scatter+", "last layer")]
+    np.testing.assert_allclose([line["y"][0] for line in layers], own, rtol=1e-5)
+    np.testing.assert_allclose(traces(text, "training_angle", 1)["all layers"]["y"][1], angle, rtol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 420])
 def test_charts_over_training_are_drawn_without_an_error(tmp_path, stepped, width):
-    plain = steps.over_steps({step: sample(seed=step, model="other") for step in (0, 300)})
+    plain = steps.join_steps({step: sample(seed=step, model="other") for step in (0, 300)})
     for given, panels, lines in (([stepped], (3, 2, 2), 5), ([stepped, plain], (3, 2, 2), 1)):
         with browser(viewport={"width": width, "height": 900}) as (tab, heard):
             opened(tab, report(given, tmp_path / "report.html"))
             drawn = {one["id"]: one for one in tab.evaluate(DRAWN)}
-            assert tuple(drawn[name]["panels"] for name in ("training", "training_paid", "training_angle")) == panels
+            assert tuple(drawn[name]["panels"] for name in ("training", "training_own", "training_angle")) == panels
             assert drawn["training"]["marks"] >= 3 * lines
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
             assert heard == []
@@ -150,14 +153,14 @@ def test_checkpoints_are_found_by_their_steps(tmp_path):
     ten, two = holds_model(tmp_path / "run" / "checkpoint-10"), holds_model(tmp_path / "run" / "checkpoint-2")
     other, plain = holds_model(tmp_path / "best", step=7), holds_model(tmp_path / "plain")
     (tmp_path / "run" / "checkpoint-30").mkdir()
-    assert checkpoints([ten, two, other, "a.txt", "-"]) == ({2: two, 7: other, 10: ten}, ["a.txt", "-"])
-    assert checkpoints([str(tmp_path / "run"), "a.txt"]) == ({2: two, 10: ten}, ["a.txt"])
+    assert find_checkpoints([ten, two, other, "a.txt", "-"]) == ({2: two, 7: other, 10: ten}, ["a.txt", "-"])
+    assert find_checkpoints([str(tmp_path / "run"), "a.txt"]) == ({2: two, 10: ten}, ["a.txt"])
     for none in ([], [plain], [plain, "a.txt"], ["gpt2", "a.txt"], [str(tmp_path)]):
-        assert checkpoints(none) == ({}, none)
+        assert find_checkpoints(none) == ({}, none)
     with pytest.raises(InputError, match="plain does not say its step"):
-        checkpoints([ten, plain])
+        find_checkpoints([ten, plain])
     with pytest.raises(InputError, match="are both of step 10"):
-        checkpoints([ten, two, holds_model(tmp_path / "again-10")])
+        find_checkpoints([ten, two, holds_model(tmp_path / "again-10")])
 
 
 def run(*args):
@@ -206,7 +209,7 @@ def test_train_and_compare_on_the_command_line(tmp_path, runs):
     done = run("compare", runs / "full", runs / "myopic", "-o", tmp_path / "gap.nc", "-r", tmp_path / "gap.html")
     assert done.exit_code == 0, done.output
     compared = xr.load_dataset(tmp_path / "gap.nc", engine="h5netcdf")
-    found = gaps(compared)
+    found = myopia_gaps(compared)
     shown = done.stdout
     gap = f"{float(found.gap[1]):+.4f} ± {float(found.gap_error[1]):.4f}"
     assert re.search(rf"myopic, cut at hidden +1 .*{re.escape(gap)}", shown)
@@ -240,18 +243,17 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, args, line
 
 
 def test_a_comparison_is_read_again_by_every_command(tmp_path, compared):
-    given = compared.assign_attrs(kind="comparison")
-    save(given, tmp_path / "gap.nc")
-    assert posterity.load(tmp_path / "gap.nc").equals(given)
+    save(compared, tmp_path / "gap.nc")
+    assert posterity.load(tmp_path / "gap.nc").equals(compared)
     shown = run("summary", tmp_path / "gap.nc")
     assert shown.exit_code == 0, shown.output
     assert "over 3 held-out rows and the seeds" in shown.output
     assert run("report", tmp_path / "gap.nc", "-o", tmp_path / "gap.html").exit_code == 0
     assert "What a horizon costs" in (tmp_path / "gap.html").read_text()
-    given.drop_vars("arm").to_netcdf(tmp_path / "broken.nc", engine="h5netcdf")
+    compared.drop_vars("arm").to_netcdf(tmp_path / "broken.nc", engine="h5netcdf")
     answer = run("summary", tmp_path / "broken.nc")
     assert answer.exit_code == 2
-    assert "expected a comparison of `posterity compare`, but it is damaged" in answer.stderr
+    assert "expected a comparison of `posterity compare`, but it has no 'arm'; it is damaged" in answer.stderr
 
 
 @pytest.fixture
@@ -262,7 +264,7 @@ def compared():
         {"loss": (("run", "document", "position"), random.random((4, 3, 6)), {"units": "nats"})},
         {"folder": ("run", ["a", "b", "c", "d"]), "arm": ("run", arms), "seed": ("run", [0, 1, 0, 1]),
          "document": range(3), "position": range(6)},
-        {"data": "<i>text</i>", "steps": 5},
+        {"kind": COMPARISON.name, "data": "<i>text</i>", "steps": 5},
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
-"""The audit: one clause of the idea a file, each with its measurement, baseline, verdict and picture.
+"""The audit: one clause a file, each with its measurement, baseline, verdict and charts.
 
-In reading order: `clause` (what a clause is), `credit_shares`, `readers`, `context_growth`, `later_use`, `self_default`,
-`linearity`, `futures`, `pasts`, then `audit` (the loop) and `dataset` (findings as a Dataset).
+In reading order: `subject` (the model, its texts and the plan), `clause` (what a clause consists of), `drawing`;
+the clauses `credit_shares`, `readers`, `context_growth`, `later_use`, `self_default` with `dense_attention`,
+`linearity`, `futures` with `continuations`, `ngrams` and `pull_products`, `pasts`, and `agreement` of the last two;
+`all_clauses`; then `audit` (the loop), `saved_findings` (of an unfinished audit) and `dataset` (findings as a Dataset).
 """

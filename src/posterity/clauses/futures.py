@@ -1,31 +1,37 @@
-"""Row 9: a key and a value are trained on average over the futures they may meet."""
+"""Clause 9: a key and a value are trained on average over the futures they may meet."""
 
 import math
 from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
+from plotly.graph_objects import Scatter
 from torch import Tensor
 
 from posterity.axes import WRITTEN
-from posterity.clauses.clause import Clause, Subject, array, judge
-from posterity.clauses.continuations import Pull, pulls, read, recurring, sample, verify
-from posterity.clauses.drawing import Chart, View, line
-from posterity.clauses.pasts import COMMON, PASTS, all_windows, pooled, spread
-from posterity.decomposition.credit import finite
-from posterity.inputs import windows as corpus
-from posterity.models.attach import watching
-from posterity.models.language_model import frozen
+from posterity.clauses.agreement import HALF, pooled_ratio
+from posterity.clauses.clause import Clause, common_verdict, judge, labelled_array
+from posterity.clauses.continuations import pulls, read_prefix, sample_continuations, verify_cache
+from posterity.clauses.drawing import Chart, View, measured_line
+from posterity.clauses.ngrams import recurring_ngrams
+from posterity.clauses.pull_products import PullProducts, mean_pull_z
+from posterity.clauses.subject import Subject, spread_indices
+from posterity.inputs.windows import document_ids, name_documents
+from posterity.models.attach import watch_model
+from posterity.models.language_model import freeze_parameters
 from posterity.results.audit_schema import FAILS, HOLDS, MIXED, Figure, Finding
 from posterity.results.formatting import percent
 from posterity.results.stats import mean_and_error
 
 NGRAM = 16  # tokens that must recur in the text, with other futures, for real futures to be compared
-BROKEN = 4.0  # standard errors of a mean that vanishes by law
+MAX_Z = 4.0  # standard errors of a mean that vanishes by law
+
+Estimate = tuple[np.ndarray, np.ndarray]  # values and their standard errors
 
 
-def on_average_over_futures(subject: Subject) -> Finding:
-    """How each future pulls on a cached key or value, and what is left on average over futures.
+def measure_futures(subject: Subject) -> Finding:
+    """Measure how each future pulls on a cached key or value, and what is left on average over futures.
 
     The pull g of a continuation is the gradient of its log-likelihood at the entry. For continuations that the model
     draws itself the mean of g is zero (the score identity), and E|g|² is the Fisher information of the entry about
@@ -37,189 +43,200 @@ def on_average_over_futures(subject: Subject) -> Finding:
     what one future asks of a key, others do not ask, and training follows the average. Consensus is what decides,
     for the information is positive wherever the future is read at all, and the law only proves the instrument.
     """
-    plan, generator = subject.plan, subject.generator(9)
-    windows = all_windows(subject, plan.prefix + plan.future)
-    windows = [windows[at] for at in spread(len(windows), plan.prefixes, generator)]
-    first = _first_tokens(subject)
-    length = max(1, min(NGRAM, plan.prefix - len(first)))
-    repeated = recurring(_texts(subject, first), length, plan.future, plan.prefixes, plan.draws, generator)
-    drawn, real = _Pulls(), _Pulls()
-    total = len(windows) + len(repeated)
-    with frozen(subject.model), watching(subject.model), subject.bar(total, "futures", "prefixes") as advance:
-        for window in windows:
-            prefix, future = read(subject.model, window[: plan.prefix]), window[plan.prefix :]
-            if window is windows[0]:
-                verify(subject.model, prefix, future)
-            samples = sample(subject.model, prefix, plan.draws, plan.future, generator)
-            drawn.add(pulls(subject.model, prefix, torch.cat((samples, future[None]))), plan.draws)
+    plan, model, generator = subject.plan, subject.model, subject.generator(9)
+    windows = subject.all_windows(plan.prefix + plan.future)
+    windows = [windows[index] for index in spread_indices(len(windows), plan.prefixes, generator)]
+    special_tokens = _special_tokens(subject)
+    length = max(1, min(NGRAM, plan.prefix - len(special_tokens)))
+    ngrams = recurring_ngrams(
+        _document_bodies(subject, len(special_tokens)), length, plan.future, plan.prefixes, plan.draws, generator
+    )
+    drawn, real = PullProducts(), PullProducts()
+    prefixes = len(windows) + len(ngrams)
+    with freeze_parameters(model), watch_model(model), subject.progress(prefixes, "futures", "prefixes") as advance:
+        for index, window in enumerate(windows):
+            prefix, future = read_prefix(model, window[: plan.prefix]), window[plan.prefix :]
+            if index == 0:
+                verify_cache(model, prefix, future)
+            samples = sample_continuations(model, prefix, plan.draws, plan.future, generator)
+            drawn.add(pulls(model, prefix, torch.cat((samples, future[None]))), plan.draws)
             advance(1, len(window) + samples.numel())
-        for ngram, continuations in repeated:
-            prefix = read(subject.model, torch.cat((first, ngram)))
-            if ngram is repeated[0][0]:
-                verify(subject.model, prefix, continuations[0])
-            real.add(pulls(subject.model, prefix, continuations), len(continuations))
-            advance(1, continuations.numel())
+        for index, (ngram, futures) in enumerate(ngrams):
+            prefix = read_prefix(model, torch.cat((special_tokens, ngram)))
+            if index == 0:
+                verify_cache(model, prefix, futures[0])
+            real.add(pulls(model, prefix, futures), len(futures))
+            advance(1, futures.numel())
     return _finding(drawn, real)
 
 
-def _first_tokens(subject: Subject) -> Tensor:
-    """What the tokenizer puts in front of every text; nothing where documents are token ids."""
-    words = any(isinstance(document, str) for _, document in corpus.named(subject.documents))
-    return corpus.whole("", subject.tokenizer) if words else torch.zeros(0, dtype=torch.int64)
+def _special_tokens(subject: Subject) -> Tensor:
+    """Return the tokens that the tokenizer puts before every text; none where documents are token ids."""
+    has_text = any(isinstance(document, str) for _, document in name_documents(subject.documents))
+    return document_ids("", subject.tokenizer) if has_text else torch.zeros(0, dtype=torch.int64)
 
 
-def _texts(subject: Subject, first: Tensor) -> list[Tensor]:
-    """Token ids of all documents, without what the tokenizer puts in front of them."""
-    documents = [document for _, document in corpus.named(subject.documents)]
-    return [corpus.whole(one, subject.tokenizer)[len(first) * isinstance(one, str) :] for one in documents]
+def _document_bodies(subject: Subject, special_tokens: int) -> list[Tensor]:
+    """Return the token ids of all documents, without the special tokens before a text."""
+    documents = [document for _, document in name_documents(subject.documents)]
+    return [
+        document_ids(document, subject.tokenizer)[special_tokens * isinstance(document, str) :]
+        for document in documents
+    ]
 
 
-class _Pulls:
-    """What is kept of the pulls of every prefix: float64, NaN for heads that a layer has not."""
-
-    def __init__(self):
-        self.products: list[np.ndarray] = []  # of each prefix: (layer, written, kv_head, draw, draw)
-        self.squares: list[np.ndarray] = []  # of each prefix, mean over draws: (layer, written, kv_head, position)
-        self.others: list[np.ndarray] = []  # squared pull of the continuation after the draws: (layer, written)
-
-    def add(self, layers: list[Pull], draws: int) -> None:
-        """The pulls of one prefix, of which the first `draws` are draws."""
-        heads = max(x.shape[1] for pair in layers for x in pair)
-        squares = np.full((len(layers), 2, heads, layers[0][0].shape[2]), math.nan)
-        products = np.full((len(layers), 2, heads, draws, draws), math.nan)
-        others = np.full((len(layers), 2), math.nan)
-        for at, pair in enumerate(layers):
-            for stream, grads in enumerate(pair):
-                x = grads.detach().cpu().double().transpose(0, 1)  # head, draw, position, dim
-                finite(x, "the gradient at cached keys and values")
-                flat = x[:, :draws].flatten(2)
-                products[at, stream, : len(x)] = (flat @ flat.mT).numpy()
-                squares[at, stream, : len(x)] = x[:, :draws].square().sum(-1).mean(1).numpy()
-                others[at, stream] = x[:, draws:].square().sum().item()
-        self.products.append(products)
-        self.squares.append(squares)
-        self.others.append(others)
-
-    def consensus(self) -> tuple[np.ndarray, np.ndarray]:
-        """|mean pull|² over mean |pull|², sums over heads and positions, and its error: (layer, written)."""
-        both = [unbiased(np.nansum(one, 2)) for one in self.products]
-        return pooled(*(np.stack(one) for one in zip(*both, strict=True)))
-
-    def whole_consensus(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same, with sums over layers: (written,)."""
-        both = [unbiased(np.nansum(one, (0, 2))) for one in self.products]
-        return pooled(*(np.stack(one) for one in zip(*both, strict=True)))
-
-
-def unbiased(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean inner product of two different draws, and mean squared norm, from all products (..., draw, draw)."""
-    draws = products.shape[-1]
-    own = np.trace(products, axis1=-2, axis2=-1)
-    return (products.sum((-2, -1)) - own) / (draws * (draws - 1)), own / draws
-
-
-def score(products: np.ndarray) -> np.ndarray:
-    """z of the law that the mean pull of the model's own futures is zero; from products (prefix, ..., draw, draw).
-
-    T = sum of g_r.g_s over pairs r < s of draws of the same prefix has mean zero, for draws are independent and each
-    has mean zero. For the same reason two different pairs are uncorrelated, also if they share a draw (given the shared
-    one, the product is linear in one of mean zero), as are pairs of different prefixes: the variance of T is the sum of
-    the mean squares of its terms, and the sum of their squares is an unbiased estimate of it.
-    """
-    one, two = np.triu_indices(products.shape[-1], 1)
-    pairs = products[..., one, two]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return pairs.sum((0, -1)) / np.sqrt((pairs**2).sum((0, -1)))
-
-
-def _finding(drawn: _Pulls, real: _Pulls) -> Finding:
+def _finding(drawn: PullProducts, real: PullProducts) -> Finding:
     squares, products = np.stack(drawn.squares), np.stack(drawn.products)
-    information, information_error = mean_and_error(np.nanmean(squares, (1, 3, 4)))
-    z = score(np.nansum(products, (1, 3)))
-    norms = np.nansum(squares, (3, 4))
-    others = np.stack(drawn.others)
-    ratio, ratio_error = pooled(others.sum(1), norms.sum(1))
-    known = bool(real.products)
-    nothing = np.full(2, math.nan), np.full(2, math.nan)
-    own, common = drawn.whole_consensus(), real.whole_consensus() if known else nothing
-    figures = []
-    for at, stream in enumerate(WRITTEN):
-        figures += [
-            Figure(f"information of a {stream} about its future", information[at], information_error[at], 0.0,
-                   "E|g|² of the model's own futures, a mean over entries", "no future reads it", "nats²"),
-            Figure(f"z of the mean pull on {stream}s", z[at], 1.0, 0.0,
-                   "sum of g_r·g_s over pairs of draws, over its standard error", "zero by law (the score identity)"),
-            Figure(f"consensus of drawn futures on {stream}s", own[0][at], own[1][at], 0.0,
-                   "mean of g_r·g_s over pairs, over the mean of |g|²", "zero by law (the score identity)"),
-            Figure(f"consensus of real futures on {stream}s", common[0][at], common[1][at], 0.0,
-                   "the same, over different futures of n-grams that recur", "nothing in common"),
-            Figure(f"real over drawn squared pull on {stream}s", ratio[at], ratio_error[at], 1.0,
-                   "|g|² of the real future over E|g|² of drawn ones", "text like the model's own"),
-        ]  # fmt: skip
-    by_layer = real.consensus() if known else tuple(np.full(norms.shape[1:], math.nan) for _ in range(2))
-    verdict, reason = _judged(information, information_error, z, common, by_layer, len(real.products))
-    variables = _variables(squares, products, drawn.consensus(), by_layer, pooled(others, norms))
+    information = mean_and_error(np.nanmean(squares, (1, 3, 4)))
+    z = mean_pull_z(np.nansum(products, (1, 3)))
+    norms, text_squares = np.nansum(squares, (3, 4)), np.stack(drawn.text_squares)
+    if real.products:
+        consensus, layer_consensus = real.model_consensus(), real.consensus()
+    else:  # no n-gram recurs
+        consensus, layer_consensus = _unknown_estimate(2), _unknown_estimate(norms.shape[1:])
+    ratio = pooled_ratio(text_squares.sum(1), norms.sum(1))
+    verdict, reason = _judge(information, z, consensus, layer_consensus, len(real.products))
+    figures = _figures(information, z, drawn.model_consensus(), consensus, ratio)
+    variables = _information_variables(squares) | _layer_variables(
+        products, drawn.consensus(), layer_consensus, pooled_ratio(text_squares, norms)
+    )
     return Finding(figures, verdict, reason, variables)
 
 
-def _judged(information, information_error, z, common, by_layer, ngrams: int) -> tuple[str, str]:
-    """Verdict and reason; `common` (written,) and `by_layer` (layer, written) are pairs of real consensus and error."""
-    if not (np.abs(z) <= BROKEN).all():
+def _unknown_estimate(shape: int | tuple[int, ...]) -> Estimate:
+    return np.full(shape, math.nan), np.full(shape, math.nan)
+
+
+def _figures(
+    information: Estimate, z: np.ndarray, drawn_consensus: Estimate, real_consensus: Estimate, ratio: Estimate
+) -> list[Figure]:
+    """Return the figures of keys, then of values; all arguments are (written,)."""
+    figures = []
+    for index, stream in enumerate(WRITTEN):
+        figures += [
+            Figure(
+                f"information of a {stream} about its future",
+                value=information[0][index],
+                error=information[1][index],
+                baseline=0.0,
+                formula="E|g|² of the model's own futures, a mean over entries",
+                expected="no future reads it",
+                units="nats²",
+            ),
+            Figure(
+                f"z of the mean pull on {stream}s",
+                value=z[index],
+                error=1.0,
+                baseline=0.0,
+                formula="sum of g_r·g_s over pairs of draws, over its standard error",
+                expected="zero by law (the score identity)",
+            ),
+            Figure(
+                f"consensus of drawn futures on {stream}s",
+                value=drawn_consensus[0][index],
+                error=drawn_consensus[1][index],
+                baseline=0.0,
+                formula="mean of g_r·g_s over pairs, over the mean of |g|²",
+                expected="zero by law (the score identity)",
+            ),
+            Figure(
+                f"consensus of real futures on {stream}s",
+                value=real_consensus[0][index],
+                error=real_consensus[1][index],
+                baseline=0.0,
+                formula="the same, over different futures of n-grams that recur",
+                expected="nothing in common",
+            ),
+            Figure(
+                f"real over drawn squared pull on {stream}s",
+                value=ratio[0][index],
+                error=ratio[1][index],
+                baseline=1.0,
+                formula="|g|² of the real future over E|g|² of drawn ones",
+                expected="text like the model's own",
+            ),
+        ]
+    return figures
+
+
+def _judge(
+    information: Estimate, z: np.ndarray, consensus: Estimate, layer_consensus: Estimate, ngrams: int
+) -> tuple[str, str]:
+    """Return verdict and reason, from the consensus of real futures (written,) and by layer (layer, written)."""
+    if not (np.abs(z) <= MAX_Z).all():
         worst = z[np.argmax(np.nan_to_num(np.abs(z), nan=math.inf))]
         return MIXED, f"the mean pull of the model's own futures should vanish, but z = {worst:.1f}: nothing is said"
-    if not (information > 2 * np.nan_to_num(information_error)).all():
+    if not (information[0] > 2 * np.nan_to_num(information[1])).all():
         return FAILS, "no pull of the future on keys and values is seen beyond two standard errors"
-    start = f"futures pull on keys and values and cancel on average as they must (|z| up to {np.abs(z).max():.1f}); "
+    law = f"futures pull on keys and values and cancel on average as they must (|z| up to {np.abs(z).max():.1f}); "
     if not ngrams:
-        return HOLDS, start + "what real futures have in common is not known: no n-gram recurs with different futures"
-    verdicts = [judge(by_layer[0][:, at], by_layer[1][:, at], COMMON, more=False) for at in range(len(WRITTEN))]
-    parts = []
-    for at, stream in enumerate(WRITTEN):
-        against = f" (above one half in {verdicts[at][1]})" if verdicts[at][1] else ""
-        parts.append(f"{percent(common[0][at], common[1][at])} for {stream}s{against}")
-    names = {verdict for verdict, _, _ in verdicts}
-    reason = f"{start}real futures of {ngrams} recurring n-grams share of their squared pull {' and '.join(parts)}"
-    return names.pop() if len(names) == 1 else MIXED, reason
+        return HOLDS, law + "what real futures have in common is not known: no n-gram recurs with different futures"
+    verdicts, words = [], []
+    for index, stream in enumerate(WRITTEN):
+        value, error = (x[:, index] for x in layer_consensus)
+        verdict, contradicting, _ = judge(value, error, HALF, above=False)
+        verdicts.append(verdict)
+        layers = f" (above one half in {contradicting})" if contradicting else ""
+        words.append(f"{percent(consensus[0][index], consensus[1][index])} for {stream}s{layers}")
+    reason = f"{law}real futures of {ngrams} recurring n-grams share of their squared pull {' and '.join(words)}"
+    return common_verdict(verdicts), reason
 
 
-def _variables(squares, products, own, common, ratio) -> dict:
-    """Everything by layer; `own`, `common` (consensus of drawn and of real futures) and `ratio` with their errors."""
-    written: dict[str, Any] = {"written": list(WRITTEN)}
+def _information_variables(squares: np.ndarray) -> dict[str, xr.DataArray]:
+    """Return the information of entries about their future; squares: (prefix, layer, written, head, position)."""
+    coords: dict[str, Any] = {"written": list(WRITTEN)}
     positions = squares.shape[-1]
     lags = positions + 1 - np.arange(positions)  # the first predicted token stands at `positions` + 1
     layers, layers_error = mean_and_error(np.nanmean(squares, (3, 4)))
     by_lag = np.nanmean(squares, (0, 3))[..., ::-1]
     heads = np.moveaxis(squares.mean((0, 4)), 1, 2)
-    label, error = "Fisher information of an entry about its future", "standard error over prefixes"
-    consensus = [np.stack(one, -1) for one in zip(own, common, strict=True)]
-    source: dict[str, Any] = written | {"future": ["drawn", "real"]}
+    information, error, units = (
+        "Fisher information of an entry about its future",
+        "standard error over prefixes",
+        "nats²",
+    )
     return {
-        "futures_information": array("layer written lag", by_lag, label, "nats²", **written, lag=lags[::-1]),
-        "futures_information_by_layer": array("layer written", layers, label, "nats²", **written),
-        "futures_information_by_layer_error": array("layer written", layers_error, error, "nats²", **written),
-        "futures_information_by_head": array("layer kv_head written", heads, label, "nats²", **written),
-        "futures_z": array("layer written", score(np.nansum(products, 3)), "z of the mean pull", **written),
-        "futures_consensus": array("layer written future", consensus[0], "consensus of futures", **source),
-        "futures_consensus_error": array("layer written future", consensus[1], error, **source),
-        "futures_ratio": array("layer written", ratio[0], "squared pull, real over drawn", **written),
-        "futures_ratio_error": array("layer written", ratio[1], error, **written),
+        "information": labelled_array("layer written lag", by_lag, information, units, **coords, lag=lags[::-1]),
+        "information_by_layer": labelled_array("layer written", layers, information, units, **coords),
+        "information_by_layer_error": labelled_array("layer written", layers_error, error, units, **coords),
+        "information_by_head": labelled_array("layer kv_head written", heads, information, units, **coords),
+    }
+
+
+def _layer_variables(
+    products: np.ndarray, drawn_consensus: Estimate, real_consensus: Estimate, ratio: Estimate
+) -> dict[str, xr.DataArray]:
+    """Return z, consensus and ratio by layer; the estimates are (layer, written)."""
+    coords: dict[str, Any] = {"written": list(WRITTEN)}
+    futures: dict[str, Any] = coords | {"future": ["drawn", "real"]}
+    z = mean_pull_z(np.nansum(products, 3))
+    consensus, consensus_error = (np.stack(pair, -1) for pair in zip(drawn_consensus, real_consensus, strict=True))
+    error = "standard error over prefixes"
+    return {
+        "z": labelled_array("layer written", z, "z of the mean pull", **coords),
+        "consensus": labelled_array("layer written future", consensus, "consensus of futures", **futures),
+        "consensus_error": labelled_array("layer written future", consensus_error, error, **futures),
+        "ratio": labelled_array("layer written", ratio[0], "squared pull, real over drawn", **coords),
+        "ratio_error": labelled_array("layer written", ratio[1], error, **coords),
     }
 
 
 def _draw_futures(audit: View) -> list[Chart]:
     charts = []
-    log = {"yaxis": {"type": "log"}}
     if "futures_information" in audit:
-        found = audit["futures_information"].mean("layer")
-        traces = [line(str(one), found.lag, found.sel(written=one)) for one in found.written.values]
+        information = audit["futures_information"].mean("layer")
+        traces = [
+            measured_line(str(stream), information.lag, information.sel(written=stream))
+            for stream in information.written.values
+        ]
         text = (
             "E|gradient|² of a future's log-likelihood at an entry, by its distance to the first token of the future."
         )
-        charts.append(Chart("Information about the future, by lag", text, traces, "lag", "nats²", log))
+        charts.append(Chart("Information about the future, by lag", text, traces, "lag", "nats²", log="y"))
     if "futures_information_by_layer" in audit:
         traces = _by_layer(audit, "futures_information_by_layer")
         text = "Mean over the entries of a layer."
-        charts.append(Chart("Information about the future, by layer", text, traces, "layer", "nats²", log))
+        charts.append(Chart("Information about the future, by layer", text, traces, "layer", "nats²", log="y"))
     if "futures_consensus" in audit:
         traces = _by_layer(audit, "futures_consensus")
         text = "At 1 all futures pull alike, at 0 they have nothing in common. Drawn futures have none, by law."
@@ -230,21 +247,25 @@ def _draw_futures(audit: View) -> list[Chart]:
     return charts
 
 
-def _by_layer(audit: View, name: str) -> list[dict]:
-    """A line for each stream, and for each kind of future."""
-    found, error = audit[name], audit.get(f"{name}_error")
-    errors = None if error is None else error.reindex_like(found)
-    places = [{"written": stream} for stream in found.written.values]
-    if "future" in found.dims:
-        places = [one | {"future": future} for one in places for future in found.future.values]
-    return [
-        line(", ".join(map(str, at.values())), found.layer, found.sel(at), None if errors is None else errors.sel(at))
-        for at in places
-    ]
+def _by_layer(audit: View, name: str) -> list[Scatter]:
+    """Return a line for each stream, and for each kind of future."""
+    values, errors = audit[name], audit.get(f"{name}_error")
+    errors = None if errors is None else errors.reindex_like(values)
+    labels = [{"written": stream} for stream in values.written.values]
+    if "future" in values.dims:
+        labels = [stream | {"future": future} for stream in labels for future in values.future.values]
+    lines = []
+    for label in labels:
+        error = None if errors is None else errors.sel(label)
+        lines.append(measured_line(", ".join(map(str, label.values())), values.layer, values.sel(label), error))
+    return lines
 
 
 FUTURES = Clause(
-    9, "On average over futures", "A key and a value are trained on average over the futures they may meet.",
-    on_average_over_futures, _draw_futures,
-)  # fmt: skip
-CLAUSES: tuple[Clause, ...] = (FUTURES, PASTS)
+    number=9,
+    name="On average over futures",
+    statement="A key and a value are trained on average over the futures they may meet.",
+    prefix="futures",
+    measure=measure_futures,
+    draw=_draw_futures,
+)

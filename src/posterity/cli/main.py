@@ -1,7 +1,4 @@
-"""The command line: every command is one call of the library, and every mistake of the user's is one line.
-
-torch and transformers are imported inside the commands, so that `--help` answers at once.
-"""
+"""The app and its measuring commands: each is one call of the library, and every mistake of the user's is one line."""
 
 import signal
 import sys
@@ -11,40 +8,42 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from posterity.cli.exit_codes import edge, terminate
+import posterity
+from posterity.cli.exit_codes import exit_with_one_line, raise_termination
 from posterity.cli.options import (
     Device,
     Dtype,
     Field,
     Horizons,
     Model,
-    Output,
-    Page,
+    OutputFile,
+    ReportPage,
+    ResultFile,
     Resume,
     Revision,
-    Run,
     Seed,
     SkipBroken,
     Texts,
-    Trust,
-    given,
-    numbers,
+    TrustRemoteCode,
+    drop_unset,
+    parse_integers,
 )
-from posterity.cli.outputs import Unfinished, alone, check_writable, hand_over, provenance
-from posterity.cli.training import compare, fold, train
+from posterity.cli.outputs import ResumableRun, check_outputs, require_one_process, run_attrs, write_outputs
+from posterity.cli.training import compare_command, fold_command, train_command
 from posterity.errors import InputError
+from posterity.inputs.checkpoints import find_checkpoints
 
-DOCUMENTS = 16
+DOCUMENTS = 16  # windows that `measure` takes
 
 
 class _Group(TyperGroup):
-    """Runs the commands inside the one place that turns mistakes into a line and an exit code."""
+    """Runs every command inside the one place that turns mistakes into a line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        with edge():
-            answer = super().invoke(ctx)
+        with exit_with_one_line():
+            value = super().invoke(ctx)
             sys.stdout.flush()
-            return answer
+            return value
 
 
 app = typer.Typer(
@@ -57,8 +56,8 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def measure(
+@app.command("measure")
+def measure_command(
     model: Model = None,
     text: Texts = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 512]")] = None,
@@ -84,9 +83,9 @@ def measure(
         bool | None, typer.Option("--parameters", help="Who pays for every module's parameters too.")
     ] = None,
     seed: Seed = None,
-    trust_remote_code: Trust = False,
-    output: Output = None,
-    report: Page = None,
+    trust_remote_code: TrustRemoteCode = False,
+    output: OutputFile = None,
+    report: ReportPage = None,
     resume: Resume = False,
 ) -> None:
     """Measure a model on texts.
@@ -96,48 +95,46 @@ def measure(
     run/checkpoint-*, give one result over training. While it is measured, OUTPUT.state keeps what is done; several
     processes share the windows: torchrun --nproc-per-node 2 -m posterity measure ...
     """
-    import posterity
-    from posterity.inputs import model as loading
-    from posterity.inputs import text_sources as sources
-    from posterity.inputs.checkpoints import checkpoints
-    from posterity.results import steps
+    from posterity.inputs.model import load_model
+    from posterity.inputs.text_sources import SkippedLines, open_documents
+    from posterity.results.steps import join_steps
 
-    check_writable(output, report, reads=[model or "", *(text or [])])
-    folders, names = checkpoints([model, *(text or [])] if model else [])
-    names = names if folders else text or []
-    if len(folders) > 1 and "-" in names:
+    check_outputs(output, report, inputs=[model or "", *(text or [])])
+    checkpoints, names = find_checkpoints([model, *(text or [])] if model else [])
+    names = names if checkpoints else text or []
+    if len(checkpoints) > 1 and "-" in names:
         raise InputError("standard input can be read for one model only; write it to a file for several checkpoints")
-    skipped = sources.Skipped() if skip_broken else None
-    texts = sources.documents(names, field, skipped)
-    unfinished = Unfinished(output, resume)
-    if unfinished.is_done(report):
+    skipped = SkippedLines() if skip_broken else None
+    texts = open_documents(names, field, skipped)
+    run = ResumableRun.open(output, resume)
+    if run.show_if_done(report):
         return
-    options = given(
+    options = drop_unset(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
-        horizons=numbers(horizons),
+        horizons=parse_integers(horizons),
     )  # fmt: skip
 
-    def measured(name: str | None, texts: Any, part: str = "") -> Any:
-        loaded = loading.load_model(name, dtype, device, revision, trust_remote_code)
+    def measure_model(name: str | None, texts: Any, part: str = "") -> Any:
+        loaded = load_model(name, dtype, device, revision, trust_remote_code)
         return posterity.measure(
-            loaded.model, loaded.tokenizer, texts, limit=documents, attrs=provenance(loaded),
-            state=unfinished.part(part), processes=unfinished.processes, **options,
+            loaded.model, loaded.tokenizer, texts, limit=documents, attrs=run_attrs(loaded),
+            state=run.subfolder(part), processes=run.processes, **options,
         )  # fmt: skip
 
-    if folders:
-        result = steps.over_steps(
+    if checkpoints:
+        result = join_steps(
             {
-                step: measured(one, sources.documents(names, field, skipped), f"step-{step}")
-                for step, one in folders.items()
+                step: measure_model(folder, open_documents(names, field, skipped), f"step-{step}")
+                for step, folder in checkpoints.items()
             }
         )
     else:
-        result = measured(model, texts)
-    hand_over(result, output, report, skipped, unfinished)
+        result = measure_model(model, texts)
+    write_outputs(result, output, report, skipped, run)
 
 
-@app.command()
-def inspect(
+@app.command("inspect")
+def inspect_command(
     text: Annotated[str, typer.Option("--text", "-t", help="The text, at most 256 tokens.")],
     model: Model = None,
     horizons: Horizons = None,
@@ -146,32 +143,32 @@ def inspect(
     device: Device = None,
     revision: Revision = None,
     seed: Seed = None,
-    trust_remote_code: Trust = False,
-    output: Output = None,
-    report: Page = None,
+    trust_remote_code: TrustRemoteCode = False,
+    output: OutputFile = None,
+    report: ReportPage = None,
 ) -> None:
     """Put one text under the glass.
 
     Finds, by one backward pass for each loss, which loss pays for the key and value of every position. With --report
     the text can be explored token by token.
     """
-    alone()
-    import posterity
-    from posterity.inputs import model as loading
+    require_one_process()
+    from posterity.inputs.model import load_model
 
-    check_writable(output, report, reads=[model or ""])
-    options = given(batch=batch, seed=seed, horizons=numbers(horizons))
-    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
-    result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=provenance(loaded), **options)
-    hand_over(result, output, report)
-
-
-for _command in (train, compare, fold):
-    app.command()(_command)
+    check_outputs(output, report, inputs=[model or ""])
+    options = drop_unset(batch=batch, seed=seed, horizons=parse_integers(horizons))
+    loaded = load_model(model, dtype, device, revision, trust_remote_code)
+    result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=run_attrs(loaded), **options)
+    write_outputs(result, output, report)
 
 
-@app.command()
-def audit(
+app.command("train")(train_command)
+app.command("compare")(compare_command)
+app.command("fold")(fold_command)
+
+
+@app.command("audit")
+def audit_command(
     model: Model = None,
     text: Texts = None,
     rows: Annotated[str | None, typer.Option(metavar="N,N,...", help="Clauses by number; all unless given.")] = None,
@@ -197,9 +194,9 @@ def audit(
     device: Device = None,
     revision: Revision = None,
     seed: Seed = None,
-    trust_remote_code: Trust = False,
-    output: Output = None,
-    report: Page = None,
+    trust_remote_code: TrustRemoteCode = False,
+    output: OutputFile = None,
+    report: ReportPage = None,
     resume: Resume = False,
 ) -> None:
     """Ask of a model, clause by clause, whether the idea holds.
@@ -207,88 +204,80 @@ def audit(
     Each clause is measured, set beside what counting or chance predicts, and judged: holds, fails or mixed. Several
     folders of checkpoints in place of MODEL are set side by side.
     """
-    import posterity
-    from posterity.inputs import model as loading
-    from posterity.inputs import text_sources as sources
-    from posterity.inputs.checkpoints import checkpoints
+    from posterity.inputs.model import load_model
+    from posterity.inputs.text_sources import SkippedLines, open_documents
 
     others = beside or []
     if len({model or "default", *others}) <= len(others):
         raise InputError(f"expected other models beside {model or 'the default'}; one came twice")
-    check_writable(output, report, reads=[model or "", *(text or []), *others])
-    unfinished = Unfinished(output, resume)
-    if unfinished.is_done(report):
+    check_outputs(output, report, inputs=[model or "", *(text or []), *others])
+    run = ResumableRun.open(output, resume)
+    if run.show_if_done(report):
         return
-    options = given(
-        contexts=numbers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
-        rows=numbers(rows, "rows", "4,8"), seed=seed,
+    options = drop_unset(
+        contexts=parse_integers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
+        rows=parse_integers(rows, "rows", "4,8"), seed=seed,
     )  # fmt: skip
-    folders, names = checkpoints([model, *(text or [])] if model else [])
-    skipped = sources.Skipped() if skip_broken else None
-    texts = sources.documents(names if folders else text or [], field, skipped)
-    wanted = {f"step {step}": one for step, one in folders.items()} or {"": model}
-    loaded = {
-        name: loading.load_model(one, dtype, device, revision, trust_remote_code)
-        for name, one in [*wanted.items(), *((one, one) for one in others)]
+    checkpoints, names = find_checkpoints([model, *(text or [])] if model else [])
+    skipped = SkippedLines() if skip_broken else None
+    texts = open_documents(names if checkpoints else text or [], field, skipped)
+    names_by_label = {f"step {step}": folder for step, folder in checkpoints.items()} or {"": model}
+    names_by_label |= {name: name for name in others}
+    models = {
+        label: load_model(name, dtype, device, revision, trust_remote_code) for label, name in names_by_label.items()
     }
-    loaded = {name or one.name: one for name, one in loaded.items()}
-    first = next(iter(loaded.values()))
+    models = {label or loaded.name: loaded for label, loaded in models.items()}
+    first = next(iter(models.values()))
     result = posterity.audit(
-        {name: one.model for name, one in loaded.items()}, {name: one.tokenizer for name, one in loaded.items()},
-        texts, quick=quick, control=control, attrs=provenance(first), state=unfinished.folder,
-        processes=unfinished.processes, **options,
+        {label: loaded.model for label, loaded in models.items()},
+        {label: loaded.tokenizer for label, loaded in models.items()},
+        texts, quick=quick, control=control, attrs=run_attrs(first), state=run.folder, processes=run.processes,
+        **options,
     )  # fmt: skip
-    hand_over(result, output, report, skipped, unfinished)
+    write_outputs(result, output, report, skipped, run)
 
 
-@app.command()
-def report(
+@app.command("report")
+def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Result files; several are set side by side.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write (HTML).")],
 ) -> None:
     """Write a page from one or several runs."""
-    alone()
-    import posterity
-
-    check_writable(None, output, reads=runs)
+    require_one_process()
+    check_outputs(None, output, inputs=runs)
     posterity.report([posterity.load(run) for run in runs], output)
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_command(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
-    trust_remote_code: Trust = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say whether a model can be measured.
 
     One line, with the reasons; the exit code is 0 for yes and 2 for no.
     """
-    alone()
-    import posterity
-    from posterity.inputs import model as loading
+    require_one_process()
+    from posterity.inputs.model import load_model
 
-    answer: Any = posterity.check(loading.load_model(model, dtype, device, revision, trust_remote_code).model)
-    typer.echo(str(answer))
-    if not answer.ok:
+    result: Any = posterity.check(load_model(model, dtype, device, revision, trust_remote_code).model)
+    typer.echo(str(result))
+    if not result.ok:
         raise typer.Exit(2)
 
 
-@app.command()
-def summary(run: Run) -> None:
+@app.command("summary")
+def summary_command(run: ResultFile) -> None:
     """Print the table of a run."""
-    alone()
-    import posterity
-
+    require_one_process()
     posterity.summary(posterity.load(run))
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        import posterity
-
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"posterity {posterity.__version__}")
         raise typer.Exit
 
@@ -296,7 +285,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -304,5 +293,5 @@ def _options(
 
 def main() -> None:
     """Run the command line; the console script and `python -m posterity` come here."""
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, raise_termination)
     app(prog_name="posterity")

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, and how their text is read."""
+"""Options and arguments that several commands share, and the parsing of their text."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,14 +22,14 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda:1, ..., or auto: over all devices; CUDA where there is one unless given.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
 Field = Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out broken lines of .jsonl files, and say how many.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]
-Page = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")]
+OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]
+ReportPage = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")]
 Horizons = Annotated[
     str | None,
     typer.Option(metavar="H,H,...", help="Horizon curve at these horizons, such as 1,2,4,8,16,32,64,128,256."),
@@ -37,31 +37,31 @@ Horizons = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with this command where it was interrupted; needs --output.")
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Result file that measure --output wrote.")]
+ResultFile = Annotated[Path, typer.Argument(metavar="RUN", help="Result file that measure --output wrote.")]
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Only what was given is passed on: the defaults are those of the library's functions."""
+def drop_unset(**options: Any) -> dict[str, Any]:
+    """Return the options that the user has set: the defaults of the others are those of the library's functions."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def numbers(text: str | None, option: str = "horizons", such: str = "1,2,4,8") -> tuple[int, ...] | None:
-    """Whole numbers from text with commas."""
+def parse_integers(text: str | None, option: str = "horizons", example: str = "1,2,4,8") -> tuple[int, ...] | None:
+    """Parse whole numbers with commas; None stays None."""
     if text is None:
         return None
     try:
-        return tuple(int(one) for one in text.split(","))
+        return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise InputError(f"--{option} expects whole numbers with commas, such as {such}; got {text!r}") from None
+        raise InputError(f"--{option} expects whole numbers with commas, such as {example}; got {text!r}") from None
 
 
-def assigned(pairs: list[str] | None) -> dict[str, float] | None:
-    """Numbers by name from NAME=NUMBER; whole ones stay whole."""
-    found: dict[str, float] = {}
-    for one in pairs or ():
-        name, _, number = one.partition("=")
+def parse_assignments(pairs: list[str] | None) -> dict[str, float] | None:
+    """Parse NAME=NUMBER into numbers by name; whole ones stay whole, and no pair gives None."""
+    numbers: dict[str, float] = {}
+    for pair in pairs or ():
+        name, _, number = pair.partition("=")
         try:
-            found[name.strip()] = int(number) if number.strip().lstrip("-").isdecimal() else float(number)
+            numbers[name.strip()] = int(number) if number.strip().lstrip("-").isdecimal() else float(number)
         except ValueError:
-            raise InputError(f"--task expects NAME=NUMBER, such as chance=0.1; got {one!r}") from None
-    return found or None
+            raise InputError(f"--task expects NAME=NUMBER, such as chance=0.1; got {pair!r}") from None
+    return numbers or None

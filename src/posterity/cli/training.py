@@ -1,32 +1,40 @@
-"""The commands that make models: train, compare, fold. `cli.py` holds the others, and the way in."""
+"""The commands that make models, and what compares them: train, compare, fold. `main` registers them."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from posterity.cli.exit_codes import rank
+import posterity
+from posterity.cli.exit_codes import process_rank
 from posterity.cli.options import (
     Device,
     Dtype,
     Field,
     Model,
-    Output,
-    Page,
+    OutputFile,
+    ReportPage,
     Revision,
     Seed,
     SkipBroken,
     Texts,
-    Trust,
-    assigned,
-    given,
-    numbers,
+    TrustRemoteCode,
+    drop_unset,
+    parse_assignments,
+    parse_integers,
 )
-from posterity.cli.outputs import alone, check_writable, provenance, real_path, told_of
+from posterity.cli.outputs import (
+    check_outputs,
+    print_skipped_lines,
+    real_path,
+    require_one_process,
+    run_attrs,
+    write_outputs,
+)
 from posterity.errors import InputError, one_line
 
 
-def train(
+def train_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted one goes on.")],
     model: Annotated[
         str | None,
@@ -73,42 +81,36 @@ def train(
     Runs that differ only in --horizon start from the same weights and see the same batches; `compare` then shows what
     the horizon costs.
     """
-    from posterity.training import run as runs
+    from posterity.training.run import train
+    from posterity.training.settings import Settings
 
-    settings = runs.Settings(
-        **given(
+    settings = Settings(
+        **drop_unset(
             model=model, data=None if data is None else tuple(data), horizon=horizon, cut=cut, steps=steps, batch=batch,
-            streams=None if streams is None else tuple(one.strip() for one in streams.split(",")),
-            layers=numbers(layers, "layers", "0,1,-1"), context=context, rate=rate, warmup=warmup, width=width,
-            depth=depth, heads=heads, seed=seed, task=assigned(task), skip_broken=skip_broken or None,
+            streams=None if streams is None else tuple(stream.strip() for stream in streams.split(",")),
+            layers=parse_integers(layers, "layers", "0,1,-1"), context=context, rate=rate, warmup=warmup, width=width,
+            depth=depth, heads=heads, seed=seed, task=parse_assignments(task), skip_broken=skip_broken or None,
         )
     )  # fmt: skip
-    folder = runs.train(output, settings, monitor=monitor, **given(save_every=save_every, keep=keep))
-    if rank() == "0":
+    folder = train(output, settings, monitor=monitor, **drop_unset(save_every=save_every, keep=keep))
+    if process_rank() == "0":
         typer.echo(one_line(f"trained: {folder}"))
 
 
-def compare(
+def compare_command(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs of `train`.")],
-    output: Output = None,
-    report: Page = None,
+    output: OutputFile = None,
+    report: ReportPage = None,
 ) -> None:
     """Show what horizons cost.
 
     Prints the held-out loss of every run and its gap to the plain run (horizon full) of the same seed.
     """
-    import posterity
-
-    check_writable(output, report, reads=folders)
-    compared = posterity.compare(folders)
-    if output is not None:
-        posterity.save(compared, output)
-    if report is not None:
-        posterity.report(compared, report)
-    posterity.summary(compared)
+    check_outputs(output, report, inputs=folders)
+    write_outputs(posterity.compare(folders), output, report)
 
 
-def fold(
+def fold_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the folded model.")],
     model: Model = None,
     text: Texts = None,
@@ -126,30 +128,29 @@ def fold(
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
-    trust_remote_code: Trust = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Let heads look only at themselves.
 
     Finds the heads for which that costs least, folds as many as the budget allows, and writes the model with the list
     of its folded heads, which `measure` and the other commands then run folded.
     """
-    alone()
-    import posterity
-    from posterity.inputs import folded_folder as folded
-    from posterity.inputs import model as loading
-    from posterity.inputs import text_sources as sources
+    require_one_process()
+    from posterity.inputs.folded_folder import check_folder, save_folded
+    from posterity.inputs.model import load_model
+    from posterity.inputs.text_sources import SkippedLines, open_documents
 
     if model is not None and real_path(output) == real_path(model):
         raise InputError(f"cannot write {output}: it is read here; choose another folder for the output")
-    folded.checked_folder(output)
-    skipped = sources.Skipped() if skip_broken else None
-    loaded = loading.load_model(model, dtype, device, revision, trust_remote_code)
-    found = posterity.fold(
-        loaded.model, loaded.tokenizer, sources.documents(text or [], field, skipped),
-        **given(budget=budget, context=context, limit=documents, batch=batch),
+    check_folder(output)
+    skipped = SkippedLines() if skip_broken else None
+    loaded = load_model(model, dtype, device, revision, trust_remote_code)
+    result = posterity.fold(
+        loaded.model, loaded.tokenizer, open_documents(text or [], field, skipped),
+        **drop_unset(budget=budget, context=context, limit=documents, batch=batch),
     )  # fmt: skip
-    known = {**found.record(), **provenance(loaded), **told_of(skipped)}
-    folded.save_folded(loaded.model, loaded.tokenizer, found.by_layer, output, known)
-    typer.echo(str(found))
-    again = loading.load_model(str(output), dtype, device)
-    typer.echo(one_line(f"written and loaded again: {output}, loss {found.verify(again.model):.4f} as measured"))
+    attrs = {**result.record(), **run_attrs(loaded), **print_skipped_lines(skipped)}
+    save_folded(loaded.model, loaded.tokenizer, result.by_layer, output, attrs)
+    typer.echo(str(result))
+    folded = load_model(str(output), dtype, device)
+    typer.echo(one_line(f"written and loaded again: {output}, loss {result.verify(folded.model):.4f} as measured"))

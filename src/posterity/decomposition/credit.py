@@ -1,4 +1,4 @@
-"""Accounts of one backward pass: where the gradients of queries, keys and values come from, by lag and by position.
+"""Credit and mass of one backward pass: where the gradients of queries, keys and values come from, by lag and position.
 
 Each edge (i, j) of each head adds one term to three gradients; its credit is the inner product of the term with the
 whole gradient that it helped to make, its mass the norm of the term (docs/method.md):
@@ -11,7 +11,7 @@ whole gradient that it helped to make, its mass the norm of the term (docs/metho
 dk_j and dv_j are the gradients of the key and value themselves, summed over the query heads that share them. Credits of
 all edges therefore add up to the squared norms of the gradients that autograd computes: the ledger balances.
 
-The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are swept, block by block (sweep.py).
+The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are swept, block by block (lag_sums.py).
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,12 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from posterity.decomposition.lag_sums import Scratch, sweep
-from posterity.errors import InputError
-from posterity.ops.attention import Backward, dot, one_edge, self_edges, working
+from posterity.decomposition.lag_sums import Scratch, sum_by_lag
+from posterity.errors import InputError, NotFiniteError
+from posterity.ops.attention import Backward
 from posterity.ops.mask import Tile
+from posterity.ops.precision import dot, working_dtype
+from posterity.ops.scores import self_edges, single_edge
 
 EXACT_LAGS = 16  # lags below this have a bin each; beyond, four bins an octave
 
@@ -35,11 +37,15 @@ class Bins:
 
     first: tuple[int, ...]
     last: tuple[int, ...]
-    swept: bool  # False: nothing but self and other is asked for
+    needs_sweep: bool  # False: bins of self and other only
 
     @classmethod
     def of(cls, lags: str, context: int) -> "Bins":
-        """Bins up to a context: "octaves" (exact up to 15, then a quarter octave each), "all" or "self"."""
+        """Cover all lags of a context: "octaves" (exact up to 15, then a quarter octave each), "all" or "self".
+
+        Raises:
+            InputError: There is no such kind of bins.
+        """
         if lags == "all":
             first = list(range(context))
         elif lags == "self":
@@ -57,20 +63,20 @@ class Bins:
         if len(self.first) == by_lag.shape[-1]:
             return by_lag
         sums = by_lag.new_zeros(*by_lag.shape[:-1], len(self.first))
-        return sums.index_add_(-1, _of_lags(self, by_lag.device), by_lag)
+        return sums.index_add_(-1, _bin_numbers(self, by_lag.device), by_lag)
 
 
 @lru_cache(maxsize=16)
-def _of_lags(bins: Bins, device: torch.device) -> Int[Tensor, " lag"]:
-    """The number of each lag's bin."""
+def _bin_numbers(bins: Bins, device: torch.device) -> Int[Tensor, " lag"]:
+    """Return the number of each lag's bin."""
     widths = [last - first + 1 for first, last in zip(bins.first, bins.last, strict=True)]
     numbers, repeats = torch.arange(len(widths), device=device), torch.tensor(widths, device=device)
     return numbers.repeat_interleave(repeats, output_size=sum(widths))  # else a GPU must be waited for
 
 
 @dataclass(frozen=True)
-class Account:
-    """What one backward pass of one layer adds to the ledger, per document of the batch, in float64."""
+class PassCredit:
+    """The entry of one backward pass of one layer in the ledger, per document of the batch, in float64."""
 
     credit: Float[Tensor, "batch head stream bin"]
     mass: Float[Tensor, "batch head stream bin"]
@@ -81,8 +87,8 @@ class Account:
 
 
 @dataclass(frozen=True)
-class SelfPart:
-    """The self edges: a_ii and c ds_ii, and the part of the gradients that a position sends to itself."""
+class SelfEdgeGradients:
+    """Attention a_ii and c ds_ii of the self edges, and the part of the gradients that a position sends to itself."""
 
     attention: Float[Tensor, "batch head position"]
     grad_score: Float[Tensor, "batch head position"]
@@ -104,15 +110,15 @@ class SelfPart:
         return self.attention[..., None] * self.back.grad_output
 
 
-def finite(x: Tensor, what: str, place: str = "") -> Tensor:
-    """Give a tensor back; raise InputError if a number in it is not finite."""
+def check_finite(x: Tensor, quantity: str) -> Tensor:
+    """Return `x`; raise NotFiniteError, which names the quantity, unless all entries are finite."""
     if not x.isfinite().all():
-        raise InputError(f"{what} is not finite{place}: check the model, or use float32")
+        raise NotFiniteError(quantity)
     return x
 
 
-def self_part(back: Backward) -> SelfPart:
-    """Self edges, elementwise: O(N d), no scores but the diagonal ones.
+def self_edge_gradients(back: Backward) -> SelfEdgeGradients:
+    """Compute the gradients of the self edges, elementwise: O(N d), no scores but the diagonal ones.
 
     Raises:
         InputError: There are more keys than queries, so that a key has readers outside this pass.
@@ -123,82 +129,87 @@ def self_part(back: Backward) -> SelfPart:
             f"a ledger needs whole sequences; got {length} queries for {back.key.shape[2]} keys: "
             "call the model without past_key_values"
         )
-    given = back.grad_output, back.query, back.repeat(back.key), back.repeat(back.value), back.output, back.lse, back
-    return SelfPart(*self_edges(*given), back)
+    key, value = back.repeat(back.key), back.repeat(back.value)
+    attention, grad_score = self_edges(back.grad_output, back.query, key, value, back.output, back.lse, back)
+    return SelfEdgeGradients(attention, grad_score, back)
 
 
-def tally(back: Backward, part: SelfPart, bins: Bins, scratch: Scratch | None = None) -> Account:
-    """Credit, mass and attention of every edge, summed by lag and by position."""
+def pass_credit(back: Backward, self_part: SelfEdgeGradients, bins: Bins, scratch: Scratch | None = None) -> PassCredit:
+    """Sum credit, mass and attention of every edge by lag and by position."""
     batch, length = len(back.lse), back.lse.shape[2]
-    query, key, value = back.wholes
-    own = (
-        part.grad_score * dot(back.repeat(back.key), query),
-        part.grad_score * dot(back.query, key),
-        part.attention * dot(back.grad_output, value),
+    query, key, value = back.total_gradients()
+    self_credits = (
+        self_part.grad_score * dot(back.repeat(back.key), query),
+        self_part.grad_score * dot(back.query, key),
+        self_part.attention * dot(back.grad_output, value),
     )
-    whole = (dot(back.grad_query, query), dot(back.grad_key, key), dot(back.grad_value, value))
-    own_credit, whole_credit = (torch.stack(credits, 2).double() for credits in (own, whole))
-    by_position = torch.stack((own_credit, whole_credit - own_credit), 3)
+    total_credits = (dot(back.grad_query, query), dot(back.grad_key, key), dot(back.grad_value, value))
+    self_credit, total_credit = (torch.stack(credits, 2).double() for credits in (self_credits, total_credits))
+    by_position = torch.stack((self_credit, total_credit - self_credit), 3)
     edges = bins.sum(back.mask.edges(length, back.lse.device)).expand(batch, -1)
-    if bins.swept:
-        swept = sweep(back, scratch)
-        for rows, weight in ((swept[1:5:3], back.key_weight), (swept[2:6:3], back.value_weight)):  # credit and mass
-            if weight is not None:
-                rows *= weight
-        swept = bins.sum(swept)
-        credit, mass, attention = swept[:3].movedim(0, 2), swept[3:6].movedim(0, 2), swept[6]
+    if bins.needs_sweep:
+        sums = sum_by_lag(back, scratch)
+        for stream, factor in enumerate((None, back.key_factor, back.value_factor)):
+            if factor is not None:
+                sums.credit[stream] *= factor
+                sums.mass[stream] *= factor
+        credit, mass, attention = (bins.sum(x) for x in (sums.credit, sums.mass, sums.attention))
+        credit, mass = credit.movedim(0, 2), mass.movedim(0, 2)
     else:
-        credit, mass, attention = _unswept(back, part, by_position)
+        credit, mass, attention = _self_and_other(back, self_part, by_position)
         credit, mass, attention = (x[..., : len(bins.first)] for x in (credit, mass, attention))
-    return Account(credit, mass, attention, edges, _from_start(by_position, back), _attention_first(back))
+    return PassCredit(credit, mass, attention, edges, _from_start(by_position, back), _attention_first(back))
 
 
-def _unswept(back: Backward, part: SelfPart, by_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Credit, mass and attention of the bins (self, other); of the others only the credit is known without a sweep."""
-    slope = part.grad_score.abs()
+def _self_and_other(back: Backward, self_part: SelfEdgeGradients, by_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return credit, mass and attention of the bins self and other.
+
+    Without a sweep only the credit of the others is known: their mass and attention are NaN.
+    """
+    slope = self_part.grad_score.abs()
     terms = (
         slope * back.repeat(_norm(back.key)),
         slope * _norm(back.query),
-        part.attention * _norm(back.grad_output),
+        self_part.attention * _norm(back.grad_output),
     )
     mass = torch.stack([x.sum(-1, dtype=torch.float64) for x in terms], -1)
-    attention = _read(part.attention, back).sum(-1, dtype=torch.float64)
+    attention = _reader_weights(self_part.attention, back).sum(-1, dtype=torch.float64)
     mass, attention = (torch.stack((x, torch.full_like(x, torch.nan)), -1) for x in (mass, attention))
     return by_position.sum(-1), mass, attention
 
 
 def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
-    """Attention on the first key, padding left aside, summed over queries."""
+    """Return the attention on the first key, padding left aside, summed over queries."""
     length = back.lse.shape[2]
-    at = back.mask.first_columns(length) or [0] * len(back.lse)
-    key = torch.stack([x[:, column, None] for x, column in zip(back.key, at, strict=True)])
+    columns = back.mask.first_columns(length) or [0] * len(back.lse)
+    key = torch.stack([x[:, column, None] for x, column in zip(back.key, columns, strict=True)])
     bias = back.bias
     if bias is not None:
-        bias = bias.expand(len(at), -1, -1, length)
-        bias = torch.stack([x[:, :, column] for x, column in zip(bias, at, strict=True)])
-    weight, _ = one_edge(back.query, back.repeat(key), back.lse, back, bias)
-    for document, column in enumerate(at):
+        bias = bias.expand(len(columns), -1, -1, length)
+        bias = torch.stack([x[:, :, column] for x, column in zip(bias, columns, strict=True)])
+    weight, _ = single_edge(back.query, back.repeat(key), back.lse, back, bias)
+    for document, column in enumerate(columns):
         first = Tile(slice(0, length), slice(column, column + 1), 0, back.mask.plain)
         back.mask.fill_(weight[document, ..., None], first, 0.0, document)
-    return _read(weight, back).sum(-1, dtype=torch.float64)
+    return _reader_weights(weight, back).sum(-1, dtype=torch.float64)
 
 
 def _from_start(
     by_position: Float[Tensor, "batch *rest position"], back: Backward
 ) -> Float[Tensor, "batch *rest position"]:
-    """Count positions from each document's first real token; what padding leaves free at the end is zero."""
+    """Shift positions so that each document's first real token is position 0; padding moves to the end, as zeros."""
     length, starts = by_position.shape[-1], back.mask.starts(by_position.shape[-1])
     if starts is None:
         return by_position
-    at = (torch.arange(length, device=starts.device) + starts[:, None]) % length
-    return by_position.gather(-1, at[:, None, None, None].expand_as(by_position))
+    index = (torch.arange(length, device=starts.device) + starts[:, None]) % length
+    return by_position.gather(-1, index[:, None, None, None].expand_as(by_position))
 
 
-def _read(weight: Float[Tensor, "batch head query"], back: Backward) -> Float[Tensor, "batch head query"]:
-    """Weights of the queries that count as readers."""
+def _reader_weights(weight: Float[Tensor, "batch head query"], back: Backward) -> Float[Tensor, "batch head query"]:
+    """Set the weights of queries that are no readers to zero."""
     readers = back.mask.readers(weight.shape[-1])
     return weight if readers is None else weight * readers[:, None]
 
 
 def _norm(x: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*rest"]:
-    return x.to(working(x.dtype)).norm(dim=-1)
+    return x.to(working_dtype(x.dtype)).norm(dim=-1)

@@ -11,92 +11,97 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from posterity.axes import SIDES
-from posterity.decomposition.accumulator import Sums
-from posterity.decomposition.credit import SelfPart
-from posterity.ops.attention import Backward, group_sum, working
+from posterity.axes import SIDES, STREAMS, TERMS
+from posterity.decomposition.accumulator import Accumulator
+from posterity.decomposition.credit import SelfEdgeGradients
+from posterity.ops.attention import Backward
+from posterity.ops.heads import sum_heads
+from posterity.ops.precision import working_dtype
 
 
 @dataclass(frozen=True)
 class Projections:
-    """Query, key and value of one document, made anew from `parameters` with a graph between them."""
+    """Query, key and value of one document, recomputed from `parameters` with a graph between them."""
 
     streams: tuple[Tensor, Tensor, Tensor]
     parameters: list[Tensor]
 
 
 class WeightSplit:
-    """Squared norms and inner product of the two parts for one layer: of each document, and of their mean."""
+    """Squared norms and inner product of the two sides for one layer: of each document, and of their mean."""
 
-    def __init__(self, sums: Sums, name: str):
-        """Rows "weight_by_document" (stream, term) and the gradients' sums go to `sums`, under the layer's name."""
-        self.sums, self.name = sums, name
-        self._reached: list[list[int]] = [[], [], []]  # of each stream, the parameters that it depends on
+    def __init__(self, sums: Accumulator, layer: str):
+        """Accumulate rows "weight_by_document" (stream, term) and the gradients' sums into `sums`, under `layer`."""
+        self.sums, self.layer = sums, layer
+        self._dependencies: list[list[int]] = [[], [], []]  # of each stream, the parameters that it depends on
 
-    def add(self, back: Backward, part: SelfPart, project: Callable[[int], Projections]) -> None:
-        """Account for the documents of one backward pass; `project` makes the projections of one of them."""
+    def add(self, back: Backward, self_part: SelfEdgeGradients, project: Callable[[int], Projections]) -> None:
+        """Account for the documents of one backward pass; `project` recomputes the projections of one of them."""
         groups = back.key.shape[1]
-        wholes = back.grad_query, group_sum(back.grad_key, groups), group_sum(back.grad_value, groups)
-        owns = part.query, group_sum(part.key, groups), group_sum(part.value, groups)
+        totals = back.grad_query, sum_heads(back.grad_key, groups), sum_heads(back.grad_value, groups)
+        parts = self_part.query, sum_heads(self_part.key, groups), sum_heads(self_part.value, groups)
         for document in range(len(back.query)):
             with torch.enable_grad():
                 projections = project(document)
             row = [
-                self._stream(stream, projections, own[document, None], whole[document, None])
-                for stream, (own, whole) in enumerate(zip(owns, wholes, strict=True))
+                self._add_stream(stream, projections, part[document, None], total[document, None])
+                for stream, (part, total) in enumerate(zip(parts, totals, strict=True))
             ]
-            self.sums.note(f"{self.name}/weight_by_document", [torch.stack(row)])
+            self.sums.append_rows((self.layer, "weight_by_document"), [torch.stack(row)])
 
     def mean(self) -> Float[Tensor, "stream term"]:
-        """The same three numbers for the mean gradient over the documents."""
-        rows = []
-        for stream in range(3):
-            own = sorted(name for name in self.sums.total if name.startswith(f"{self.name}/weight/{stream}/self/"))
-            other = [name.replace("/self/", "/other/") for name in own]
-            parts = [tuple(self.sums.total[name] for name in names) for names in (own, other) if names]
-            rows.append(norms(parts))
-        return torch.stack(rows).cpu() / max(self.sums.count(f"{self.name}/weight_by_document"), 1) ** 2
+        """Return the same three numbers for the mean gradient over the documents."""
+        rows, sums = [], self.sums.weight_total
+        for stream in range(len(STREAMS)):
+            numbers = sorted({key[3] for key in sums if key[:2] == (self.layer, stream)})
+            sides = [tuple(sums[self.layer, stream, side, number] for number in numbers) for side in SIDES]
+            rows.append(gram_terms(*sides).cpu())
+        return torch.stack(rows) / max(self.sums.count((self.layer, "weight_by_document")), 1) ** 2
 
-    def _stream(self, stream: int, projections: Projections, own: Tensor, whole: Tensor) -> Float[Tensor, " term"]:
+    def _add_stream(
+        self, stream: int, projections: Projections, self_grad: Tensor, total_grad: Tensor
+    ) -> Float[Tensor, " term"]:
         output, parameters = projections.streams[stream], projections.parameters
-        if not output.requires_grad or not parameters:  # made by another layer
-            return torch.full((3,), torch.nan, dtype=torch.float64)
-        # The parameters that reach a stream are found once: all of them are tried the first time.
-        reached = self._reached[stream] or range(len(parameters))
-        wanted = [parameters[index] for index in reached]
-        own, whole = own.to(output.dtype), whole.to(output.dtype)
-        parts = [
-            torch.autograd.grad(output, wanted, grad, retain_graph=True, allow_unused=True)
-            for grad in (own, whole - own)
+        if not output.requires_grad or not parameters:  # computed by another layer
+            return gram_terms((), ()).to(output.device)
+        # The parameters that a stream depends on are found once: all of them are tried the first time.
+        numbers = self._dependencies[stream] or range(len(parameters))
+        candidates = [parameters[number] for number in numbers]
+        self_grad, total_grad = self_grad.to(output.dtype), total_grad.to(output.dtype)
+        sides = [
+            torch.autograd.grad(output, candidates, grad, retain_graph=True, allow_unused=True)
+            for grad in (self_grad, total_grad - self_grad)
         ]
-        found = {index: pair for index, *pair in zip(reached, *parts, strict=True) if pair[0] is not None}
-        self._reached[stream] = list(found)
-        terms = []
-        for index, pair in found.items():
-            terms.append([x.to(working(x.dtype)) for x in pair])
-            for side, x in zip(SIDES, terms[-1], strict=True):
-                self.sums.add(f"{self.name}/weight/{stream}/{side}/{index:04d}", x)
-        return norms(list(zip(*terms, strict=True)))
+        gradients = {number: pair for number, *pair in zip(numbers, *sides, strict=True) if pair[0] is not None}
+        self._dependencies[stream] = list(gradients)
+        pairs = []
+        for number, pair in gradients.items():
+            pairs.append([x.to(working_dtype(x.dtype)) for x in pair])
+            for side, x in zip(SIDES, pairs[-1], strict=True):
+                self.sums.add_weight((self.layer, stream, side, number), x)
+        return gram_terms(*zip(*pairs, strict=True)) if pairs else gram_terms((), ()).to(output.device)
 
 
-def norms(parts: list[tuple[Tensor, ...]]) -> Float[Tensor, " term"]:
-    """|one|^2, |two|^2 and their inner product, for two parts of a gradient over all parameters; NaN without any."""
-    if not parts:
-        return torch.full((3,), torch.nan, dtype=torch.float64)
-    one, two = parts
+def gram_terms(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Float[Tensor, " term"]:
+    """Return |left|^2, |right|^2 and their inner product, for two parts of a gradient over all parameters.
+
+    NaN without any parameter.
+    """
+    if not left:
+        return torch.full((len(TERMS),), torch.nan, dtype=torch.float64)
 
     def inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
         products = (torch.dot(x.flatten(), y.flatten()).double() for x, y in zip(left, right, strict=True))
         return torch.stack(list(products)).sum()
 
-    return torch.stack((inner(one, one), inner(two, two), inner(one, two)))
+    return torch.stack((inner(left, left), inner(right, right), inner(left, right)))
 
 
 def projection_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Weights and biases of all projections inside an attention module, by name; norms and other vectors left out."""
-    found = {}
+    """Return weights and biases of all projections inside an attention module, by name; norms and vectors left out."""
+    parameters = {}
     for prefix, child in module.named_modules():
-        own = dict(child.named_parameters(recurse=False))
-        if any(parameter.dim() > 1 for parameter in own.values()):
-            found |= {f"{prefix}.{name}".lstrip("."): parameter for name, parameter in own.items()}
-    return found
+        direct = dict(child.named_parameters(recurse=False))
+        if any(parameter.dim() > 1 for parameter in direct.values()):
+            parameters |= {f"{prefix}.{name}".lstrip("."): parameter for name, parameter in direct.items()}
+    return parameters

@@ -1,4 +1,4 @@
-"""The folder of a model that runs folded: written together with `folded.json` or not at all, checked, and applied."""
+"""The folder of a model with permanently folded heads: written together with `folded.json` or not at all; applied."""
 
 import json
 import os
@@ -10,104 +10,108 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from posterity.atomic_files import write_whole
-from posterity.errors import InputError
-from posterity.models.folded_heads import Heads, _own, attention_modules, keep_folded
-from posterity.models.interface import FOLDED
+from posterity.atomic_files import write_atomically
+from posterity.errors import InputError, first_line
+from posterity.models.folded_heads import Heads, attention_modules, fold_permanently, folded_heads_by_layer
 from posterity.models.language_model import language_model
-from posterity.models.transformers_logging import quiet
+from posterity.models.masks import FOLDED
+from posterity.models.transformers_logging import silence_transformers
 
-FILE = "folded.json"
+FOLDED_FILE = "folded.json"
+VERSION = 1  # of that file
 
 
-VERSION = 1
-
-
-def save_folded(model: nn.Module, tokenizer: Any, heads: Heads, folder: Path, known: Mapping[str, Any]) -> None:
+def save_folded(model: nn.Module, tokenizer: Any, heads: Heads, folder: Path, attrs: Mapping[str, Any]) -> None:
     """Write a folder of transformers and `folded.json`, together or not at all.
 
     Args:
         model: The model; if it runs folded itself, its own folded heads are written too.
         tokenizer: Its tokenizer, or None.
-        heads: What is folded.
+        heads: The heads to fold, by number of the attention layer.
         folder: A new folder, an empty one, or that of a folded model, whose place is taken.
-        known: What else is kept in `folded.json`: losses, budget, text.
+        attrs: Further entries of `folded.json`: losses, budget, text.
 
     Raises:
         InputError: The folder holds something else; it cannot be written; the model cannot be folded for good.
     """
     inner = language_model(model)
-    target = checked_folder(folder)
-    every = {number: sorted({*heads.get(number, ()), *own}) for number, own in _own(inner).items()}
-    data = {"version": VERSION, "heads": {str(number): some for number, some in every.items() if some}, **known}
+    target = check_folder(folder)
+    all_heads = {layer: sorted({*heads.get(layer, ()), *own}) for layer, own in folded_heads_by_layer(inner).items()}
+    data = {"version": VERSION, "heads": {str(layer): numbers for layer, numbers in all_heads.items() if numbers}}
     config = inner.config.get_text_config(decoder=True)
-    before = getattr(config, FOLDED, None)
+    folded = getattr(config, FOLDED, None)
     try:
-        with quiet(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as work:
-            made = Path(work) / "model"
+        with silence_transformers(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as work:
+            source = Path(work) / "model"
             vars(config).pop(FOLDED, None)  # the folder's config is the plain model's
-            inner.save_pretrained(made)
+            inner.save_pretrained(source)
             if tokenizer is not None:
-                tokenizer.save_pretrained(made)
-            write_whole(made / FILE, json.dumps(data, indent=1).encode())
+                tokenizer.save_pretrained(source)
+            write_atomically(source / FOLDED_FILE, json.dumps({**data, **attrs}, indent=1).encode())
             if target.exists():
                 os.rename(target, Path(work) / "old")
-            os.rename(made, target)
+            os.rename(source, target)
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"{folder}: expected to write a model there; {reason}: choose another folder") from error
     finally:
-        if before is not None:
-            setattr(config, FOLDED, before)
+        if folded is not None:
+            setattr(config, FOLDED, folded)
 
 
-def checked_folder(folder: str | os.PathLike[str]) -> Path:
-    """Say before the work whether a folded model can be written to a folder; returns its real path."""
+def check_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the real path of a folder, or raise InputError if no folded model can be written there."""
     if "\0" in os.fspath(folder):
         raise InputError(f"{folder}: expected a folder that can be made: a name holds no zero byte; choose another")
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
         raise InputError(f"{folder}: expected a folder for the folded model; it is a file: choose another")
-    if target.is_dir() and any(target.iterdir()) and not (target / FILE).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / FOLDED_FILE).is_file():
         raise InputError(f"{folder}: expected a new folder or that of a folded model, but it holds something else")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: expected a folder that can be made, but {target.parent} is none to write in")
     return target
 
 
-def run_as_saved(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """Let a model that was just loaded run folded, if its folder says so.
+def apply_folded_heads(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Let a model that was just loaded from a folder run folded, if the folder says so.
 
     Raises:
         InputError: `folded.json` is damaged or of another version; the heads do not fit the model.
     """
-    file = Path(folder) / FILE
+    file = Path(folder) / FOLDED_FILE
     if not file.is_file():
-        config = model.config.get_text_config(decoder=True)
-        if given := vars(config).pop(FOLDED, None):  # saved again by transformers; it does not run folded yet
-            try:
-                numbers = {module.layer_idx: number for number, module in enumerate(attention_modules(model))}
-                keep_folded(model, {numbers[layer]: some for layer, some in _listed(given).items()})
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{folder}: its {FOLDED} in config.json is damaged: fold it again") from error
+        _apply_config_heads(model, folder)
         return
     try:
         data = json.loads(file.read_text())
         version = data["version"]
-        heads = _listed(data["heads"]) if version == VERSION else {}
+        heads = _parse_heads(data["heads"]) if version == VERSION else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: expected the heads of a folded model, but it is damaged: fold it again") from error
     if version != VERSION:
         raise InputError(f"{file} is of version {version}; this is posterity for version {VERSION}: fold it again")
-    keep_folded(model, heads)
+    fold_permanently(model, heads)
 
 
-def _listed(named: Any) -> dict[int, list[int]]:
-    """Heads by number of the layer, as JSON holds them. ValueError or TypeError for anything else."""
-    if not isinstance(named, dict):
+def _apply_config_heads(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Apply the heads in the config of a folded model that transformers has saved again; they are by `layer_idx`."""
+    entry = vars(model.config.get_text_config(decoder=True)).pop(FOLDED, None)
+    if not entry:
+        return
+    try:
+        layers = {module.layer_idx: layer for layer, module in enumerate(attention_modules(model))}
+        fold_permanently(model, {layers[index]: numbers for index, numbers in _parse_heads(entry).items()})
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder}: its {FOLDED} in config.json is damaged: fold it again") from error
+
+
+def _parse_heads(entry: Any) -> dict[int, list[int]]:
+    """Return heads by number of the layer from their JSON form. ValueError or TypeError for anything else."""
+    if not isinstance(entry, dict):
         raise TypeError("expected heads by layer")
-    heads = {int(number): list(some) for number, some in named.items()}
-    every = [*heads, *(head for some in heads.values() for head in some)]
-    if len(heads) < len(named) or any(type(one) is not int or one < 0 for one in every):
+    heads = {int(layer): list(numbers) for layer, numbers in entry.items()}
+    values = [*heads, *(head for numbers in heads.values() for head in numbers)]
+    if len(heads) < len(entry) or any(type(value) is not int or value < 0 for value in values):
         raise ValueError("expected whole numbers of layers and heads")
     return heads

@@ -1,25 +1,26 @@
 """The ledger of a model: every backward pass inside the `with` is accounted for, layer by layer, text by text."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from posterity.axes import SIDES, STREAMS, TERMS
-from posterity.decomposition.accumulator import Sums
-from posterity.decomposition.credit import Bins, finite, self_part, tally
+from posterity.decomposition.accumulator import Accumulator, stack_layers
+from posterity.decomposition.credit import Bins, check_finite, pass_credit, self_edge_gradients
 from posterity.decomposition.lag_sums import Scratch
 from posterity.decomposition.weight_gradients import Projections, WeightSplit
 from posterity.errors import InputError
-from posterity.measurement.loss_split import Payers
+from posterity.measurement.loss_split import LossSplit
 from posterity.measurement.provenance import provenance
-from posterity.models.attach import watching
+from posterity.models.attach import watch_model
+from posterity.models.chunked_loss import ChunkedLoss
 from posterity.models.watch import Layer, Watch
 from posterity.ops.attention import Backward
-from posterity.results import schema as result
+from posterity.results.schema import build_result
 
 
 @contextlib.contextmanager
@@ -42,27 +43,42 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
         InputError: The model cannot be measured, with the reason.
     """
     Bins.of(lags, 2)
-    with watching(model) as watch:
+    with watch_model(model) as watch:
         ledger = Ledger(model, watch, lags, weights)
-        with watch.reporting(ledger.observe):
+        with watch.report_to(ledger.observe):
             yield ledger
 
 
 class Ledger:
-    """Sums over documents of the accounts of every layer; `result()` labels them."""
+    """Credit, mass and attention of every layer, summed over documents; `result()` labels the sums."""
 
     def __init__(self, model: nn.Module, watch: Watch, lags: str, weights: bool):
         """Start empty, with the layers in the order of the forward pass."""
         self.model, self.watch, self.lags, self.weights = model, watch, lags, weights
-        self.place = ""  # what is being measured now, for messages
-        self.sums = Sums()  # by layer and name; "loss" and "tokens" of each document, where known
+        self.sums = Accumulator()  # for the whole model: "loss" and "tokens" of each document, if known
+        self.loss_split: LossSplit | None = None
         self._weights = {layer: WeightSplit(self.sums, str(layer)) for layer in watch.layers} if weights else {}
         self._scratch = Scratch()
 
+    def split_losses(self, losses: bool, horizons: Sequence[int], parameters: bool) -> LossSplit:
+        """Make the loss split of the same documents a part of the ledger."""
+        self.loss_split = LossSplit(self.model, self.watch, losses, horizons, parameters, self.sums)
+        return self.loss_split
+
+    def observe_forward(self) -> contextlib.AbstractContextManager:
+        """Within the block, forward passes can be sent back by `backward`."""
+        return contextlib.nullcontext() if self.loss_split is None else self.loss_split.observe_forward()
+
+    def backward(self, loss: ChunkedLoss) -> None:
+        """Send back one forward pass: once, or as often as the loss split needs."""
+        if self.loss_split is None:
+            loss.backward()
+        else:
+            self.loss_split.backward(loss)
+
     def clear(self) -> None:
         """Forget every document."""
-        self.sums.total.clear()
-        self.sums.rows.clear()
+        self.sums.clear()
 
     def observe(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
         """Account for one backward pass of one layer."""
@@ -70,109 +86,100 @@ class Ledger:
             raise InputError(
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
             )
-        part = self_part(back)
-        entry = tally(back, part, Bins.of(self.lags, back.lse.shape[2]), self._scratch)
-        finite(entry.credit_by_position, f"the gradient of layer {layer}", self.place)
+        self_edge = self_edge_gradients(back)
+        credit = pass_credit(back, self_edge, Bins.of(self.lags, back.lse.shape[2]), self._scratch)
+        check_finite(credit.credit_by_position, f"the gradient of layer {layer}")
         if self.weights:
-            self._weights[layer].add(back, part, project)
-        for name, x in vars(entry).items():
-            self.sums.add(f"{layer}/{name}", x.sum(0))
-        by_position = entry.credit_by_position
-        self.sums.note(f"{layer}/credit_by_document", by_position.sum(-1))
-        self.sums.note(f"{layer}/first_by_document", by_position[..., 0].sum(-1))
-        self.sums.note(f"{layer}/profile_by_document", entry.credit.sum(1))
+            self._weights[layer].add(back, self_edge, project)
+        for name, x in vars(credit).items():
+            self.sums.add((str(layer), name), x.sum(0))
+        by_position = credit.credit_by_position
+        self.sums.append_rows((str(layer), "credit_by_document"), by_position.sum(-1))
+        self.sums.append_rows((str(layer), "first_by_document"), by_position[..., 0].sum(-1))
+        self.sums.append_rows((str(layer), "profile_by_document"), credit.credit.sum(1))
 
     @property
     def documents(self) -> int:
-        """How many documents have been accounted for."""
-        return max(self._counts().values(), default=0)
+        """The number of documents accounted for."""
+        return max(self._documents_by_layer().values(), default=0)
 
-    def _counts(self) -> dict[Layer, int]:
-        return {layer: self.sums.count(f"{layer}/credit_by_document") for layer in self.watch.layers}
-
-    def result(self, texts: list[str] | None = None, payers: Payers | None = None, **attrs: object) -> xr.Dataset:
+    def result(self, texts: list[str] | None = None, **attrs: object) -> xr.Dataset:
         """Label the sums: the schema of `posterity.measure`.
 
         Args:
             texts: Where each document came from.
-            payers: Who pays, of the same documents.
             attrs: Provenance to add.
 
         Raises:
             InputError: No backward pass has been seen, or not by every layer.
         """
-        counts = self._counts()
-        if not self.documents:
-            raise InputError("no backward pass has been seen: call .backward() on a loss inside the `with`")
-        short = next((layer for layer, count in counts.items() if count < self.documents), None)
-        if short is not None:
-            raise InputError(
-                f"layer {short} has seen {counts[short]} of {self.documents} documents: no gradient reaches it "
-                "(are its inputs detached?)"
-            )
-        if texts is not None and len(texts) != self.documents:
-            raise InputError(f"expected one text for each of {self.documents} documents; got {len(texts)}")
-        context = max(self.sums.total[f"{layer}/credit_by_position"].shape[-1] for layer in counts)
+        self._check_complete(texts)
+        context = max(self.sums.total[str(layer), "credit_by_position"].shape[-1] for layer in self.watch.layers)
         bins = Bins.of(self.lags, context)
-        known = [torch.stack(self.sums.rows[name]).numpy() for name in ("loss", "tokens") if name in self.sums.rows]
-        losses, tokens = known or (np.full(self.documents, np.nan), np.zeros(self.documents, dtype=int))
-        variables = self._stacked(context, len(bins.first)) | {"loss": losses, "tokens": tokens}
-        if payers is not None:
-            variables |= payers.variables()
-        known = {
+        variables = self._layer_variables(context, len(bins.first)) | self._document_variables()
+        coordinates: dict[str, list] = {}
+        if self.loss_split is not None:
+            variables |= self.loss_split.variables()
+            coordinates = self.loss_split.coordinates()
+        ledger_attrs = {
             "context": context,
             "documents": self.documents,
             "lags": self.lags,
             "other_paths": "; ".join(self.watch.other_paths),
         }
-        return result.build(
+        return build_result(
             variables,
-            modules=[str(layer) for layer in counts],
+            modules=[str(layer) for layer in self.watch.layers],
             lag=bins.first,
             lag_end=bins.last,
             texts=texts or [""] * self.documents,
-            attrs=provenance(self.model) | known | attrs,
-            **({} if payers is None else payers.coordinates()),
+            attrs=provenance(self.model) | ledger_attrs | attrs,
+            **coordinates,
         )
 
-    def _stacked(self, context: int, bins: int) -> dict[str, np.ndarray]:
-        """All layers side by side; heads that a layer does not have are NaN."""
-        layers = self.watch.layers
+    def _documents_by_layer(self) -> dict[Layer, int]:
+        return {layer: self.sums.count((str(layer), "credit_by_document")) for layer in self.watch.layers}
 
-        def total(name: str) -> list[Tensor]:
-            return [self.sums.total[f"{layer}/{name}"] for layer in layers]
+    def _check_complete(self, texts: list[str] | None) -> None:
+        """Raise InputError unless every layer has seen all documents, and each has a text if there are texts."""
+        counts, documents = self._documents_by_layer(), self.documents
+        if not documents:
+            raise InputError("no backward pass has been seen: call .backward() on a loss inside the `with`")
+        for layer, count in counts.items():
+            if count < documents:
+                raise InputError(
+                    f"layer {layer} has seen {count} of {documents} documents: no gradient reaches it (are its inputs "
+                    "detached?)"
+                )
+        if texts is not None and len(texts) != documents:
+            raise InputError(f"expected one text for each of {documents} documents; got {len(texts)}")
 
-        def rows(name: str, *shape: int) -> list[Tensor]:
-            return [torch.stack([_fit(x, shape) for x in self.sums.rows[f"{layer}/{name}"]]) for layer in layers]
-
-        heads = max(len(x) for x in total("attention_first"))
-        s = len(STREAMS)
-        shapes = {
-            "credit": (heads, s, bins),
-            "mass": (heads, s, bins),
-            "attention": (heads, bins),
-            "edges": (bins,),
-            "credit_by_position": (heads, s, len(SIDES), context),
-            "attention_first": (heads,),
-        }
-        found = {name: [_fit(x, shape) for x in total(name)] for name, shape in shapes.items()} | {
-            "credit_by_document": rows("credit_by_document", heads, s, len(SIDES)),
-            "first_by_document": rows("first_by_document", heads, s),
-            "profile_by_document": rows("profile_by_document", s, bins),
-        }
+    def _layer_variables(self, context: int, bins: int) -> dict[str, np.ndarray]:
+        """Stack all layers; bins and positions that a layer does not have are zero, heads are NaN."""
+        layers, total, rows = [str(layer) for layer in self.watch.layers], self.sums.total, self.sums.rows
+        variables = {}
+        for name, length in {"credit": bins, "mass": bins, "attention": bins, "credit_by_position": context}.items():
+            variables[name] = stack_layers([_pad_last(total[layer, name], length) for layer in layers], 0)
+        variables["attention_first"] = stack_layers([total[layer, "attention_first"] for layer in layers], 0)
+        variables["edges"] = torch.stack([_pad_last(total[layer, "edges"], bins).cpu() for layer in layers])
+        for name in ("credit_by_document", "first_by_document"):
+            variables[name] = stack_layers([torch.stack(rows[layer, name]) for layer in layers], 1)
+        profiles = [[_pad_last(row, bins) for row in rows[layer, "profile_by_document"]] for layer in layers]
+        variables["profile_by_document"] = torch.stack([torch.stack(profile).cpu() for profile in profiles], 1)
         if self.weights:
-            found["weight_by_document"] = rows("weight_by_document", s, len(TERMS))
-            found["weight_mean"] = [self._weights[layer].mean() for layer in layers]
-        by_document = {name for name in found if name.endswith("_by_document")}
-        return {
-            name: torch.stack([x.cpu() for x in xs], int(name in by_document)).numpy() for name, xs in found.items()
-        }
+            terms = [torch.stack(rows[layer, "weight_by_document"]).cpu() for layer in layers]
+            variables["weight_by_document"] = torch.stack(terms, 1)
+            variables["weight_mean"] = torch.stack([self._weights[layer].mean() for layer in self.watch.layers])
+        return {name: x.numpy() for name, x in variables.items()}
+
+    def _document_variables(self) -> dict[str, np.ndarray]:
+        """Return loss and tokens of each document, where they are known."""
+        rows = self.sums.rows
+        if (None, "loss") in rows:
+            return {name: torch.stack(rows[None, name]).numpy() for name in ("loss", "tokens")}
+        return {"loss": np.full(self.documents, np.nan), "tokens": np.zeros(self.documents, dtype=int)}
 
 
-def _fit(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Pad bins and positions with zeros and missing heads with NaN."""
-    x = torch.nn.functional.pad(x, (0, shape[-1] - x.shape[-1])) if x.dim() > 1 or not x.is_floating_point() else x
-    if len(x) < shape[0]:
-        missing = x.new_full((shape[0] - len(x), *x.shape[1:]), torch.nan)
-        x = torch.cat((x, missing))
-    return x
+def _pad_last(x: Tensor, length: int) -> Tensor:
+    """Append zeros along the last axis."""
+    return pad(x, (0, length - x.shape[-1]))

@@ -1,7 +1,7 @@
-"""Several processes measure one corpus: each takes its share of the windows, sums are added, rows put in order.
+"""Several processes measure one corpus: each takes its share of the windows; sums are reduced, rows gathered.
 
-`torchrun --nproc-per-node 8 -m posterity measure ...` starts them; accelerate finds out who they are. Few and small
-things are exchanged, at the beginning and at the end, so all of it goes through the CPU (gloo), whatever the devices.
+`torchrun --nproc-per-node 8 -m posterity measure ...` starts them; accelerate tells each its rank. Little is exchanged,
+at the beginning and at the end, so all of it goes through the CPU (gloo), whatever the devices.
 """
 
 import os
@@ -12,111 +12,114 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
-from posterity.decomposition.accumulator import Sums
-from posterity.errors import InputError
+from posterity.decomposition.accumulator import Accumulator
+from posterity.errors import InputError, first_line
 
 T = TypeVar("T")
 # Processes may end their shares hours apart; one that dies is noticed at once, for its connections close.
-PATIENCE = timedelta(days=2)
+TIMEOUT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `count`: alone, unless joined. All of them call the same methods in the same order."""
+    """This process among `count` of them: alone, unless joined. All call the same methods in the same order."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def join(cls) -> "Processes":
-        """Those that torchrun started, or this one alone.
+        """Join the processes that torchrun started; without torchrun this one is alone.
 
         Raises:
             InputError: They cannot find each other.
         """
-        wanted = int(os.environ.get("WORLD_SIZE", "1"))
-        if wanted == 1:
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
             return cls()
         from accelerate import PartialState
 
         try:
-            state = PartialState(cpu=True, timeout=PATIENCE)
+            state = PartialState(cpu=True, timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"expected {wanted} processes that find each other; {reason}: use torchrun") from error
-        if state.num_processes != wanted:
-            raise InputError(f"expected {wanted} processes; {state.num_processes} found each other: use torchrun")
+            raise InputError(
+                f"expected {count} processes that find each other; {first_line(error)}: use torchrun"
+            ) from error
+        if state.num_processes != count:
+            raise InputError(f"expected {count} processes; {state.num_processes} found each other: use torchrun")
         return cls(state.process_index, state.num_processes)
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that reads, speaks and writes."""
+    def is_first(self) -> bool:
+        """Whether this process has rank 0, which reads, reports and writes."""
         return self.rank == 0
 
     def share(self, work: Sequence[T]) -> list[T]:
-        """What this process does of some work."""
+        """Return the items of `work` that fall to this process."""
         return list(work[self.rank :: self.count])
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """What the first process makes, in all of them; if it raises InputError there, it does in all of them.
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Run `make` on rank 0 and broadcast its result (or its InputError).
 
         Raises:
-            InputError: The first process did, or another process has ended.
+            InputError: `make` did, or another process has ended.
         """
         if self.count == 1:
             return make()
         from accelerate.utils import broadcast_object_list
 
-        found: list[Any] = [None, None]
-        if self.first:
+        message: list[Any] = [None, None]  # result, text of the InputError
+        if self.is_first:
             try:
-                found[0] = make()
+                message[0] = make()
             except InputError as error:
-                found[1] = str(error)
-        with _together():
-            broadcast_object_list(found)
-        if found[1] is not None:
-            raise InputError(found[1])
-        return found[0]
+                message[1] = str(error)
+        with _report_lost_process():
+            broadcast_object_list(message)
+        result, reason = message
+        if reason is not None:
+            raise InputError(reason)
+        return result
 
-    def every(self, mine: T) -> list[T]:
-        """What each process has, in all of them."""
+    def all_gather(self, item: T) -> list[T]:
+        """Return the items of all processes, by rank, in every process."""
         if self.count == 1:
-            return [mine]
+            return [item]
         from accelerate.utils import gather_object
 
-        with _together():
-            return gather_object([mine])
+        with _report_lost_process():
+            return gather_object([item])
 
-    def sum(self, sums: Sums) -> None:
-        """Add up the sums of all processes, in the first one; rows of the first process come first there."""
+    def reduce(self, sums: Accumulator) -> None:
+        """Add up the sums of all processes on rank 0; rows stand there in the order of the ranks."""
         if self.count == 1:
             return
-        rows = self.every({name: torch.stack([x.cpu() for x in rows]) for name, rows in sums.rows.items()})
-        shapes = self.every({name: (x.shape, x.dtype) for name, x in sums.total.items()})
-        totals = {}
-        for name, (shape, dtype) in {name: one for known in shapes for name, one in known.items()}.items():
-            totals[name] = sums.total.pop(name, torch.zeros(shape, dtype=dtype)).cpu()
-            with _together():
-                distributed.reduce(totals[name], 0)
-        sums.total, sums.rows = totals, {}
-        for one in rows:
-            for name, x in one.items():
-                sums.note(name, x)
+        rows_by_rank = self.all_gather({key: torch.stack([x.cpu() for x in rows]) for key, rows in sums.rows.items()})
+        self._reduce(sums.total)
+        self._reduce(sums.weight_total)
+        sums.rows = {}
+        for rows_by_key in rows_by_rank:
+            for key, rows in rows_by_key.items():
+                sums.append_rows(key, rows)
+
+    def _reduce(self, total: dict[Any, Tensor]) -> None:
+        """Add up the tensors of all processes on rank 0; a tensor that some process lacks counts as zero there."""
+        layouts = self.all_gather({key: (x.shape, x.dtype) for key, x in total.items()})
+        merged = {key: layout for by_key in layouts for key, layout in by_key.items()}
+        for key, (shape, dtype) in merged.items():
+            total[key] = total.pop(key, torch.zeros(shape, dtype=dtype)).cpu()
+            with _report_lost_process():
+                distributed.reduce(total[key], 0)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """What torch says of a process that has gone, in one line."""
+def _report_lost_process() -> Iterator[None]:
+    """Turn the error by which torch reports a process that has ended into an InputError of one line."""
     try:
         yield
     except RuntimeError as error:
         raise InputError(
-            f"another process of this run has ended, so this one cannot go on ({_short(error)})"
+            f"another process of this run has ended, so this one cannot go on ({first_line(error)[:200]})"
         ) from error
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

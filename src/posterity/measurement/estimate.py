@@ -1,15 +1,16 @@
-"""What a run will take, said before it starts: from trials with the first tokens of the first window."""
+"""Memory and time of a run, estimated before it starts from trial passes over the first tokens of the first window."""
 
 import time
+from collections.abc import Sequence
 from weakref import WeakSet
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posterity.decomposition.weight_gradients import projection_parameters
-from posterity.models.chunked_loss import CHUNK, Head, Sending
+from posterity.models.chunked_loss import CHUNK, ChunkedLoss, LMHead
 
 TRIAL_TOKENS = 128
 LONG = 2048  # tokens: from here on attention, which is quadratic, is timed too, on these parts of a window
@@ -19,8 +20,8 @@ PARTS = (1 / 16, 1 / 8)
 _ALLOWANCE = 1.35
 
 
-class _Saved:
-    """A tensor that autograd keeps for the backward pass, for as long as it does."""
+class _SavedTensor:
+    """A tensor that autograd saves for the backward pass, for as long as it does."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -32,71 +33,80 @@ def estimate(
     windows: int,
     batch: int,
     weights: bool,
-    head: Head,
+    head: LMHead,
     passes: int,
 ) -> str:
-    """One line: memory and time of a run over windows as long as `ids`; `passes` more backward passes are counted as
-    half of the trial each.
+    """Estimate memory and time of a run over windows as long as `ids`, as one line of text.
 
     Activations are counted on a trial and grow linearly with the tokens. Time is that of the trial for every token; in
     long windows time per token is a linear function of their length, from two more trials. Behind a sliding window it
-    is not, and less than estimated.
+    is not, and less than estimated. Each of the `passes` more backward passes counts as half of the trial.
     """
     trial = ids[None, :TRIAL_TOKENS]
-    now = sum(x.numel() * x.element_size() for x in model.parameters())
+    in_use = sum(x.numel() * x.element_size() for x in model.parameters())
     if all(x.device.type == "cpu" for x in model.parameters()):
-        now = psutil.Process().memory_info().rss  # the model, and Python with its libraries
-    parameters = {x.untyped_storage().data_ptr() for x in model.parameters()}
-    kept: WeakSet[_Saved] = WeakSet()
-
-    def note(x: Tensor) -> _Saved:
-        saved = _Saved(x)
-        kept.add(saved)
-        return saved
-
-    started = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved.tensor):
-        sending = Sending(model, trial, head)
-    storages = [saved.tensor.untyped_storage() for saved in kept]  # of the body, where the head is passed apart
-    activations = sum({x.data_ptr(): x.nbytes() for x in storages if x.data_ptr() not in parameters}.values())
-    sending.backward()
-    model.zero_grad()
-    rates = {trial.numel(): (time.perf_counter() - started) / trial.numel()}
+        in_use = psutil.Process().memory_info().rss  # the model, and Python with its libraries
+    activations, seconds_per_token = _trial(model, trial, head)
+    rates = {trial.numel(): seconds_per_token}
     if len(ids) >= LONG:
-        rates = {tokens: _rate(model, ids[:tokens], head) for tokens in (int(part * len(ids)) for part in PARTS)}
-    seconds = windows * len(ids) * _continued(rates, len(ids)) * (1 + passes / 2)
-    # Beside what is kept, the loss of a chunk holds its logits, their log-softmax and the gradients of both.
-    at_once = min(batch * len(ids) * head.vocabulary, CHUNK) if head.apart else batch * len(ids) * head.vocabulary
-    passing = _ALLOWANCE * batch * len(ids) * activations / trial.numel() + 4 * 4 * at_once
-    sums = 0
-    if weights:
-        split = {id(x): x.numel() * 4 for module in _attentions(model) for x in projection_parameters(module).values()}
-        sums = 2 * sum(split.values())
-    total = now + passing + sums
+        rates = {tokens: _seconds_per_token(model, ids[:tokens], head) for tokens in (int(x * len(ids)) for x in PARTS)}
+    seconds = windows * len(ids) * _extrapolate(rates, len(ids)) * (1 + passes / 2)
+    # Beside what autograd saves, the loss of a chunk holds its logits, their log-softmax and the gradients of both.
+    logits = batch * len(ids) * head.vocabulary
+    if head.separable:
+        logits = min(logits, CHUNK)
+    activations = _ALLOWANCE * batch * len(ids) * activations / trial.numel() + 4 * 4 * logits
+    sums = 2 * _projection_bytes(model) if weights else 0
+    total = in_use + activations + sums
     return (
         f"{windows} window{'s'[: windows - 1]} of {len(ids)} tokens: about {_clock(seconds)} and {total / 1e9:.1f} GB "
-        f"({now / 1e9:.1f} in use now, activations {passing / 1e9:.1f}, weight sums {sums / 1e9:.1f})"
+        f"({in_use / 1e9:.1f} in use now, activations {activations / 1e9:.1f}, weight sums {sums / 1e9:.1f})"
     )
 
 
-def _rate(model: PreTrainedModel, ids: Tensor, head: Head) -> float:
-    """Seconds for each token of a window."""
-    started = time.perf_counter()
-    Sending(model, ids[None], head).backward()
+def _trial(model: PreTrainedModel, ids: Tensor, head: LMHead) -> tuple[int, float]:
+    """Return the bytes that autograd saves in one pass, parameters left out, and the seconds for each token."""
+    parameters = {x.untyped_storage().data_ptr() for x in model.parameters()}
+    tensors: WeakSet[_SavedTensor] = WeakSet()
+
+    def pack(x: Tensor) -> _SavedTensor:
+        saved = _SavedTensor(x)
+        tensors.add(saved)
+        return saved
+
+    start = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        loss = ChunkedLoss.run(model, ids, head)
+    storages = [saved.tensor.untyped_storage() for saved in tensors]  # of the body only, if the head runs by chunks
+    size = sum({x.data_ptr(): x.nbytes() for x in storages if x.data_ptr() not in parameters}.values())
+    loss.backward()
     model.zero_grad()
-    return (time.perf_counter() - started) / len(ids)
+    return size, (time.perf_counter() - start) / ids.numel()
 
 
-def _continued(rates: dict[int, float], tokens: int) -> float:
-    """A rate at a larger number of tokens, on the straight line through the last two; it does not fall."""
-    *earlier, (last, rate) = rates.items()
-    for before, lower in earlier[-1:]:
-        rate += max(0.0, rate - lower) * (tokens - last) / (last - before)
+def _seconds_per_token(model: PreTrainedModel, ids: Tensor, head: LMHead) -> float:
+    start = time.perf_counter()
+    ChunkedLoss.run(model, ids[None], head).backward()
+    model.zero_grad()
+    return (time.perf_counter() - start) / len(ids)
+
+
+def _extrapolate(rates: dict[int, float], tokens: int) -> float:
+    """Return the rate at a larger number of tokens, on the straight line through the last two; it does not fall."""
+    *earlier, (last_tokens, rate) = rates.items()
+    for fewer_tokens, lower_rate in earlier[-1:]:
+        rate += max(0.0, rate - lower_rate) * (tokens - last_tokens) / (last_tokens - fewer_tokens)
     return rate
 
 
-def _attentions(model: PreTrainedModel) -> list:
-    """Attention modules by their class name: good enough for an estimate."""
+def _projection_bytes(model: PreTrainedModel) -> int:
+    """Return the size in float32 of all attention projections."""
+    parameters = [x for module in _attention_modules(model) for x in projection_parameters(module).values()]
+    return sum({id(x): x.numel() * 4 for x in parameters}.values())
+
+
+def _attention_modules(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """Return the attention modules by their class name: good enough for an estimate."""
     return [module for module in model.modules() if "attention" in type(module).__name__.lower()]
 
 

@@ -1,4 +1,4 @@
-"""One text under the glass: the exact matrix of loss position against key position, by one backward pass per loss."""
+"""The exact matrix of loss position against key position for one short text, by one backward pass per loss."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,17 +8,19 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from posterity.decomposition.credit import finite
+from posterity.decomposition.credit import check_finite
 from posterity.errors import InputError
-from posterity.inputs import windows as corpus
+from posterity.inputs.windows import document_ids
 from posterity.measurement.measure import measure
-from posterity.models.attach import refuse_other_paths, watched
-from posterity.models.chunked_loss import run
-from posterity.models.language_model import first_device, frozen, language_model, seeded
+from posterity.models.attach import observe_model, refuse_other_paths
+from posterity.models.chunked_loss import token_losses, window_losses
+from posterity.models.language_model import freeze_parameters, input_device, language_model, seed_rng
 from posterity.models.watch import Layer
-from posterity.ops.attention import Backward, group_sum, working
+from posterity.ops.attention import Backward
+from posterity.ops.heads import sum_heads
+from posterity.ops.precision import working_dtype
 from posterity.progress import progress_bar
-from posterity.results.schema import extended
+from posterity.results.schema import extend_result
 
 LONGEST = 256  # tokens: the matrices have tokens^2 numbers for every layer
 
@@ -55,78 +57,81 @@ def inspect(
     Raises:
         InputError: The text is too short or too long; as in `posterity.measure`.
     """
-    ids = corpus.whole(text, tokenizer)
+    ids = document_ids(text, tokenizer)
     if not 2 <= len(ids) <= LONGEST:
         raise InputError(f"inspect expects a text of 2 to {LONGEST} tokens; got {len(ids)}: choose another part of it")
     if batch < 1:
         raise InputError(f"expected a batch of at least 1; got {batch}")
-    known = {"command": "posterity.inspect"} | dict(attrs or {})
     result = measure(
         model, None, [("the text", ids)], context=len(ids), losses=True, horizons=horizons, progress=progress,
-        seed=seed, attrs=known,
+        seed=seed, attrs={"command": "posterity.inspect"} | dict(attrs or {}),
     )  # fmt: skip
-    matrices = _Matrices(len(ids))
+    matrices = _LossMatrices(len(ids))
     inner = language_model(model)
-    with frozen(inner), seeded(seed), watched(model, matrices.observe) as watch:
+    with freeze_parameters(inner), seed_rng(seed), observe_model(model, matrices.observe) as watch:
         refuse_other_paths(watch, "inspect")
-        run(model, ids[None]).sum().backward()
-        matrices.whole, matrices.latest = matrices.latest, {}
+        window_losses(model, ids[None]).sum().backward()
+        matrices.end_whole_pass()
         with progress_bar(len(ids) - 1, progress, "inspecting", "losses") as advance:
             for first in range(0, len(ids) - 1, batch):
-                losses = range(first, min(first + batch, len(ids) - 1))
-                _send(model, ids[: losses.stop + 1], losses)
-                matrices.add(losses)
-                advance(len(losses), len(losses) * (losses.stop + 1))
+                positions = range(first, min(first + batch, len(ids) - 1))
+                _backward_single_losses(model, ids[: positions.stop + 1], positions)
+                matrices.add_rows(positions)
+                advance(len(positions), len(positions) * (positions.stop + 1))
     variables = matrices.variables(watch.layers)
-    return extended(result, variables, token=[_shown(tokenizer, int(one)) for one in ids])
+    return extend_result(result, variables, token=[_visible_token(tokenizer, token) for token in ids.tolist()])
 
 
-def _send(model: nn.Module, ids: Tensor, losses: range) -> None:
-    """One backward pass for each of some losses: each row of the batch has one. Tokens after the last are left out."""
-    rows = ids.expand(len(losses), -1).to(first_device(language_model(model)))
+def _backward_single_losses(model: nn.Module, ids: Tensor, positions: range) -> None:
+    """Send back one loss per row of a batch, those at `positions`; tokens after the last of them are left out."""
+    rows = ids.expand(len(positions), -1).to(input_device(language_model(model)))
     logits = model(input_ids=rows, use_cache=False).logits
-    at = torch.tensor(losses, device=logits.device)
-    chosen = logits[torch.arange(len(at), device=logits.device), at]
-    targets = rows.to(logits.device)[0, at + 1]
-    nn.functional.cross_entropy(chosen.to(working(chosen.dtype)), targets, reduction="sum").backward()
+    columns = torch.tensor(positions, device=logits.device)
+    logits = logits[torch.arange(len(columns), device=logits.device), columns]
+    targets = rows.to(logits.device)[0, columns + 1]
+    token_losses(logits, targets).sum().backward()
 
 
-class _Matrices:
-    """Gradients of the keys and values of every layer: of all losses, and of single ones."""
+class _LossMatrices:
+    """Credit and norm of the gradients that single losses send to the keys and values of every layer."""
 
     def __init__(self, length: int):
         self.length = length
-        self.whole: dict[Layer, list[Tensor]] = {}
-        self.latest: dict[Layer, list[Tensor]] = {}
-        self.sums: dict[Layer, Tensor] = {}  # credit or norm, written, loss position, position
+        self._latest: dict[Layer, list[Tensor]] = {}  # gradients of keys and values in the present pass
+        self._whole: dict[Layer, list[Tensor]] = {}  # the same, of all losses
+        self._sums: dict[Layer, Tensor] = {}  # credit or norm, written, loss position, position
 
     def observe(self, layer: Layer, back: Backward, project: object) -> None:
         """Keep the gradients of this pass."""
         groups = back.key.shape[1]
-        grads = (group_sum(back.grad_key, groups), group_sum(back.grad_value, groups))
-        self.latest[layer] = [x.to(working(x.dtype)) for x in grads]
+        grads = (sum_heads(back.grad_key, groups), sum_heads(back.grad_value, groups))
+        self._latest[layer] = [x.to(working_dtype(x.dtype)) for x in grads]
 
-    def add(self, losses: range) -> None:
-        """Enter the rows of some losses."""
-        for layer, wholes in self.whole.items():
-            sums = self.sums.setdefault(layer, torch.zeros(2, 2, self.length, self.length, dtype=torch.float64))
-            for written, (whole, single) in enumerate(zip(wholes, self.latest[layer], strict=True)):
+    def end_whole_pass(self) -> None:
+        """Take the gradients of the present pass as those of all losses."""
+        self._whole, self._latest = self._latest, {}
+
+    def add_rows(self, positions: range) -> None:
+        """Enter the gradients of the present pass in the rows of the losses at `positions`."""
+        for layer, whole_grads in self._whole.items():
+            sums = self._sums.setdefault(layer, torch.zeros(2, 2, self.length, self.length, dtype=torch.float64))
+            for written, (whole, single) in enumerate(zip(whole_grads, self._latest[layer], strict=True)):
                 length = single.shape[2]
                 credit = (single * whole[:, :, :length]).sum((1, 3))
                 norm = single.square().sum((1, 3)).sqrt()
                 for kind, rows in enumerate((credit, norm)):
-                    sums[kind, written, losses.start : losses.stop, :length] = rows.double().cpu()
-        self.latest = {}
+                    sums[kind, written, positions.start : positions.stop, :length] = rows.double().cpu()
+        self._latest = {}
 
     def variables(self, layers: tuple[Layer, ...]) -> dict[str, np.ndarray]:
-        """The matrices of all layers."""
-        every = [finite(self.sums[layer], f"the gradient of single losses in layer {layer}") for layer in layers]
-        both = torch.stack(every, 1).numpy()
-        return {"inspect_credit": both[0], "inspect_norm": both[1]}
+        """Return the matrices of all layers."""
+        sums = [check_finite(self._sums[layer], f"the gradient of single losses in layer {layer}") for layer in layers]
+        credit, norm = torch.stack(sums, 1).numpy()
+        return {"inspect_credit": credit, "inspect_norm": norm}
 
 
-def _shown(tokenizer: Any, token: int) -> str:
-    """A token as text; line ends and tabs visible."""
+def _visible_token(tokenizer: Any, token: int) -> str:
+    """Return a token as text, line ends and tabs visible."""
     if tokenizer is None:
         return str(token)
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)

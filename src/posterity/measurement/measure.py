@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,15 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from posterity._version import __version__
-from posterity.errors import InputError
-from posterity.inputs import windows as corpus
+from posterity.errors import InputError, NotFiniteError
+from posterity.inputs.windows import Window, cut_windows, token_digest
 from posterity.measurement.account import Ledger, account
 from posterity.measurement.distributed import Processes
 from posterity.measurement.estimate import estimate
-from posterity.measurement.loss_split import Payers
-from posterity.measurement.run_state import State, fingerprint
-from posterity.models.chunked_loss import Head, Sending
-from posterity.models.language_model import frozen, language_model, seeded
+from posterity.measurement.run_state import RunState, fingerprint
+from posterity.models.chunked_loss import ChunkedLoss, LMHead
+from posterity.models.language_model import freeze_parameters, language_model, seed_rng
 from posterity.progress import progress_bar
 
 
@@ -53,7 +52,8 @@ def measure(
     Args:
         model: A causal language model of transformers.
         tokenizer: Its tokenizer; None if `documents` are token ids.
-        documents: str, token ids, a list of either, or pairs (name, document); see `posterity.inputs.windows.windows`.
+        documents: str, token ids, a list of either, or pairs (name, document); see
+            `posterity.inputs.windows.cut_windows`.
         context: Tokens in a window.
         limit: The largest number of windows; None means all.
         lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep:
@@ -79,108 +79,131 @@ def measure(
     Raises:
         InputError: The model or the input cannot be measured, with the reason and what to do.
     """
-    if batch < 1:
-        raise InputError(f"expected a batch of at least 1; got {batch}")
-    if parameters and batch > 1:
-        raise InputError(f"parameters=True takes one window at a time; got a batch of {batch}: set batch=1 (--batch 1)")
-    horizons = _growing(horizons)
+    _check_batch(batch, parameters)
+    horizons = _check_horizons(horizons)
     inner = language_model(model)
     check_context(inner, context)
     processes = processes or Processes()
-    windows = processes.agreed(lambda: corpus.windows(documents, tokenizer, context, limit))
+    windows = processes.broadcast(lambda: cut_windows(documents, tokenizer, context, limit))
     check_tokens(inner, windows)
     settings = {
         "version": __version__, "dtype": str(inner.dtype), "context": context, "documents": len(windows),
         "lags": lags, "weights": weights, "losses": losses, "horizons": horizons, "parameters": parameters,
-        "batch": batch, "seed": seed, "text": corpus.digest(windows),
+        "batch": batch, "seed": seed, "text": token_digest(windows),
         "model": "" if state is None else fingerprint(inner),
     }  # fmt: skip
-    run_state = State(state, settings, processes)
-    todo = processes.share(run_state.left(len(windows)))
-    shown = progress and processes.first and bool(todo)
-    asked = losses or parameters or bool(horizons)
+    run_state = RunState.open(state, settings, processes)
+    remaining = processes.share(run_state.remaining_windows(len(windows)))
+    show_progress = progress and processes.is_first and bool(remaining)
+    activity = "measuring" if processes.count == 1 else f"measuring, process 1 of {processes.count}"
     with (
-        run_state.kept(len(todo)),
-        frozen(inner, parameters),
-        seeded(seed),
+        run_state.hold_lock(len(remaining)),
+        freeze_parameters(inner, parameters),
+        seed_rng(seed),
         account(model, lags, weights) as ledger,
-        contextlib.ExitStack() as stack,
     ):
-        payers = Payers(model, ledger.watch, losses, horizons, parameters, ledger.sums) if asked else None
-        head = Head(model)
-        if shown:
-            passes = 0 if payers is None else len(payers.passes)
-            line = estimate(inner, windows[0].ids, len(todo), batch, weights, head, passes)
-            Console(stderr=True).print(line)
-            ledger.clear()
-        if payers is not None:
-            stack.enter_context(payers.watching())
+        if losses or parameters or horizons:
+            ledger.split_losses(losses, horizons, parameters)
+        head = LMHead.probe(model)
+        if show_progress:
+            _print_estimate(inner, windows[0], len(remaining), batch, head, ledger)
         run_state.start(ledger.sums)
-        doing = "measuring" if processes.count == 1 else f"measuring, process 1 of {processes.count}"
-        with progress_bar(len(todo), shown, doing) as advance:
-            for start in range(0, len(todo), batch):
-                numbers = todo[start : start + batch]
+        with ledger.observe_forward(), progress_bar(len(remaining), show_progress, activity) as advance:
+            for start in range(0, len(remaining), batch):
+                numbers = remaining[start : start + batch]
                 torch.manual_seed(seed + numbers[0])  # the same, however the windows are shared out
-                _measure([windows[number] for number in numbers], model, head, payers, ledger)
-                run_state.add(ledger.sums, numbers)
+                _measure_batch([windows[number] for number in numbers], model, head, ledger)
+                run_state.add_windows(ledger.sums, numbers)
                 advance(len(numbers), len(numbers) * context)
         run_state.finish(ledger.sums)
         texts = [window.text for window in windows]
-        tokens = len(windows) * context
-        known = {
-            "tokens": tokens,
-            "text_digest": settings["text"],
-            "text_name": "; ".join(dict.fromkeys(texts)),
-            "seed": seed,
-            "processes": processes.count,
-            "command": "posterity.measure",
-            "seconds": round(run_state.seconds, 3),
-            "tokens_per_second": round(tokens / run_state.seconds, 1),
-        }
-        return processes.agreed(lambda: ledger.result(texts, payers, **known | dict(attrs or {})))
+        run_attrs = _run_attrs(texts, context, settings, run_state) | dict(attrs or {})
+        return processes.broadcast(lambda: ledger.result(texts, **run_attrs))
 
 
-def _measure(some: list[corpus.Window], model: nn.Module, head: Head, payers: Payers | None, ledger: Ledger) -> None:
-    """Measure the windows of one batch."""
-    names = [f"{window.text} #{window.index}" for window in some]
-    ledger.place = f" in window {', '.join(names)}"
-    ids = torch.stack([window.ids for window in some])
-    sending = Sending(model, ids, head)
-    for loss, name in zip(sending.losses, names, strict=True):
-        if not loss.isfinite():
-            raise InputError(f"the loss of window {name} is not finite: check the model, or use float32")
-    length = ids.shape[1] - 1
-    ledger.sums.note("loss", sending.losses.cpu().double() / length)
-    ledger.sums.note("tokens", torch.full((len(some),), length))
-    if payers is None:
-        sending.backward()
-    else:
-        payers.send(sending, ledger.place)
+def _measure_batch(windows: Sequence[Window], model: nn.Module, head: LMHead, ledger: Ledger) -> None:
+    """Run the model on the windows of one batch, and enter their losses and gradients in the ledger."""
+    ids = torch.stack([window.ids for window in windows])
+    loss = ChunkedLoss.run(model, ids, head)
+    for window, window_loss in zip(windows, loss.losses, strict=True):
+        if not window_loss.isfinite():
+            raise NotFiniteError(f"the loss of window {_window_name(window)}")
+    predictions = ids.shape[1] - 1
+    ledger.sums.append_rows((None, "loss"), loss.losses.cpu().double() / predictions)
+    ledger.sums.append_rows((None, "tokens"), torch.full((len(windows),), predictions))
+    with name_windows(windows):
+        ledger.backward(loss)
 
 
-def _growing(horizons: Sequence[int]) -> tuple[int, ...]:
-    """The horizons, if they are whole numbers from 1 on that grow."""
-    found = (horizons,) if isinstance(horizons, int) else tuple(horizons)
-    whole = all(isinstance(h, (int, np.integer)) and not isinstance(h, bool) and h >= 1 for h in found)
-    if not whole or any(one >= two for one, two in pairwise(found)):
+@contextlib.contextmanager
+def name_windows(windows: Sequence[Window]) -> Iterator[None]:
+    """Within the block, an error about a gradient that is not finite names these windows too."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(error.quantity, f" in window {', '.join(map(_window_name, windows))}") from error
+
+
+def _window_name(window: Window) -> str:
+    return f"{window.text} #{window.index}"
+
+
+def _print_estimate(
+    model: PreTrainedModel, window: Window, windows: int, batch: int, head: LMHead, ledger: Ledger
+) -> None:
+    """Print the memory and time that so many windows like this one take, found by trial passes; clear the ledger."""
+    passes = 0 if ledger.loss_split is None else len(ledger.loss_split.extra_passes)
+    Console(stderr=True).print(estimate(model, window.ids, windows, batch, ledger.weights, head, passes))
+    ledger.clear()
+
+
+def _run_attrs(
+    texts: Sequence[str], context: int, settings: Mapping[str, object], run_state: RunState
+) -> dict[str, object]:
+    """Return the provenance that the run adds to that of the model and the ledger."""
+    tokens = len(texts) * context
+    return {
+        "tokens": tokens,
+        "text_digest": settings["text"],
+        "text_name": "; ".join(dict.fromkeys(texts)),
+        "seed": settings["seed"],
+        "processes": run_state.processes.count,
+        "command": "posterity.measure",
+        "seconds": round(run_state.seconds, 3),
+        "tokens_per_second": round(tokens / run_state.seconds, 1),
+    }
+
+
+def _check_batch(batch: int, parameters: bool) -> None:
+    if batch < 1:
+        raise InputError(f"expected a batch of at least 1; got {batch}")
+    if parameters and batch > 1:
+        raise InputError(f"parameters=True takes one window at a time; got a batch of {batch}: set batch=1 (--batch 1)")
+
+
+def _check_horizons(horizons: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the horizons as a tuple, or raise InputError unless they are growing whole numbers from 1 on."""
+    values = (horizons,) if isinstance(horizons, int) else tuple(horizons)
+    positive = all(isinstance(h, (int, np.integer)) and not isinstance(h, bool) and h >= 1 for h in values)
+    if not positive or any(left >= right for left, right in pairwise(values)):
         raise InputError(f"horizons expects whole numbers from 1 on that grow, such as 1, 2, 4, 8; got {horizons!r}")
-    return tuple(int(h) for h in found)
+    return tuple(int(h) for h in values)
 
 
 def check_context(model: PreTrainedModel, context: int) -> None:
-    """Raise InputError if the model cannot read so many tokens."""
+    """Raise InputError if a window has more tokens than the model can read."""
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest > 0:
         raise InputError(f"the model reads at most {longest} tokens; got a context of {context}: lower it (--context)")
 
 
-def check_tokens(model: PreTrainedModel, windows: list[corpus.Window]) -> None:
-    """Raise InputError for a token that the model does not know."""
-    known = model.config.get_text_config().vocab_size
+def check_tokens(model: PreTrainedModel, windows: Sequence[Window]) -> None:
+    """Raise InputError for a token that is not in the model's vocabulary."""
+    vocabulary = model.config.get_text_config().vocab_size
     for window in windows:
-        if (largest := int(window.ids.max())) >= known:
+        if (largest := int(window.ids.max())) >= vocabulary:
             raise InputError(
-                f"the model knows tokens 0 to {known - 1}; got {largest} in window {window.text} #{window.index}: "
+                f"the model knows tokens 0 to {vocabulary - 1}; got {largest} in window {_window_name(window)}: "
                 "is it the model's own tokenizer?"
             )

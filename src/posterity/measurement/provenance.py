@@ -1,4 +1,4 @@
-"""Where a result comes from: the model, the machine, the versions."""
+"""The provenance of a result: the model, the machine, the versions."""
 
 import platform
 from datetime import UTC, datetime
@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from posterity._version import __version__
-from posterity.models.language_model import first_device, language_model
+from posterity.models.language_model import input_device, language_model
 
 
 def provenance(model: nn.Module) -> dict[str, object]:
-    """Attributes of a result that the model and the machine know by themselves."""
+    """Return the attributes of a result that follow from the model and the machine."""
     inner = language_model(model)
-    device = first_device(inner)
+    device = input_device(inner)
     return {
         "posterity_version": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,240 +1,156 @@
-"""What has been measured so far, on disk: a run that was stopped goes on, and counts no window twice.
+"""The state of an unfinished measurement on disk: a run that was stopped continues, and counts no window twice.
 
-The state is a folder with one file for each process, written whole or not at all: the sums so far, the numbers of the
-windows that are in them, and the settings. A process goes on from the file of its number; files beyond the number of
-processes stay as they are, and are added at the end. So a run can go on with more or fewer processes.
+A state is a folder with one file for each process: the accumulator so far, the numbers of the windows in it, and the
+settings. A process continues from the file of its rank. Files of higher ranks than there are processes stay as they
+are and are merged at the end, so that a run can continue with more or fewer processes.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from posterity.decomposition.accumulator import Sums
+from posterity.decomposition.accumulator import Accumulator
 from posterity.errors import InputError
 from posterity.measurement.distributed import Processes
+from posterity.measurement.state_folder import FolderLock, check_settings, write_state_file
 
-SHARE = 0.02  # of the time that writing may take
-FILE = "{}.safetensors"
+STATE_FILE = "{}.safetensors"  # rank
+WRITE_SHARE = 0.02  # of the time that writing may take
 
 
-class State:
-    """How far a run is: the windows that are done, the time they took; with a folder, also on disk.
+class RunState:
+    """The windows measured so far and the time they took; with a folder, also on disk.
 
     Attributes:
         seconds: Time spent on measuring, in earlier attempts too.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, object], processes: Processes):
-        """Read what is there.
-
-        Raises:
-            InputError: It is of other settings, damaged, or nothing can be written there.
-        """
-        self._held = Held(folder, processes.rank)
-        self.folder = self._held.folder
+    def __init__(self, lock: FolderLock, settings: Mapping[str, object], processes: Processes):
+        """Begin without any window; `open` also reads the folder."""
+        self._lock, self.folder = lock, lock.folder
         self.settings, self.processes = json.loads(json.dumps(settings)), processes
-        self.seconds, self._started = 0.0, time.monotonic()
-        self._done: list[int] = []  # by this process, in the order of the rows
-        self._earlier = Sums()  # of this process
-        self._others: list[tuple[Sums, list[int]]] = []  # of processes that are no more
-        self._kept = 0  # how many of them are on disk
-        self._written = self._took = 0.0
-        try:
-            self._read_all()
-        except BaseException:
-            self._held.free()
-            raise
+        self.seconds, self._start = 0.0, time.monotonic()
+        self._windows: list[int] = []  # measured by this process, in the order of the rows
+        self._saved = Accumulator()  # of this rank, from an earlier attempt
+        self._higher_ranks: list[tuple[Accumulator, list[int]]] = []  # sums and windows of ranks that are no more
+        self._windows_on_disk = 0
+        self._last_write = self._write_seconds = 0.0
 
-    def _read_all(self) -> None:
-        if self.folder is None:
-            return
-        numbers = sorted(int(file.stem) for file in self.folder.glob(FILE.format("[0-9]*")) if file.stem.isdecimal())
-        for number in self.processes.share(range(max(numbers, default=-1) + 1)):
-            if number in numbers:
-                sums, done, seconds = self._read(self.folder / FILE.format(number))
-                self.seconds += seconds
-                if number == self.processes.rank:
-                    self._earlier, self._done, self._kept = sums, done, len(done)
-                else:
-                    self._others.append((sums, done))
-
-    def left(self, windows: int) -> list[int]:
-        """The numbers of the windows that are in no process's sums.
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str] | None, settings: Mapping[str, object], processes: Processes
+    ) -> "RunState":
+        """Lock a folder and read the files in it that this process continues or merges.
 
         Raises:
-            InputError: One is there twice, or does not exist.
+            InputError: A file is of other settings or damaged; another run is at work; nothing can be written there.
         """
-        mine = [*self._done, *(number for _, done in self._others for number in done)]
-        known = [number for numbers in self.processes.every(mine) for number in numbers]
-        if len(set(known)) < len(known) or not set(known) <= set(range(windows)):
-            self._held.free()
+        state = cls(FolderLock.acquire(folder, processes.rank), settings, processes)
+        try:
+            state._read_files()
+        except BaseException:
+            state._lock.release()
+            raise
+        return state
+
+    def remaining_windows(self, count: int) -> list[int]:
+        """Return which of `count` windows no process has measured.
+
+        Raises:
+            InputError: A window is counted twice, or does not exist.
+        """
+        numbers = [*self._windows, *(number for _, windows in self._higher_ranks for number in windows)]
+        measured = [number for windows in self.processes.all_gather(numbers) for number in windows]
+        if len(set(measured)) < len(measured) or not set(measured) <= set(range(count)):
+            self._lock.release()
             raise InputError(f"{self.folder} counts a window twice, or one that is not there: remove it to start again")
-        return sorted(set(range(windows)) - set(known))
+        return sorted(set(range(count)) - set(measured))
 
-    def start(self, sums: Sums) -> None:
-        """Go on: the sums so far, and the clock."""
-        sums.merge(self._earlier)
-        self._earlier = Sums()
-        self._started = time.monotonic()
+    def hold_lock(self, remaining: int) -> AbstractContextManager[None]:
+        """Hold the lock while so many windows are measured; on Ctrl-C report how many windows are saved."""
+        total = len(self._windows) + remaining
+        return self._lock.hold(lambda: f"{self._windows_on_disk} of {total} windows are kept")
 
-    def add(self, sums: Sums, numbers: list[int]) -> None:
-        """These windows are in the sums now. Write that down, unless writing would take more than its share of time."""
-        self._done += numbers
+    def start(self, sums: Accumulator) -> None:
+        """Merge what an earlier attempt saved into `sums`, and start the clock."""
+        sums.merge(self._saved)
+        self._saved = Accumulator()
+        self._start = time.monotonic()
+
+    def add_windows(self, sums: Accumulator, windows: list[int]) -> None:
+        """Note that `sums` has these windows now, and save it unless writing would take more than its share of time."""
+        self._windows += windows
         now = time.monotonic()
-        if self.folder is not None and now - self._written >= self._took / SHARE:
+        if self.folder is not None and now - self._last_write >= self._write_seconds / WRITE_SHARE:
             self._write(sums)
-            self._written = time.monotonic()
-            self._took = self._written - now
+            self._last_write = time.monotonic()
+            self._write_seconds = self._last_write - now
 
-    def finish(self, sums: Sums) -> None:
-        """Write down the last windows; then the sums of all processes, rows in the order of the windows."""
-        if self.folder is not None and self._done:
+    def finish(self, sums: Accumulator) -> None:
+        """Save the last windows, then reduce `sums` over all processes and put its rows in the order of the windows."""
+        if self.folder is not None and self._windows:
             self._write(sums)
-        self.seconds = max(self.processes.every(self._seconds()))
-        for other, done in self._others:
-            sums.merge(other)
-            self._done += done
-        self.processes.sum(sums)
-        order = [number for numbers in self.processes.every(self._done) for number in numbers]
-        if self.processes.first:
+        self.seconds = max(self.processes.all_gather(self._total_seconds()))
+        for saved, windows in self._higher_ranks:
+            sums.merge(saved)
+            self._windows += windows
+        self.processes.reduce(sums)
+        order = [number for windows in self.processes.all_gather(self._windows) for number in windows]
+        if self.processes.is_first:
             sums.reorder(sorted(range(len(order)), key=order.__getitem__))
 
-    def kept(self, todo: int) -> AbstractContextManager[None]:
-        """Inside, while so many windows are measured, an interruption says what is kept; then the folder is free."""
-        total = len(self._done) + todo
-        return self._held.working(lambda: f"{self._kept} of {total} windows are kept")
+    def _total_seconds(self) -> float:
+        return self.seconds + time.monotonic() - self._start
 
-    def _seconds(self) -> float:
-        return self.seconds + time.monotonic() - self._started
-
-    def _write(self, sums: Sums) -> None:
+    def _write(self, sums: Accumulator) -> None:
         assert self.folder is not None
-        tensors = sums.tensors() | {"done": torch.tensor(self._done, dtype=torch.int64)}
-        known = {"settings": json.dumps(self.settings), "seconds": repr(self._seconds())}
-        with written(self.folder / FILE.format(self.processes.rank)) as part:
-            save_file(tensors, part, known)
-        self._kept = len(self._done)
+        tensors = sums.tensors() | {"done": torch.tensor(self._windows, dtype=torch.int64)}
+        metadata = {"settings": json.dumps(self.settings), "seconds": repr(self._total_seconds())}
+        with write_state_file(self.folder / STATE_FILE.format(self.processes.rank)) as part:
+            save_file(tensors, part, metadata)
+        self._windows_on_disk = len(self._windows)
 
-    def _read(self, file: Path) -> tuple[Sums, list[int], float]:
+    def _read_files(self) -> None:
+        if self.folder is None:
+            return
+        files = self.folder.glob(STATE_FILE.format("[0-9]*"))
+        ranks = sorted(int(file.stem) for file in files if file.stem.isdecimal())
+        for rank in self.processes.share(range(max(ranks, default=-1) + 1)):
+            if rank in ranks:
+                sums, windows, seconds = self._read(self.folder / STATE_FILE.format(rank))
+                self.seconds += seconds
+                if rank == self.processes.rank:
+                    self._saved, self._windows, self._windows_on_disk = sums, windows, len(windows)
+                else:
+                    self._higher_ranks.append((sums, windows))
+
+    def _read(self, file: Path) -> tuple[Accumulator, list[int], float]:
         try:
-            with safe_open(file, "pt") as opened:
-                known = opened.metadata() or {}
-                settings = json.loads(known["settings"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            done, seconds = tensors.pop("done").tolist(), float(known["seconds"])
+            with safe_open(file, "pt") as state:
+                metadata = state.metadata() or {}
+                settings = json.loads(metadata["settings"])
+                tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
+            windows, seconds = tensors.pop("done").tolist(), float(metadata["seconds"])
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise InputError(f"{file} is no state of a run ({error}): remove {self.folder} to start again") from error
         check_settings(self.folder, settings, self.settings)
-        return Sums.of(tensors), done, seconds
-
-
-class Held:
-    """The folder of an unfinished run, held by one run at a time; without a folder nothing is kept."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None, rank: int):
-        """Hold it.
-
-        Raises:
-            InputError: Another run does, or it cannot be made.
-        """
-        self.folder = None if folder is None else Path(folder)
-        self._lock = None if self.folder is None else lock(self.folder, rank)
-
-    def free(self) -> None:
-        """Let another run have the folder."""
-        if self._lock is not None:
-            self._lock.close()
-
-    @contextmanager
-    def working(self, kept: Callable[[], str]) -> Iterator[None]:
-        """Inside, an interruption says what is kept, and where; then the folder is free."""
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            if self.folder is None:
-                raise
-            raise type(error)(f"{kept()} in {self.folder}") from error
-        finally:
-            self.free()
-
-
-@contextmanager
-def written(target: Path) -> Iterator[Path]:
-    """A file for what is written inside; it takes the place of `target` at the end, whole or not at all.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    part = target.with_suffix(".part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"expected to write the unfinished run to {target.parent}; {error}: make room") from error
-
-
-def check_settings(folder: Path | None, there: Mapping[str, object], here: Mapping[str, object]) -> None:
-    """Raise InputError if an unfinished run was begun under other settings."""
-    for name in {**there, **here}:
-        if there.get(name) != here.get(name):
-            plain = name in ("model", "text")
-            what = f"another {name}" if plain else f"{name} {there.get(name)} there, {here.get(name)} here"
-            raise InputError(
-                f"{folder} holds an unfinished run with other settings ({what}): use those, or remove the folder to "
-                "start again"
-            )
-
-
-def remove(folder: Path) -> None:
-    """Delete the states in a folder and the folders directly in it; what else is there stays."""
-    for place in (*folder.glob("*/"), folder):
-        for file in (file for kind in ("safetensors", "nc", "part", "lock") for file in place.glob(f"[0-9]*.{kind}")):
-            file.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty, or another process was first
-            place.rmdir()
+        return Accumulator.from_tensors(tensors), windows, seconds
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hex) of all parameters and buffers, their names, shapes and types."""
-    state = hashlib.sha256()
+    """Return the SHA-256 (hex) of all parameters and buffers, their names, shapes and types."""
+    digest = hashlib.sha256()
     for name, x in model.state_dict(keep_vars=True).items():
-        state.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
         if not x.is_meta:
-            state.update(x.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
-    return state.hexdigest()
-
-
-def lock(folder: Path, rank: int) -> IO | None:
-    """Hold a folder, as long as the file that is returned is open; None where the system knows no locks.
-
-    Raises:
-        InputError: Another run holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f"{rank}.lock").open("w")
-    except OSError as error:
-        raise InputError(f"expected a folder for the unfinished run at {folder}; {error}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise InputError(f"another run is at work on {folder}: wait for it, or choose another output") from error
-    return file
+            digest.update(x.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()

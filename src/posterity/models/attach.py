@@ -3,43 +3,71 @@
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from posterity.errors import InputError
-from posterity.models.interface import switched
-from posterity.models.language_model import language_model
+from posterity.models.interception import AttentionCall, interceptor_of
+from posterity.models.interface import switch_attention
+from posterity.models.language_model import freeze_parameters, input_device, language_model
 from posterity.models.probe import check
-from posterity.models.watch import Observer, Watch, watches
+from posterity.models.watch import Layer, Observer, Watch
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, observe: Observer) -> Iterator[Watch]:
-    """Inside, every attention layer of the model runs on the operator and reports its backward passes to `observe`.
+def observe_model(model: nn.Module, observe: Observer) -> Iterator[Watch]:
+    """Run every attention layer of the model on the operator, and report its backward passes to `observe`.
 
     The forward pass is the model's own to rounding (verified on entry); the model is restored on exit, errors included.
 
     Raises:
         InputError: The model cannot be measured, with the reason.
     """
-    with watching(model) as watch, watch.reporting(observe):
+    with watch_model(model) as watch, watch.report_to(observe):
         yield watch
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module) -> Iterator[Watch]:
-    """The watch over a model, new or that of an outer `with`."""
+def watch_model(model: nn.Module) -> Iterator[Watch]:
+    """Watch a model for the length of the block; inside another such `with` the watch is that one's.
+
+    Raises:
+        InputError: The model cannot be measured, with the reason.
+    """
     inner = language_model(model)
-    outer = next((watches[module] for module in inner.modules() if module in watches), None)
+    outer = next((x for x in map(interceptor_of, inner.modules()) if x is not None), None)
     if isinstance(outer, Watch):
         yield outer
         return
-    found = check(inner)
-    if not found.ok:
-        raise InputError(f"this model {found}")
-    watch = Watch(inner, found.layers, found.leaks, found.entries)
-    watch.right_only = found.right_only
-    with watch.installed(), switched(inner, found.name):
+    result = check(inner)
+    if not result.ok:
+        raise InputError(f"this model {result}")
+    watch = Watch(inner, result.layers, result.other_paths, result.entries)
+    watch.right_only = result.right_only
+    with watch.install(), switch_attention(inner, result.name):
         yield watch
+
+
+def first_calls(model: nn.Module) -> list[tuple[Layer, AttentionCall]]:
+    """Return the attention calls of one forward pass over two tokens, in order."""
+    inner, calls = language_model(model), []
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(inner))
+
+    def note(layer: Layer, call: AttentionCall) -> Tensor | None:
+        calls.append((layer, call))
+
+    with watch_model(inner) as watch, watch.replace_outputs(note), freeze_parameters(inner), torch.no_grad():
+        inner(input_ids=ids, use_cache=False)
+    return calls
+
+
+def head_counts(model: nn.Module) -> list[int]:
+    """Return the number of query heads of every attention layer.
+
+    Raises:
+        InputError: The model cannot be measured, with the reason.
+    """
+    return [call.query.shape[1] for _, call in first_calls(model)]
 
 
 def refuse_other_paths(watch: Watch, what: str) -> None:

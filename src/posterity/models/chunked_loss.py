@@ -1,204 +1,215 @@
-"""One forward pass; its losses, a chunk of positions at a time; sent back once or several times.
+"""Chunked cross-entropy: run the body once, the LM head per chunk of positions, and allow several backward passes.
 
 Logits are far wider than hidden states, so those of all positions are never held at once. The model runs once up to the
 input of its language-model head. What it does from there on (the head, a scale, a soft-cap) it does itself, for a chunk
-of positions at a time: its forward pass runs again, and every module that was called before the head answers what it
-had answered. The losses of the chunk are sent back to the input of the head, and nothing of it is kept.
+of positions at a time: its forward pass runs again, and every module that was called before the head returns the output
+that it had. The losses of the chunk are sent back to the input of the head, and nothing of it is kept.
 
 A probe finds out whether a model allows that. One that does not has all its logits at once: the same numbers, in more
 memory.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers import PreTrainedModel
 
-from posterity.models.language_model import differ, first_device, language_model, rounding
-from posterity.ops.attention import working
+from posterity.models.language_model import input_device, language_model, max_difference, replace_forwards, rounding
+from posterity.ops.precision import working_dtype
 
 # Logits in a chunk: 64 MB in float32, and as much for each of the loss, its gradient and the logits' gradient. The
 # default model's chunks are then 341 positions, enough for the products with the head to run at full speed.
 CHUNK = 2**24
+_NO_TARGET = -100
 _PROBE = (2, 16)  # windows, tokens
 _PROBE_POSITIONS = (1, 5, 16)  # where a chunk of the probe ends
-Call = tuple[nn.Module, Any]  # a module and what it answered
+ModuleOutput = tuple[nn.Module, Any]
 
 
-def run(model: nn.Module, ids: Tensor) -> Tensor:
-    """Sum of the losses of each window, in nats, with its graph; all logits at once."""
-    ids = ids.to(first_device(language_model(model)))
-    return _losses(model(input_ids=ids, use_cache=False).logits, _targets(ids)).sum(1)
+def token_losses(
+    logits: Float[Tensor, "*position vocabulary"], targets: Int[Tensor, "*position"]
+) -> Float[Tensor, "*position"]:
+    """Return the loss of each target in nats and in the working precision; 0 for a target of -100."""
+    logits = logits.to(working_dtype(logits.dtype)).flatten(0, -2)
+    losses = nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="none")
+    return losses.view(targets.shape)
 
 
-class Sending:
-    """The losses of one forward pass, sent back as often as wanted; the language-model head is passed only once."""
+def window_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the sum of the losses of each window, in nats, with its graph; all logits at once."""
+    ids = ids.to(input_device(language_model(model)))
+    return token_losses(model(input_ids=ids, use_cache=False).logits, _next_tokens(ids)).sum(1)
 
-    def __init__(self, model: nn.Module, ids: Tensor, head: "Head"):
-        """Run the model; `losses` are those of each window.
 
-        The head's own parameters get their gradients here, if they want any: the later passes begin at its input.
+class ChunkedLoss:
+    """The losses of one forward pass, ready for backward passes through the body; the LM head is passed only once."""
+
+    def __init__(self, losses: Tensor, end: Tensor, gradient: Tensor | None):
+        """`losses`: of each window. Backward passes begin with `gradient` at `end`; None: at a scalar."""
+        self.losses, self._end, self._gradient = losses, end, gradient
+
+    @classmethod
+    def run(cls, model: nn.Module, ids: Tensor, head: "LMHead") -> "ChunkedLoss":
+        """Run the model forward, and its head backward.
+
+        The head's own parameters get their gradients here, if they require any: backward passes begin at its input.
         """
-        ids = ids.to(first_device(head.model))
-        passed = head.passed(model, ids)
-        if passed is None:
-            losses = run(model, ids)
-            self.losses, self._end, self._gradient = losses.detach(), losses.sum(), None
-            return
-        self._end, answers = passed
-        self.losses, self._gradient = _by_chunks(head, ids, self._end.detach(), answers)
+        ids = ids.to(input_device(head.model))
+        body = head.run_body(model, ids)
+        if body is None:
+            losses = window_losses(model, ids)
+            return cls(losses.detach(), losses.sum(), None)
+        hidden, outputs = body
+        losses, gradient = _run_head(head, ids, hidden.detach(), outputs)
+        return cls(losses, hidden, gradient)
 
-    def backward(self, again: bool = False) -> None:
-        """From the input of the head (or from the losses) to the embeddings; `again`: another one will follow."""
-        torch.autograd.backward(self._end, self._gradient, retain_graph=again)
+    def backward(self, retain_graph: bool = False) -> None:
+        """Run backward from the input of the head (or from the losses) to the embeddings.
+
+        `retain_graph`: another backward pass will follow.
+        """
+        torch.autograd.backward(self._end, self._gradient, retain_graph=retain_graph)
 
 
-def _by_chunks(head: "Head", ids: Tensor, hidden: Tensor, answers: list[Call]) -> tuple[Tensor, Tensor]:
-    """The losses of each window, and their gradient at the input of the head."""
-    targets, gradient = _targets(ids), torch.empty_like(hidden)
+def _run_head(head: "LMHead", ids: Tensor, hidden: Tensor, outputs: Sequence[ModuleOutput]) -> tuple[Tensor, Tensor]:
+    """Return the losses of each window, and their gradient at the input of the head."""
+    targets, gradient = _next_tokens(ids), torch.empty_like(hidden)
     losses = []
-    for start in range(0, ids.shape[1], step := head.step(len(ids))):
-        chunk = slice(start, start + step)
+    for start in range(0, ids.shape[1], length := head.chunk_length(len(ids))):
+        chunk = slice(start, start + length)
         part = hidden[:, chunk].clone().requires_grad_()
-        each = _losses(head.logits(part, ids, answers), targets[:, chunk])
-        each.sum().backward()
+        chunk_losses = token_losses(head.logits(part, ids, outputs), targets[:, chunk])
+        chunk_losses.sum().backward()
         assert part.grad is not None
         gradient[:, chunk] = part.grad
-        losses.append(each.detach())
+        losses.append(chunk_losses.detach())
     return torch.cat(losses, 1).sum(1), gradient
 
 
-def _targets(ids: Tensor) -> Tensor:
-    """The token that each position has to predict; none at the last."""
-    return torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1)
+def _next_tokens(ids: Tensor) -> Tensor:
+    """Return the token that each position has to predict; none at the last."""
+    return torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), _NO_TARGET)), 1)
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of every position, in nats and in the working precision."""
-    logits, targets = logits.to(working(logits.dtype)).flatten(0, 1), targets.to(logits.device)
-    return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+class LMHead:
+    """The part of a model between the input of its LM head and its logits, run for any chunk of positions.
 
+    `separable` says whether that can be done: the head is called once, on the hidden states of all positions, and the
+    logits of a chunk depend on nothing else that was computed before the head.
+    """
 
-class Head:
-    """What a model does between the input of its language-model head and its logits, for any part of the positions."""
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.module: Any = model.get_output_embeddings()
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.separable = False
+        self._body: list[nn.Module] = []  # the modules that are called before the head
 
-    def __init__(self, model: nn.Module):
-        """Find out by trying, on a few random tokens; `apart` says whether it can be done.
-
-        It can if the head is called once, on the hidden states of all positions, and if the logits of a part of them
-        depend on nothing else that was computed before the head.
-        """
-        self.model = language_model(model)
-        self.module: Any = self.model.get_output_embeddings()
-        self.vocabulary = self.model.config.get_text_config().vocab_size
-        self._before: list[nn.Module] = []
+    @classmethod
+    def probe(cls, model: nn.Module) -> "LMHead":
+        """Find out by trying, on a few random tokens, whether the head of a model is separable."""
+        head = cls(language_model(model))
         with torch.random.fork_rng():
-            self.apart = self._probe()
+            head.separable = head._separate()
+        return head
 
-    def step(self, windows: int) -> int:
-        """Positions in a chunk of so many windows."""
+    def chunk_length(self, windows: int) -> int:
+        """Return how many positions of so many windows make a chunk."""
         return max(1, CHUNK // (windows * self.vocabulary))
 
-    def passed(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Call]] | None:
-        """Run a model up to its head: the head's input with its graph, and what the modules before it answered.
+    def run_body(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[ModuleOutput]] | None:
+        """Run a model up to its head: the head's input with its graph, and the outputs of the modules before it.
 
-        `model` is the head's model or a wrapper around it. None if the head cannot be passed apart.
+        `model` is the head's model or a wrapper around it. None if the head is not separable.
         """
-        if not self.apart:
+        if not self.separable:
             return None
-        calls = _Calls(self.module, self._before, slice(0, 1))
-        with calls.noted():
+        trace = _Trace(self.module, self._body, slice(0, 1))
+        with trace.record():
             model(input_ids=ids, use_cache=False)
-        return None if len(calls.inputs) != 1 else (calls.inputs[0], _detached(calls.before))
+        return None if len(trace.inputs) != 1 else (trace.inputs[0], _detach(trace.before))
 
-    def logits(self, hidden: Tensor, ids: Tensor, answers: list[Call]) -> Tensor:
-        """The logits of some positions from the hidden states at the input of the head, (window, position, width)."""
+    def logits(self, hidden: Tensor, ids: Tensor, outputs: Sequence[ModuleOutput]) -> Tensor:
+        """Return the logits of a chunk from its hidden states at the input of the head, (window, position, width)."""
         hook = self.module.register_forward_pre_hook(lambda _module, args: (hidden, *args[1:]))
         try:
-            with _answering(answers):
+            with _return_outputs(outputs):
                 return self.model(input_ids=ids, use_cache=False).logits
         finally:
             hook.remove()
 
-    def _probe(self) -> bool:
+    def _separate(self) -> bool:
+        """Try chunks: their logits are those of all positions, and the modules before the head get no gradient."""
         ids = torch.randint(self.vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
-        ids = ids.to(first_device(self.model))
-        calls = _Calls(self.module, list(self.model.modules()), slice(None))
-        with torch.no_grad(), calls.noted():
-            whole = self.model(input_ids=ids, use_cache=False).logits
-        if len(calls.inputs) != 1 or calls.inputs[0].shape[:-1] != ids.shape or whole.shape[:-1] != ids.shape:
+        ids = ids.to(input_device(self.model))
+        trace = _Trace(self.module, list(self.model.modules()), slice(None))
+        with torch.no_grad(), trace.record():
+            full = self.model(input_ids=ids, use_cache=False).logits
+        if len(trace.inputs) != 1 or trace.inputs[0].shape[:-1] != ids.shape or full.shape[:-1] != ids.shape:
             return False
-        self._before, self.vocabulary = [module for module, _ in calls.before], whole.shape[-1]
-        kinds = {type(x) for x in tree_flatten([answer for _, answer in calls.before])[0]}
+        self._body, self.vocabulary = [module for module, _ in trace.before], full.shape[-1]
+        kinds = {type(x) for x in tree_flatten([output for _, output in trace.before])[0]}
         if not kinds <= {torch.Tensor, nn.Parameter, bool, int, float, str, type(None)}:
             return False
-        watched: list[Tensor] = []
-        answers = tree_map(lambda x: _watched(x, watched), calls.before)
+        leaves: list[Tensor] = []
+        outputs = tree_map(lambda x: _as_leaf(x, leaves), trace.before)
         try:
-            parts, start = [], 0
+            chunks, start = [], 0
             for stop in _PROBE_POSITIONS:
-                part = calls.inputs[0][:, start:stop].detach().requires_grad_()
-                parts.append(self.logits(part, ids, answers))
+                part = trace.inputs[0][:, start:stop].detach().requires_grad_()
+                chunks.append(self.logits(part, ids, outputs))
                 start = stop
-            found = torch.cat(parts, 1)
-            reached = torch.autograd.grad(found.sum(), watched, allow_unused=True)
+            chunked = torch.cat(chunks, 1)
+            grads = torch.autograd.grad(chunked.sum(), leaves, allow_unused=True)
         except Exception:
             return False  # whatever it was: the model does not allow it
-        close = differ(found, whole) <= rounding(whole.dtype) * whole.abs().max().item()
-        return close and all(grad is None for grad in reached)
+        close = max_difference(chunked, full) <= rounding(full.dtype) * full.abs().max().item()
+        return close and all(grad is None for grad in grads)
 
 
-def _detached(calls: list[Call]) -> list[Call]:
-    """The same answers without their graphs."""
-    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, calls)
+def _detach(outputs: list[ModuleOutput]) -> list[ModuleOutput]:
+    """Return the same outputs without their graphs."""
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outputs)
 
 
-def _watched(x: Any, found: list[Tensor]) -> Any:
-    """A tensor that wants a gradient, noted."""
+def _as_leaf(x: Any, leaves: list[Tensor]) -> Any:
+    """Return a tensor as a leaf that requires a gradient, added to `leaves`; anything else as it is."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
-    found.append(x.detach().clone().requires_grad_())
-    return found[-1]
+    leaves.append(x.detach().clone().requires_grad_())
+    return leaves[-1]
 
 
-@contextlib.contextmanager
-def _answering(calls: list[Call]) -> Iterator[None]:
-    """Inside, modules do not run: their calls give what is listed, in order."""
-    answers: dict[nn.Module, list[Any]] = {}
-    for module, answer in calls:
-        answers.setdefault(module, []).append(answer)
-    before = {module: vars(module).get("forward") for module in answers}
-    try:
-        for module, given in answers.items():
-            module.forward = _answer(iter(given))
-        yield
-    finally:
-        for module, forward in before.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+def _return_outputs(outputs: Sequence[ModuleOutput]) -> contextlib.AbstractContextManager[None]:
+    """Let the calls of these modules compute nothing and return what is listed, in order."""
+    by_module: dict[nn.Module, list[Any]] = {}
+    for module, output in outputs:
+        by_module.setdefault(module, []).append(output)
+    return replace_forwards({module: _iterate(iter(listed)) for module, listed in by_module.items()})
 
 
-def _answer(given: Iterator[Any]) -> Callable:
-    return lambda *args, **kwargs: next(given)
+def _iterate(outputs: Iterator[Any]) -> Callable:
+    return lambda *args, **kwargs: next(outputs)
 
 
-class _Calls:
-    """Notes the inputs of the head, and the calls that ended before it, those inside another such call left out."""
+class _Trace:
+    """Inputs of the head, and outputs of the modules whose calls ended before it, outermost calls only."""
 
-    def __init__(self, head: nn.Module, modules: list[nn.Module], given: slice):
-        """Watch some modules; the head gets a part of its positions only."""
-        self.head, self.modules, self.given = head, dict.fromkeys([*modules, head]), given
+    def __init__(self, head: nn.Module, modules: list[nn.Module], positions: slice):
+        """Trace some modules; `positions`: the part of its input that the head itself gets."""
+        self.head, self.modules, self.positions = head, dict.fromkeys([*modules, head]), positions
         self.inputs: list[Tensor] = []
-        self.before: list[Call] = []
-        self._open: list[list[Call]] = [[]]
+        self.before: list[ModuleOutput] = []
+        self._open: list[list[ModuleOutput]] = [[]]
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Inside, calls are noted."""
+    def record(self) -> Iterator[None]:
+        """Record the calls of the block."""
         hooks = [module.register_forward_pre_hook(self._enter) for module in self.modules]
         hooks += [module.register_forward_hook(self._leave) for module in self.modules]
         try:
@@ -211,9 +222,9 @@ class _Calls:
         self._open.append([])
         if module is not self.head or not args:
             return None
-        self.before = [call for calls in self._open for call in calls]
+        self.before = [output for outputs in self._open for output in outputs]
         self.inputs.append(args[0])
-        return args[0].detach()[:, self.given], *args[1:]
+        return args[0].detach()[:, self.positions], *args[1:]
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._open.pop()

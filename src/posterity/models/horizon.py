@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from posterity.errors import InputError
-from posterity.models.attach import refuse_other_paths, watching
+from posterity.models.attach import refuse_other_paths, watch_model
 from posterity.models.watch import Cut, Layer
-from posterity.ops.horizon_rules import Rule, by_lag
+from posterity.ops.horizon_rules import Rule, factors_by_lag
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def horizon(
 
     Args:
         model: A causal language model of transformers (or a wrapper around one); restored on exit.
-        rule: `Full()`, `Myopic()`, `Discount(rate)`, `EdgeWindow(lags)`, or your own with a method `weight(lag)`.
+        rule: `Full()`, `Myopic()`, `Discount(rate)`, `EdgeWindow(lags)`, or your own with a method `factor(lag)`.
         cut: "kv": the gradient at the key and value itself is cut, so that W_K and W_V learn only from what remains.
             "hidden": W_K and W_V keep all terms, but what is cut does not flow on into the hidden state that the
             attention module reads (Wu, Morris and Levine 2024, arXiv 2404.00859).
@@ -38,43 +38,48 @@ def horizon(
         InputError: A wrong argument; a model that cannot be measured or whose positions also communicate outside
             attention; a horizon that contradicts an outer one; no forward pass with gradients inside the `with`.
     """
-    by_lag(rule, 2, torch.empty(0))
+    factors_by_lag(rule, 2, torch.empty(0))
     if cut not in ("kv", "hidden"):
         raise InputError(f'cut expects "kv" or "hidden"; got {cut!r}')
-    wanted = [streams] if isinstance(streams, str) else list(streams)
-    if not wanted or not set(wanted) <= {"key", "value"}:
+    names = [streams] if isinstance(streams, str) else list(streams)
+    if not names or not set(names) <= {"key", "value"}:
         raise InputError(f'streams expects "key", "value" or both; got {streams!r}')
-    with watching(model) as watch:
+    with watch_model(model) as watch:
         refuse_other_paths(watch, "a horizon")
-        new = Cut(rule, cut, frozenset(wanted), _chosen(watch.layers, layers))
-        for old in watch.cuts:
-            if old.streams & new.streams and old.layers & new.layers and (old.rule, old.where) != (rule, cut):
+        inner = Cut(rule, cut, frozenset(names), _select_layers(watch.layers, layers))
+        for outer in watch.cuts:
+            if (
+                outer.streams & inner.streams
+                and outer.layers & inner.layers
+                and (outer.rule, outer.kind) != (rule, cut)
+            ):
                 raise InputError(
-                    f"this horizon ({rule}, cut={cut!r}) contradicts the one around it ({old.rule}, cut={old.where!r}) "
-                    "for the same streams and layers: leave that `with` first, or choose others"
+                    f"this horizon ({rule}, cut={cut!r}) contradicts the one around it ({outer.rule}, "
+                    f"cut={outer.kind!r}) for the same streams and layers: leave that `with` first, or choose others"
                 )
-        watch.cuts.append(new)
+        watch.cuts.append(inner)
         try:
             yield
         finally:
-            watch.cuts.remove(new)
-            new.closed = True
-        if not new.met:
+            watch.cuts.remove(inner)
+            inner.active = False
+        if not inner.calls:
             raise InputError(
                 "a horizon changes gradients, but no forward pass with gradients came inside its `with`: call the "
                 "model inside it, without torch.no_grad(), and let its parameters or inputs require gradients"
             )
 
 
-def _chosen(layers: tuple[Layer, ...], numbers: Sequence[int] | None) -> frozenset[Layer]:
+def _select_layers(layers: tuple[Layer, ...], numbers: Sequence[int] | None) -> frozenset[Layer]:
+    """Return the layers of these numbers, all by default."""
     if numbers is None:
         return frozenset(layers)
-    wanted = [numbers] if isinstance(numbers, int) else list(numbers)
-    for number in wanted:
-        if not isinstance(number, int) or isinstance(number, bool) or not -len(layers) <= number < len(layers):
+    indices = [numbers] if isinstance(numbers, int) else list(numbers)
+    for index in indices:
+        if not isinstance(index, int) or isinstance(index, bool) or not -len(layers) <= index < len(layers):
             raise InputError(
-                f"layers expects numbers from 0 to {len(layers) - 1}, or from the end with -1; got {number!r}"
+                f"layers expects numbers from 0 to {len(layers) - 1}, or from the end with -1; got {index!r}"
             )
-    if not wanted:
+    if not indices:
         raise InputError("layers expects at least one number; got none: leave it out for all layers")
-    return frozenset(layers[number] for number in wanted)
+    return frozenset(layers[index] for index in indices)

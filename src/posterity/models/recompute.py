@@ -1,6 +1,8 @@
-"""An attention module run once more, up to its attention call: what it projects, as a function of its weights."""
+"""Recompute Q, K and V of an attention module as a differentiable function of its projection weights.
 
-import threading
+The module runs again on its saved input and stops at its attention call, where its queries, keys and values are taken.
+"""
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,24 +12,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from posterity.decomposition.weight_gradients import Projections, projection_parameters
 from posterity.errors import InputError
-from posterity.models.language_model import differ, rounding
+from posterity.models.interception import AttentionCall, intercept
+from posterity.models.language_model import max_difference, rounding
 from posterity.ops.attention import Backward
 
 _WITHOUT = "measure without the weights (weights=False, --no-weights)"
-_replay = threading.local()
 
 
-def capturing(module: nn.Module) -> "_Capture | None":
-    """What takes the attention call of a module that is run once more; None if it is not."""
-    capture = getattr(_replay, "capture", None)
-    return capture if capture is not None and capture.module is module else None
+class Recomputation:
+    """One attention call of a module, to be run again up to that call."""
 
-
-class Replay:
-    """Runs an attention module once more up to its attention call: what it projects, as a function of its weights."""
-
-    def __init__(self, module: nn.Module, args: tuple, kwargs: dict, call: int):
-        self.module, self.args, self.kwargs, self.call = module, args, kwargs, call
+    def __init__(self, module: nn.Module, args: tuple, kwargs: dict, index: int):
+        """`args` and `kwargs`: its input, without a graph; `index`: which of the attention calls of this entry."""
+        self.module, self.args, self.kwargs, self.index = module, args, kwargs, index
         device = next((x.device.type for x in module.parameters()), "cpu")
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
@@ -39,61 +36,59 @@ class Replay:
         """
         batch = len(back.query)
 
-        def one(x: Any) -> Any:
+        def select(x: Any) -> Any:
             return x[document, None] if isinstance(x, Tensor) and x.dim() and len(x) == batch > 1 else x
 
-        args, kwargs = self._inputs(one)
+        args, kwargs = self._inputs(select)
         leaves = {name: weight.detach().requires_grad_() for name, weight in projection_parameters(self.module).items()}
-        named = {f"module.{name}": leaf for name, leaf in leaves.items()}
+        weights = {f"module.{name}": leaf for name, leaf in leaves.items()}
         device, dtype, enabled = self.autocast
         with torch.autocast(device, dtype, enabled):
-            streams, mask = self._captured(
-                lambda: torch.func.functional_call(_Bare(self.module), named, args, kwargs),
+            streams, mask = self._capture(
+                lambda: torch.func.functional_call(BareModule(self.module), weights, args, kwargs),
                 [x[document, None] for x in (back.query, back.key, back.value)],
                 f"its weights' gradient cannot be split: {_WITHOUT}",
             )
-        if _share(streams, mask, list(leaves.values())):
+        if _share_leaves(streams, mask, list(leaves.values())):
             raise InputError(
                 f"{type(self.module).__name__} makes the bias of its scores with the weights of its queries, keys or "
                 f"values too, so that their gradient cannot be split: {_WITHOUT}"
             )
         return Projections(streams, list(leaves.values()))
 
-    def _inputs(self, change: Callable[[Any], Any] = lambda x: x) -> tuple[tuple, dict]:
-        """The module's inputs again, in containers that it may write to."""
-        return tree_map(change, (self.args, self.kwargs))
-
-    def detached(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def detach_input(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Key and value as a function of the module's own weights, but not of its input.
 
         Raises:
             InputError: The module did not make the same queries, keys and values again, or got them from another.
         """
         args, kwargs = self._inputs()
-        given = {x.data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        (_, key, value), _ = self._captured(
-            lambda: _Bare(self.module)(*args, **kwargs), streams, 'use a horizon with cut="kv"'
+        inputs = {x.data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        (_, key, value), _ = self._capture(
+            lambda: BareModule(self.module)(*args, **kwargs), streams, 'use a horizon with cut="kv"'
         )
-        if key.data_ptr() in given:
+        if key.data_ptr() in inputs:
             raise InputError(
                 f"{type(self.module).__name__} reads keys and values that another layer made, so that W_K and W_V "
                 'cannot keep what is cut from the hidden state: use a horizon with cut="kv"'
             )
         return key, value
 
-    def _captured(
+    def _inputs(self, change: Callable[[Any], Any] = lambda x: x) -> tuple[tuple, dict]:
+        """Copy the module's inputs into containers that it may write to."""
+        return tree_map(change, (self.args, self.kwargs))
+
+    def _capture(
         self, run: Callable[[], Any], streams: Sequence[Tensor], advice: str
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
         """Query, key and value that `run` hands to attention, which must be those of the forward pass; and its mask."""
-        capture = _Capture(self.module, self.call)
-        _replay.capture = capture
+        capture = _Capture(self.index)
         try:
-            run()
+            with intercept([self.module], capture, this_thread=True):
+                run()
         except (_Captured, TypeError):  # TypeError: called without its input
             pass
-        finally:
-            _replay.capture = None
-        if capture.streams is None or not _same(capture.streams, streams):
+        if capture.streams is None or not _are_equal(capture.streams, streams):
             raise InputError(
                 f"{type(self.module).__name__} does not make the same queries, keys and values when run again, so "
                 f"{advice}"
@@ -101,50 +96,55 @@ class Replay:
         return capture.streams, capture.mask
 
 
-def _share(streams: Sequence[Tensor], mask: Any, leaves: Sequence[Tensor]) -> bool:
-    """Whether a mask with a gradient and the streams depend on the same leaves."""
+def _share_leaves(streams: Sequence[Tensor], mask: Any, leaves: Sequence[Tensor]) -> bool:
+    """Return whether a mask with a gradient and the streams depend on the same leaves."""
     if not isinstance(mask, Tensor) or not mask.requires_grad:
         return False
-    reached = []
-    for some in ([x for x in streams if x.requires_grad], [mask]):
-        total = torch.stack([x.sum() for x in some]).sum()
-        reached.append(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
-    return any(one is not None and other is not None for one, other in zip(*reached, strict=True))
+    grads = []
+    for outputs in ([x for x in streams if x.requires_grad], [mask]):
+        total = torch.stack([x.sum() for x in outputs]).sum()
+        grads.append(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
+    return any(x is not None and y is not None for x, y in zip(*grads, strict=True))
 
 
-def _same(made: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
-    if any(x.shape != y.shape for x, y in zip(made, given, strict=True)):
+def _are_equal(recomputed: Sequence[Tensor], originals: Sequence[Tensor]) -> bool:
+    """Return whether shapes are equal, and values to rounding."""
+    if any(x.shape != y.shape for x, y in zip(recomputed, originals, strict=True)):
         return False
-    error = max(differ(x, y) / (y.abs().max().item() or 1) for x, y in zip(made, given, strict=True))
-    return error < rounding(given[0].dtype)
+    error = max(max_difference(x, y) / (y.abs().max().item() or 1) for x, y in zip(recomputed, originals, strict=True))
+    return error < rounding(originals[0].dtype)
 
 
-class _Bare(nn.Module):
-    """A module without its hooks."""
+class BareModule(nn.Module):
+    """A module without its hooks; the names of its parameters begin with `module.`."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward past its hooks."""
         return self.module.forward(*args, **kwargs)
 
 
 class _Capture:
-    """Stops a replay at the wanted attention call and keeps what it got."""
+    """Keeps the arguments of one attention call of a module, and ends its run there."""
 
-    def __init__(self, module: nn.Module, call: int):
-        self.module, self.left = module, call
+    def __init__(self, index: int):
+        self.calls_before = index
         self.streams: tuple[Tensor, Tensor, Tensor] | None = None
         self.mask: Any = None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-        if self.left == 0:
-            self.streams, self.mask = (query, key, value), mask
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Capture one call; the calls before it get zeros (streams that depend on them are found to be unequal)."""
+        if self.calls_before == 0:
+            bias = call.options.get("position_bias")
+            self.streams = call.query, call.key, call.value
+            self.mask = call.attention_mask if bias is None else bias
             raise _Captured
-        self.left -= 1
-        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3])
+        self.calls_before -= 1
+        return call.zero_output()
 
 
 class _Captured(Exception):
-    """Ends a replay."""
+    """Ends a recomputation."""

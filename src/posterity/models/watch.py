@@ -1,27 +1,23 @@
-"""What transformers calls: the attention function, the mask function, and the watch over a model's attention modules.
-
-This file, edges.py, models.py and leaks.py are the only ones that know how transformers runs a model.
-"""
+"""The watch over the attention modules of a model: their inputs, their calls, their backward passes."""
 
 import contextlib
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from posterity.decomposition.weight_gradients import Projections
 from posterity.errors import InputError
+from posterity.models.interception import AttentionCall, intercept
 from posterity.models.masks import in_backward
-from posterity.models.recompute import Replay
+from posterity.models.recompute import Recomputation
 from posterity.ops.attention import Backward, attention
 from posterity.ops.horizon_rules import Full, Rule
-from posterity.ops.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Layer:
     call: int
 
     def __str__(self) -> str:
-        """The module's name, with the number of the call from the second on."""
+        """Return the module's name, with the number of the call from the second on."""
         return self.name if self.call == 0 else f"{self.name}#{self.call}"
 
 
@@ -44,79 +40,8 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Attending:
-    """What one attention call was given: (batch, head, query, dim), keys and values (batch, group, key, dim)."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    mask: Mask
-    softcap: float | None
-    sinks: Tensor | None
-
-    def output(self) -> Tensor:
-        """What the call gives as it is: (batch, head, query, dim_v)."""
-        return attention(
-            self.query, self.key, self.value, self.scale, mask=self.mask, softcap=self.softcap, sinks=self.sinks
-        )
-
-
-Replacement = Callable[[Layer, Attending], Tensor | None]
-
-
-watches: "WeakKeyDictionary[nn.Module, Watch | Recorder]" = WeakKeyDictionary()
-
-
-class Recorder:
-    """Notes which modules call attention, in order; with `cut`, attention passes nothing on."""
-
-    def __init__(self, model: PreTrainedModel, cut: bool = False):
-        self.names = {module: name for name, module in model.named_modules()}
-        self.cut = cut
-        self.layers: list[Layer] = []  # all calls
-        self.reached: list[Layer] = []  # those that are not under the model's own torch.no_grad()
-        self.entries: Counter[str] = Counter()  # how often each module was entered
-        # With `cut`, what depends on the first token here reaches later positions past attention:
-        self.later: list[Tensor] = []  # queries, keys and values of all calls, the first position left out
-        self.biases: dict[str, Tensor] = {}  # what is added to the scores of later queries
-
-    def called(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
-        """Note one attention call."""
-        name = self.names[module]
-        if query.shape[2] != key.shape[2]:
-            raise InputError(
-                f"{type(module).__name__} ({name}) attends from {query.shape[2]} positions to {key.shape[2]} keys: "
-                "only attention among the positions of one sequence is measured"
-            )
-        self.layers.append(Layer(name, sum(layer.name == name for layer in self.layers)))
-        if torch.is_grad_enabled():
-            self.reached.append(self.layers[-1])
-
-    def passed(self, module: nn.Module, streams: tuple[Tensor, ...], bias: Tensor | None) -> None:
-        """Note what a call that is cut was given."""
-        self.later += [x[:, :, 1:].detach() for x in streams]
-        if bias is not None:
-            self.biases[self.names[module]] = bias.detach()[:, :, 1:]
-
-    def __enter__(self) -> "Recorder":
-        def entered(module: nn.Module, _args: tuple) -> None:
-            self.entries[self.names[module]] += 1
-
-        self.outer = {module: watches.get(module) for module in self.names}
-        self.hooks = [module.register_forward_pre_hook(entered) for module in self.names]
-        watches.update(dict.fromkeys(self.names, self))
-        return self
-
-    def __exit__(self, *error) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        for module, watch in self.outer.items():
-            if watch is None:
-                watches.pop(module, None)
-            else:
-                watches[module] = watch
+Rules = tuple[Rule, Rule]  # the horizon of keys and of values
+Replacement = Callable[[Layer, AttentionCall], Tensor | None]
 
 
 @dataclass(eq=False)
@@ -124,15 +49,23 @@ class Cut:
     """A horizon in force: for some layers and for keys, values or both."""
 
     rule: Rule
-    where: str  # "kv" or "hidden"
+    kind: str  # "kv" or "hidden"
     streams: frozenset[str]
     layers: frozenset[Layer]
-    met: int = 0  # calls with gradients that it was in force for
-    closed: bool = False
+    calls: int = 0  # with gradients, that it was in force for
+    active: bool = True
+
+
+@dataclass(frozen=True)
+class Override:
+    """Rules for backward passes through forward passes that are over, and who gets them instead of the observers."""
+
+    rules: Rules
+    observe: Observer
 
 
 class Watch:
-    """Watches the attention modules of one model: their inputs, their calls, their backward passes."""
+    """Interceptor of the attention calls of one model, which reports their backward passes to observers."""
 
     def __init__(self, model: nn.Module, layers: tuple[Layer, ...], other_paths: tuple[str, ...], entries: Mapping):
         """`entries`: how many calls one entry of a module makes, for modules that one pass enters several times."""
@@ -144,27 +77,25 @@ class Watch:
         self.cuts: list[Cut] = []
         self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}
         self.calls: Counter[str] = Counter()
-        self.again: tuple[tuple[Rule, Rule], Observer] | None = None
+        self.override: Override | None = None
         self.replacement: Replacement | None = None
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Watch from here to the end of the `with`."""
-        enter: Callable = torch.compiler.disable(self._entered)  # type: ignore[assignment]
-        hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in self.names]
+    def install(self) -> Iterator[None]:
+        """Watch the model for the length of the block."""
+        save_input: Callable = torch.compiler.disable(self._save_input)  # type: ignore[assignment]
+        hooks = [module.register_forward_pre_hook(save_input, with_kwargs=True) for module in self.names]
         hooks.append(self.model.register_forward_pre_hook(lambda *_: self.calls.clear()))
-        watches.update(dict.fromkeys(self.names, self))
         try:
-            yield
+            with intercept(self.names, self):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for module in self.names:
-                watches.pop(module, None)
 
     @contextlib.contextmanager
-    def reporting(self, observe: Observer) -> Iterator[None]:
-        """Inside, backward passes are reported to `observe` too."""
+    def report_to(self, observe: Observer) -> Iterator[None]:
+        """Report the backward passes of the block to `observe` too."""
         self.observers.append(observe)
         try:
             yield
@@ -172,17 +103,20 @@ class Watch:
             self.observers.remove(observe)
 
     @contextlib.contextmanager
-    def sending(self, rules: tuple[Rule, Rule], observe: Observer) -> Iterator[None]:
-        """Inside, backward passes of earlier forward passes obey these rules everywhere; only `observe` gets them."""
-        self.again = (rules, observe)
+    def override_rules(self, rules: Rules, observe: Observer) -> Iterator[None]:
+        """Within the block, send backward passes through recorded forward passes by `rules` in every layer.
+
+        They are reported to `observe` only.
+        """
+        self.override = Override(rules, observe)
         try:
             yield
         finally:
-            self.again = None
+            self.override = None
 
     @contextlib.contextmanager
-    def replacing(self, replacement: Replacement) -> Iterator[None]:
-        """Inside, an attention call gives what `replacement` returns for it, or its own output for None."""
+    def replace_outputs(self, replacement: Replacement) -> Iterator[None]:
+        """Give every attention call of the block the output of `replacement`, or its own output for None."""
         before, self.replacement = self.replacement, replacement
         try:
             yield
@@ -190,20 +124,45 @@ class Watch:
             self.replacement = before
 
     @contextlib.contextmanager
-    def without_cuts(self) -> Iterator[None]:
-        """Inside, no horizon is in force."""
+    def suspend_cuts(self) -> Iterator[None]:
+        """Put no horizon in force within the block."""
         cuts, self.cuts = self.cuts, []
         try:
             yield
         finally:
             self.cuts = cuts
 
-    def _entered(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Keep the input of a module, without its graph and without its cache; count its calls from 0."""
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Return the output of an attention call: a replacement, or attention with its backward pass observed."""
+        mask, bias = call.edges
+        if self.right_only and mask.padding is not None and not mask.padding[:, 0].all():
+            raise InputError(
+                "in this model what stands at padding reaches the tokens after it, whatever it is: put the padding on "
+                "the right"
+            )
+        passes = self._register(call)
+        if self.replacement is not None:
+            if bias is not None:
+                raise InputError(f"{passes.layer} adds a bias to the scores, which this measurement does not know")
+            output = self.replacement(passes.layer, call)
+            if output is not None:
+                return output
+        return attention(
+            call.query, call.key, call.value, call.scale, mask=mask, softcap=call.softcap, sinks=call.sinks, bias=bias,
+            horizon=passes.rules, detached=passes.detached, observe=passes.report,
+        )  # fmt: skip
 
-        def keep(x: Any) -> Any:
-            if isinstance(x, UserDict):  # keys and values for other layers; a copy, which a replay may write to
-                return {name: tree_map(keep, part) for name, part in x.items()}
+    def is_next(self, layer: Layer) -> bool:
+        """Return whether the next entry of a layer's module makes this call of it."""
+        calls = self.entries.get(layer.name)
+        return calls is None or self.calls[layer.name] == layer.call - layer.call % calls
+
+    def _save_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Save the input of a module, without its graph and without its cache; count its calls from 0."""
+
+        def copy(x: Any) -> Any:
+            if isinstance(x, UserDict):  # keys and values for other layers, which a recomputation may write to
+                return {name: tree_map(copy, part) for name, part in x.items()}
             return None if isinstance(x, Cache) else x.detach() if isinstance(x, Tensor) else x
 
         name = self.names[module]
@@ -214,63 +173,64 @@ class Watch:
                 f"{name} is entered several times in one pass, which gradient checkpointing does not do in order: "
                 "call model.gradient_checkpointing_disable()"
             )
-        self.inputs[module] = tree_map(keep, (args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
+        self.inputs[module] = tree_map(copy, (args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
 
-    def comes(self, layer: Layer) -> bool:
-        """Whether the next entry of a layer's module makes this call of it."""
-        each = self.entries.get(layer.name)
-        return each is None or self.calls[layer.name] == layer.call - layer.call % each
-
-    def called(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> "_Call":
-        """Note an attention call; what is returned is asked in its backward passes."""
-        name = self.names[module]
+    def _register(self, call: AttentionCall) -> "_BackwardPasses":
+        """Count a call, and prepare for its backward passes."""
+        name = self.names[call.module]
         layer = Layer(name, self.calls[name])
         self.calls[name] += 1
         # A module whose forward is called past its hooks has left no input: nothing can be run again then.
-        args, kwargs = self.inputs.get(module, ((), {}))
-        call = _Call(self, layer, Replay(module, args, kwargs, layer.call % self.entries.get(name, layer.call + 1)))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-            for cut in call.cuts.values():
-                cut.met += 1
-            apart = [stream in call.cuts and call.cuts[stream].where == "hidden" for stream in ("key", "value")]
-            if any(apart):
-                made = call.replay.detached((query, key, value))
-                call.detached = made[0] if apart[0] else None, made[1] if apart[1] else None
-        return call
+        args, kwargs = self.inputs.get(call.module, ((), {}))
+        index = layer.call % self.entries.get(name, layer.call + 1)
+        passes = _BackwardPasses(self, layer, Recomputation(call.module, args, kwargs, index))
+        streams = call.query, call.key, call.value
+        if torch.is_grad_enabled() and any(x.requires_grad for x in streams):
+            passes.put_cuts_in_force(streams)
+        return passes
 
 
-class _Call:
-    """One attention call: what holds for its backward passes."""
+class _BackwardPasses:
+    """What holds for the backward passes through one attention call."""
 
-    def __init__(self, watch: Watch, layer: Layer, replay: "Replay"):
-        self.watch, self.layer, self.replay = watch, layer, replay
+    def __init__(self, watch: Watch, layer: Layer, recomputation: Recomputation):
+        self.watch, self.layer, self.recomputation = watch, layer, recomputation
         self.observers = list(watch.observers)
         self.cuts = {
             stream: cut for cut in watch.cuts if layer in cut.layers for stream in cut.streams
         }  # those of one stream are equal
         self.detached: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def rules(self) -> tuple[Rule, Rule]:
-        """The horizon of keys and of values.
+    def put_cuts_in_force(self, streams: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Count the call for its horizons; make the key and value anew that a cut of the hidden state needs."""
+        for cut in self.cuts.values():
+            cut.calls += 1
+        hidden = [stream in self.cuts and self.cuts[stream].kind == "hidden" for stream in ("key", "value")]
+        if any(hidden):
+            key, value = self.recomputation.detach_input(streams)
+            self.detached = key if hidden[0] else None, value if hidden[1] else None
+
+    def rules(self) -> Rules:
+        """Return the horizon of keys and of values.
 
         Raises:
             InputError: The backward pass came after the `with` of the horizon.
         """
-        if self.watch.again is not None:
-            return self.watch.again[0]
-        if any(cut.closed for cut in self.cuts.values()):
+        if self.watch.override is not None:
+            return self.watch.override.rules
+        if not all(cut.active for cut in self.cuts.values()):
             raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
         key, value = (self.cuts[stream].rule if stream in self.cuts else Full() for stream in ("key", "value"))
         return key, value
 
     def report(self, back: Backward) -> None:
-        """Hand a finished backward pass to those who watch."""
+        """Report a finished backward pass to the observers."""
 
         def project(document: int) -> Projections:
-            return self.replay.project(back, document)
+            return self.recomputation.project(back, document)
 
-        if self.watch.again is not None:
-            self.watch.again[1](self.layer, back, project)
+        if self.watch.override is not None:
+            self.watch.override.observe(self.layer, back, project)
             return
         for observe in self.observers:
             if observe not in self.watch.observers:

@@ -1,5 +1,6 @@
-"""What runs: causal attention whose backward pass can be observed. Imports torch only.
+"""Causal attention whose backward pass can be observed. Imports torch only.
 
-In reading order: `attention` (the operator), `mask` and `intervals` (which pairs are edges, block by block),
-`horizon_rules` (a factor on the gradient of every edge), `fused_kernels` (torch's own, where they apply).
+In reading order: `attention` (the operator), `blockwise` (its two passes, block by block), `scores` (of edges), `mask`,
+`mask_mods` and `intervals` (which pairs are edges, block by block), `horizon_rules` (a factor on the gradient of every
+edge), `fused_kernels` (torch's own, where they apply), `heads` (grouped-query attention), `precision` (of sums).
 """

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from posterity.ops.heads import repeat_heads
+
 _aten = torch.ops.aten
 _GPU = "cuda"
 HALF = (torch.float16, torch.bfloat16)
@@ -17,19 +19,19 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel.
+    """A pair of fused functions.
 
-    `forward(query, key, value, scale)` gives the output and what `backward` wants back: the log-sum-exp, perhaps padded
-    in length, and the state of the random numbers. `backward(grad_output, query, key, value, output, kept, scale)`
-    gives dq, dk, dv; there keys and values are repeated for each query head.
+    `forward(query, key, value, scale)` returns the output and the state that `backward` needs: the log-sum-exp, perhaps
+    padded in length, and the state of the random numbers. `backward(grad_output, query, key, value, output, state,
+    scale)` returns dq, dk, dv; there keys and values are repeated for each query head.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, tuple[Tensor | None, ...]]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def kernel(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
-    """The kernel for plain causal attention of these, forward and backward; None if there is none."""
+def select_kernel(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
+    """Return the kernel for plain causal attention of these tensors; None if there is none."""
     if query.shape[2:] != key.shape[2:]:
         return None
     if query.device.type == "cpu":
@@ -52,45 +54,48 @@ def _cpu_forward(query, key, value, scale):
     return output, (lse, None, None)
 
 
-def _cpu_backward(grad_output, query, key, value, output, kept, scale):
-    """In float32 at least: in half precision the kernel adds its blocks up in half precision, so that the gradient at a
-    key with many readers loses more, the longer the context; and it is no faster."""
+def _cpu_backward(grad_output, query, key, value, output, state, scale):
+    """Run in float32 at least.
+
+    In half precision the kernel adds its blocks up in half precision, so that the gradient at a key with many readers
+    loses more, the longer the context; and it is no faster.
+    """
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-    given = (x.float() if x.dtype in HALF else x for x in (grad_output, query, key, value, output))
-    return tuple(x.to(query.dtype) for x in backward(*given, kept[0], 0.0, True, scale=scale))
+    tensors = (x.float() if x.dtype in HALF else x for x in (grad_output, query, key, value, output))
+    return tuple(x.to(query.dtype) for x in backward(*tensors, state[0], 0.0, True, scale=scale))
 
 
 def _flash_forward(query, key, value, scale):
-    query, key, value = _ready(query, *_repeated(query, key, value))
-    found = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
-    return found[0], (found[1], found[6], found[7])
+    query, key, value = _per_head(query, key, value)
+    results = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
+    return results[0], (results[1], results[6], results[7])
 
 
-def _flash_backward(grad_output, query, key, value, output, kept, scale):
-    lse, *random = kept
+def _flash_backward(grad_output, query, key, value, output, state, scale):
+    lse, *random = state
     lengths = query.shape[2], key.shape[2]
-    given = *_ready(grad_output, query, key, value), output, lse, None, None, *lengths, 0.0, True, *random
-    return _aten._scaled_dot_product_flash_attention_backward(*given, scale=scale)
+    args = *_contiguous(grad_output, query, key, value), output, lse, None, None, *lengths, 0.0, True, *random
+    return _aten._scaled_dot_product_flash_attention_backward(*args, scale=scale)
 
 
 def _efficient_forward(query, key, value, scale):
-    query, key, value = _ready(query, *_repeated(query, key, value))
-    found = _aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True, scale=scale)
-    return found[0], tuple(found[1:])
+    query, key, value = _per_head(query, key, value)
+    results = _aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True, scale=scale)
+    return results[0], tuple(results[1:])
 
 
-def _efficient_backward(grad_output, query, key, value, output, kept, scale):
-    given = *_ready(grad_output, query, key, value), None, output, *kept, 0.0, [True, True, True, False], True
-    return _aten._scaled_dot_product_efficient_attention_backward(*given, scale=scale)[:3]
+def _efficient_backward(grad_output, query, key, value, output, state, scale):
+    args = *_contiguous(grad_output, query, key, value), None, output, *state, 0.0, [True, True, True, False], True
+    return _aten._scaled_dot_product_efficient_attention_backward(*args, scale=scale)[:3]
 
 
-def _repeated(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    return [x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value)]
+def _per_head(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    return _contiguous(query, *(repeat_heads(x, query.shape[1]) for x in (key, value)))
 
 
-def _ready(*given: Tensor) -> list[Tensor]:
-    """What CUDA's kernels read: numbers of one head and position in a row, rows at multiples of 16 bytes."""
-    return [x.contiguous() for x in given]
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Lay tensors out as CUDA's kernels read them: a head's numbers at a position in a row, rows at 16 bytes."""
+    return [x.contiguous() for x in tensors]
 
 
 CPU = Kernel(_cpu_forward, _cpu_backward)

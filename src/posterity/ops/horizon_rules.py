@@ -1,6 +1,6 @@
-"""Horizons: which part of the gradient may reach the writer of a key or a value, as a factor on every edge.
+"""Horizon rules: which part of the gradient may reach the writer of a key or a value, as a factor on every edge.
 
-A rule multiplies the gradient that edge (i, j) sends to k_j and v_j by `weight(i - j)`. Lags add along every path from
+A rule multiplies the gradient that edge (i, j) sends to k_j and v_j by `factor(i - j)`. Lags add along every path from
 a key to a loss, so `Discount(rate)` in all layers gives exactly sum_t rate^(t-j) dl_t/dk_j, and `Myopic` the own loss
 alone (docs/method.md). A hard window on edges is *not* a hard window on losses.
 """
@@ -19,8 +19,8 @@ from posterity.errors import InputError
 class Rule(Protocol):
     """A factor between 0 and 1 for every lag; 1 at lag 0."""
 
-    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Factors in float64, for lags >= 0."""
+    def factor(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the factors in float64, for lags >= 0."""
         ...
 
 
@@ -28,8 +28,8 @@ class Rule(Protocol):
 class Full:
     """Everything, as in plain training."""
 
-    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """1 at every lag."""
+    def factor(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return 1 at every lag."""
         return torch.ones_like(lag, dtype=torch.float64)
 
 
@@ -37,8 +37,8 @@ class Full:
 class Myopic:
     """The self edge only; in all layers of a model: the own loss only."""
 
-    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """1 at lag 0, else 0."""
+    def factor(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return 1 at lag 0, else 0."""
         return (lag == 0).double()
 
 
@@ -57,8 +57,8 @@ class Discount:
         if not _is_number(self.rate) or not 0 <= self.rate <= 1:
             raise InputError(f"Discount expects a rate from 0 to 1; got {self.rate!r}")
 
-    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Powers of the rate."""
+    def factor(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the powers of the rate."""
         return torch.pow(torch.tensor(float(self.rate), dtype=torch.float64, device=lag.device), lag)
 
 
@@ -77,8 +77,8 @@ class EdgeWindow:
         if not _is_number(self.lags) or self.lags != int(self.lags) or self.lags < 0:
             raise InputError(f"EdgeWindow expects a whole number of lags, at least 0; got {self.lags!r}")
 
-    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """1 up to the last lag of the window, then 0."""
+    def factor(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return 1 up to the last lag of the window, then 0."""
         return (lag <= self.lags).double()
 
 
@@ -99,8 +99,8 @@ class Leak:
         if not _is_number(self.fraction) or not 0 <= self.fraction <= 1:
             raise InputError(f"Leak expects a fraction from 0 to 1; got {self.fraction!r}")
 
-    def weight(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """1 at lag 0, else the fraction."""
+    def factor(self, lag: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return 1 at lag 0, else the fraction."""
         return torch.where(lag == 0, 1.0, float(self.fraction)).double()
 
 
@@ -108,26 +108,26 @@ RULES = {"full": Full, "myopic": Myopic, "discount": Discount, "window": EdgeWin
 
 
 def parse(text: str) -> Rule:
-    """A rule from its name: full, myopic, discount:0.9, window:16 or leak:0.1.
+    """Parse the name of a rule: full, myopic, discount:0.9, window:16 or leak:0.1.
 
     Raises:
         InputError: There is no such rule, or its number is wrong.
     """
     name, colon, number = text.strip().partition(":")
-    takes = name in ("discount", "window", "leak")
+    has_number = name in ("discount", "window", "leak")
     try:
-        if name not in RULES or takes != bool(colon):
+        if name not in RULES or has_number != bool(colon):
             raise ValueError
-        given = () if not takes else (int(number),) if name == "window" else (float(number),)
+        args = () if not has_number else (int(number),) if name == "window" else (float(number),)
     except ValueError:
         raise InputError(
             f"expected a horizon full, myopic, discount:RATE, window:LAGS or leak:FRACTION; got {text!r}"
         ) from None
-    return RULES[name](*given)
+    return RULES[name](*args)
 
 
-def by_lag(rule: Rule, length: int, like: Tensor) -> Float[Tensor, " lag"] | None:
-    """The rule's factors for lags below `length`, with the dtype and device of `like`; None if all are 1.
+def factors_by_lag(rule: Rule, length: int, like: Tensor) -> Float[Tensor, " lag"] | None:
+    """Return the rule's factors for lags below `length`, with the dtype and device of `like`; None if all are 1.
 
     What the dtype cannot hold in full precision is 0.
 
@@ -137,14 +137,16 @@ def by_lag(rule: Rule, length: int, like: Tensor) -> Float[Tensor, " lag"] | Non
     if isinstance(rule, Full):  # every backward pass asks; a GPU need not be waited for
         return None
     lag = torch.arange(length, device=like.device)
-    weight = None if isinstance(rule, type) else getattr(rule, "weight", lambda _: None)(lag)
-    if not isinstance(weight, Tensor) or weight.shape != lag.shape:
-        raise InputError(f"expected a horizon such as Myopic(), Discount(0.9) or EdgeWindow(16); got {rule!r}")
-    if not ((weight >= 0) & (weight <= 1)).all() or weight[0] != 1:
-        raise InputError(f"a horizon's weights lie in [0, 1] and are 1 at lag 0; those of {rule!r} do not")
-    if (weight == 1).all():
+    factors = None if isinstance(rule, type) else getattr(rule, "factor", lambda _: None)(lag)
+    if not isinstance(factors, Tensor) or factors.shape != lag.shape:
+        outdated = not isinstance(rule, type) and hasattr(rule, "weight") and not hasattr(rule, "factor")
+        hint = ": the method of a rule is factor(lag), no longer weight(lag)" if outdated else ""
+        raise InputError(f"expected a horizon such as Myopic(), Discount(0.9) or EdgeWindow(16); got {rule!r}{hint}")
+    if not ((factors >= 0) & (factors <= 1)).all() or factors[0] != 1:
+        raise InputError(f"a horizon's factors lie in [0, 1] and are 1 at lag 0; those of {rule!r} do not")
+    if (factors == 1).all():
         return None
-    return weight.masked_fill(weight < torch.finfo(like.dtype).tiny, 0).to(like.dtype)
+    return factors.masked_fill(factors < torch.finfo(like.dtype).tiny, 0).to(like.dtype)
 
 
 def _is_number(x: object) -> bool:

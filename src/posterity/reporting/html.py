@@ -5,32 +5,64 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 MARKS = 4  # on one letter
-
-
 _LETTERS = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]+"
-
-
 RIGHT_TO_LEFT = re.compile(rf"{_LETTERS}(?:\W+{_LETTERS})*")  # words in a row
 
 
-def page_environment() -> Environment:
-    """What fills the templates of this package: everything is escaped, and nothing may be missing."""
-    environment = Environment(
-        loader=PackageLoader("posterity.reporting", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: shown(value) if type(value) is str else value,
+def render_page(
+    template: str, data: object, styles: Sequence[str] = (), scripts: Sequence[str] = (), **values: Any
+) -> str:
+    """Fill a template; the page holds its styles, its scripts, plotly's script and the data that they draw.
+
+    Args:
+        template: The asset's name.
+        data: What the scripts read, as JSON.
+        styles: Names of assets beside style.css.
+        scripts: Names of assets beside plotly's script and theme.js.
+        values: What else the template shows; every text is escaped.
+    """
+    code = [plotly_script(), *map(asset, ("theme.js", *scripts))]
+    return (
+        page_environment()
+        .get_template(template)
+        .render(
+            style=Markup("".join(map(asset, ("style.css", *styles)))), scripts=[Markup(script) for script in code],
+            policy=policy(code), data=Markup(escaped_json(data)), **values,
+        )
     )  # fmt: skip
+
+
+def page_environment() -> Environment:
+    """Return what fills the templates of this package: everything is escaped, and nothing may be missing."""
+    environment = Environment(
+        loader=PackageLoader("posterity.reporting", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: displayable(value) if type(value) is str else value,
+    )
     environment.filters["tied"] = lambda text: text.replace("± ", "±\u00a0").replace(" %", "\u00a0%")
     return environment
 
 
-def shown(text: str) -> str:
-    """A text as a page can show it: right-to-left letters turn nothing else around, and marks cover nothing else."""
+def figure_text(text: str) -> str:
+    """Return a text as a figure shows it: plotly reads a little HTML in its texts."""
+    return displayable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def displayable(text: str) -> str:
+    """Return a text whose right-to-left letters turn nothing else around, and whose marks cover nothing else."""
     marks, signs = 0, []
     for sign in text:
         kind = unicodedata.category(sign)
@@ -41,12 +73,12 @@ def shown(text: str) -> str:
 
 
 def policy(scripts: list[str]) -> str:
-    """The only scripts that a browser may run in the page, by their digests."""
+    """Name the only scripts that a browser may run in the page, by their digests."""
     return " ".join(f"'sha256-{_digest(code)}'" for code in scripts)
 
 
 def escaped_json(data: object) -> str:
-    """JSON that no HTML parser can mistake for markup and no script for a line end."""
+    """Return JSON that no HTML parser can mistake for markup and no script for a line end."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII, so U+2028 and U+2029 are escaped
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -56,15 +88,13 @@ def _digest(code: str) -> str:
 
 
 def asset(name: str) -> str:
-    """A file of this package as text."""
+    """Read a file of this package."""
     return (files("posterity.reporting") / "assets" / name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
 @cache
 def plotly_script() -> str:
-    """Plotly's own script, from its Python package."""
-    from plotly.offline import get_plotlyjs  # slow to import, and only a report needs it
-
+    """Return plotly's own script, from its Python package."""
     code = get_plotlyjs()
     assert "</script" not in code
     assert "<!--" not in code

@@ -6,15 +6,18 @@ import unicodedata
 import numpy as np
 import xarray as xr
 
-from posterity.results import schema as results
+from posterity.axes import WRITTEN
+from posterity.palette import MEAN, OTHER, PAPER, SELF
+from posterity.reporting.html import displayable
 
 SIGNS = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 MEASURES = ("credit", "norm")
-TOP = 2**15 - 1  # the largest short
+LARGEST_SHORT = 2**15 - 1
+COLOURS = {"paper": PAPER, "own": SELF, "other": OTHER, "against": MEAN}  # against: of a part against the sum
 
 
-def glass(result: xr.Dataset) -> dict | None:
-    """Tokens and matrices of an inspected text; None if the result is of no single text.
+def pack_inspected_text(result: xr.Dataset, name: str = "") -> dict | None:
+    """Return tokens and matrices of an inspected text; None if the result is of no single text.
 
     A matrix is of the loss positions but the last (which has no loss) and of as many key positions, one string for each
     layer. The string is base64 of little-endian numbers: a float32 for each key, then, row by row of the lower
@@ -24,17 +27,19 @@ def glass(result: xr.Dataset) -> dict | None:
     if "inspect_credit" not in result or result.sizes["position"] < 2:
         return None
     return {
-        "tokens": [visible(str(token)) for token in result.token.values],
+        "name": displayable(name),
+        "colours": COLOURS,
+        "tokens": [visible_token(str(token)) for token in result.token.values],
         **{measure: _matrices(result[f"inspect_{measure}"]) for measure in MEASURES},
     }
 
 
-def visible(token: str) -> str:
-    """The token with a sign in place of every character that shows as nothing or that turns the writing direction."""
-    shown = "".join(_sign(letter) for letter in token)
+def visible_token(token: str) -> str:
+    """Return the token with a sign for every character that shows as nothing or that turns the writing direction."""
+    text = "".join(_sign(letter) for letter in token)
     if token and unicodedata.category(token[0]).startswith("M"):  # a mark needs something to stand on
-        return "◌" + shown
-    return shown or "∅"
+        return "◌" + text
+    return text or "∅"
 
 
 def _sign(letter: str) -> str:
@@ -48,13 +53,13 @@ def _sign(letter: str) -> str:
 
 
 def _matrices(values: xr.DataArray) -> dict[str, list[str]]:
-    """For each stream the matrices of all layers."""
+    """Return for each stream the matrices of all layers."""
     losses = values.transpose("written", "layer", "loss_position", "position")[..., :-1, :-1]
-    return {written: [_packed(layer) for layer in losses.sel(written=written).values] for written in results.WRITTEN}
+    return {written: [_pack(layer) for layer in losses.sel(written=written).values] for written in WRITTEN}
 
 
-def _packed(values: np.ndarray) -> str:
-    scale = (np.abs(values).max(0) / TOP).astype("<f4")  # NaN where a number of the key is not known
+def _pack(values: np.ndarray) -> str:
+    scale = (np.abs(values).max(0) / LARGEST_SHORT).astype("<f4")  # NaN where a number of the key is not known
     shorts = np.nan_to_num(np.rint(values / np.where(scale > 0, scale, 1)), posinf=0, neginf=0)
-    lower = shorts[np.tril_indices(len(values))].clip(-TOP, TOP).astype("<i2")
+    lower = shorts[np.tril_indices(len(values))].clip(-LARGEST_SHORT, LARGEST_SHORT).astype("<i2")
     return base64.b64encode(scale.tobytes() + lower.tobytes()).decode()

@@ -2,22 +2,28 @@
 
 import html
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import xarray as xr
 
-from posterity.atomic_files import writable, write_whole
+from posterity.atomic_files import check_output_path, write_atomically
 from posterity.errors import InputError
-from posterity.reporting import audit_page, comparison_page, result_page
+from posterity.reporting.audit_page import render_audit
+from posterity.reporting.comparison_page import render_comparison
+from posterity.reporting.result_page import render_results
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON
-from posterity.results.files import load
+from posterity.results.files import KINDS, load
 from posterity.results.kind import kind_name
 from posterity.results.schema import RESULT
 
 Source = xr.Dataset | str | os.PathLike[str]
+PAGES: dict[str, Callable[[xr.Dataset], str]] = {  # of the kinds that have a page of their own
+    AUDIT.name: render_audit,
+    COMPARISON.name: render_comparison,
+}
 
 
 @dataclass(frozen=True)
@@ -44,35 +50,35 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
     With a path the page is written there, whole or not at all, and the path is returned; without one the page itself is
     returned, which a notebook shows. Raises InputError for a path that cannot be written or what is not a result.
     """
-    target = None if path is None else writable(path)
+    target = None if path is None else check_output_path(path)
     sources = [result] if isinstance(result, (xr.Dataset, str, os.PathLike)) else list(result)
     if not sources:
         raise InputError("expected at least one result for the report, but none came; pass a result or a file")
     files = [
-        os.path.realpath(one) for one in sources if isinstance(one, (str, os.PathLike)) and "\0" not in os.fspath(one)
+        os.path.realpath(source)
+        for source in sources
+        if isinstance(source, (str, os.PathLike)) and "\0" not in os.fspath(source)
     ]
     if path is not None and os.path.realpath(path) in files:
         raise InputError(
             f"the page would take the place of the result {path}: choose another path, such as report.html"
         )
-    loaded = [load(one) if isinstance(one, (str, os.PathLike)) else one for one in sources]
-    page = _rendered(loaded)
+    page = _render([load(source) if isinstance(source, (str, os.PathLike)) else source for source in sources])
     if target is None or path is None:
         return Page(page)
-    write_whole(target, page.encode())
+    write_atomically(target, page.encode())
     return Path(path)
 
 
-def _rendered(loaded: list[xr.Dataset]) -> str:
-    """The page of results, or of one audit or comparison."""
-    kinds = {kind_name(dataset) for dataset in loaded} - {RESULT.name}
-    if not kinds:
-        return result_page.render([RESULT.check(dataset) for dataset in loaded])
-    if len(loaded) > 1:
+def _render(datasets: list[xr.Dataset]) -> str:
+    """Return the page of results, or of one audit or comparison."""
+    alone = [dataset for dataset in datasets if kind_name(dataset) in PAGES]
+    if not alone:
+        return render_results([RESULT.check(dataset) for dataset in datasets])
+    if len(datasets) > 1:
         raise InputError(
             "expected results, or one audit or comparison, which has a page of its own: audit several models in one "
             "command (--beside) to see them side by side"
         )
-    if kinds == {COMPARISON.name}:
-        return comparison_page.render(COMPARISON.check(loaded[0]))
-    return audit_page.render(AUDIT.check(loaded[0]))
+    name = kind_name(alone[0])
+    return PAGES[name](KINDS[name].check(alone[0]))

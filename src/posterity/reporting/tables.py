@@ -6,18 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from posterity.reporting.charts import bins, modules
-from posterity.reporting.summary import PAYERS
-from posterity.results import schema as results
-from posterity.results import stats as derived
-from posterity.results import steps
+from posterity.axes import STREAMS, WRITTEN
+from posterity.reporting.bins import bin_names, position_bins
+from posterity.reporting.module_kinds import shares_by_kind
+from posterity.reporting.result_table import LOSS_PARTS
+from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, horizon_text, percent
+from posterity.results.steps import latest_step
 
 ROUNDING = 1e-5  # of the largest part: the direction of a smaller one is rounding
 
 
 @dataclass(frozen=True)
-class Table:
+class NumberTable:
     """A table with its caption; a row is its label, more words on the label ("" for none), and the cells."""
 
     caption: str
@@ -25,142 +26,155 @@ class Table:
     rows: list[tuple[str, str, list[str]]]
 
 
-def tables(result: xr.Dataset) -> dict[str, list[Table]]:
-    """Tables by the name of the chart they belong to; none for what was not measured."""
-    over_steps, result = result, steps.latest(result)
-    found = {"layers": [_self_shares(result)]}
+def chart_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
+    """Return tables by the name of the chart they belong to; none for what was not measured."""
+    over_steps, result = result, latest_step(result)
+    tables = {"layers": [_self_shares(result)]}
     if "step" in over_steps.dims:
-        found["training"] = [_training(over_steps)]
+        tables["training"] = [_training(over_steps)]
         if "loss_credit" in result:
-            found["training_paid"] = [_training_paid(over_steps)]
-            found["training_angle"] = [_training_angle(over_steps)]
+            tables["training_own"] = [_training_own(over_steps)]
+            tables["training_angle"] = [_training_angle(over_steps)]
     if "loss_credit" in result:
-        found["payers"] = [_payers(result, written) for written in results.WRITTEN]
-        found["inputs"] = [_inputs(result)]
-        found["paid"] = [_positions(result)]
+        tables["loss_parts"] = [_loss_parts(result, written) for written in WRITTEN]
+        tables["inputs"] = [_inputs(result)]
+        tables["loss_positions"] = [_loss_positions(result)]
     if "parameter_by_document" in result:
-        found |= _modules(result)
+        tables |= _modules(result)
     if "horizon_by_document" in result:
-        found["horizons"] = [_curves(result, stream) for stream in results.STREAMS]
-        found["reach"] = [_reach(result, stream) for stream in results.STREAMS]
-    return found
+        tables["horizons"] = [_curves(result, stream) for stream in STREAMS]
+        tables["reach"] = [_reach(result, stream) for stream in STREAMS]
+    return tables
 
 
-def _self_shares(result: xr.Dataset) -> Table:
-    found = derived.shares(result, ("layer",)).sel(side="self")
-    return Table("Self share by layer", ("layer", *results.STREAMS), _by_layer(result, _percents(found)))
+def _self_shares(result: xr.Dataset) -> NumberTable:
+    shares = stats.shares(result, ("layer",)).sel(side="self")
+    return NumberTable("Self share by layer", ("layer", *STREAMS), _by_layer(result, _percents(shares)))
 
 
-def _training(result: xr.Dataset) -> Table:
-    found = derived.shares(result).sel(side="self")
-    return Table("Self share by training step", ("step", *results.STREAMS), _by_step(result, _percents(found)))
+def _training(result: xr.Dataset) -> NumberTable:
+    shares = stats.shares(result).sel(side="self")
+    return NumberTable("Self share by training step", ("step", *STREAMS), _by_step(result, _percents(shares)))
 
 
-def _training_paid(result: xr.Dataset) -> Table:
-    found = derived.who_pays(result).sel(part="own")
-    return Table(
-        "Share of the own loss by training step", ("step", *results.WRITTEN), _by_step(result, _percents(found))
-    )
+def _training_own(result: xr.Dataset) -> NumberTable:
+    rows = _by_step(result, _percents(stats.loss_shares(result).sel(part="own")))
+    return NumberTable("Share of the own loss by training step", ("step", *WRITTEN), rows)
 
 
-def _training_angle(result: xr.Dataset) -> Table:
-    found = derived.angles(result)
-    named = {"inputs of all layers": found.hidden}
-    if "parameters" in found:
-        named["all parameters"] = found.parameters
-    named |= {f"input of layer {layer}": found.layer_hidden.sel(layer=layer) for layer in result.layer.values}
-    cells = np.stack([_each(_degrees, one.values) for one in named.values()], -1)
-    return Table("Angle between own and later losses by training step", ("step", *named), _by_step(result, cells))
+def _training_angle(result: xr.Dataset) -> NumberTable:
+    angles = stats.angles(result)
+    columns = {"inputs of all layers": angles.hidden}
+    if "parameters" in angles:
+        columns["all parameters"] = angles.parameters
+    columns |= {f"input of layer {layer}": angles.layer_hidden.sel(layer=layer) for layer in result.layer.values}
+    cells = np.stack([format_cells(_degrees, column.values) for column in columns.values()], -1)
+    caption = "Angle between own and later losses by training step"
+    return NumberTable(caption, ("step", *columns), _by_step(result, cells))
 
 
 def _by_step(result: xr.Dataset, cells: np.ndarray) -> list[tuple[str, str, list[str]]]:
     return [(str(step), "", row) for step, row in zip(result.step.values, cells.tolist(), strict=True)]
 
 
-def _payers(result: xr.Dataset, written: str) -> Table:
-    """The three parts and the cosines between them, for the model and by layer."""
-    cells = []
+def _loss_parts(result: xr.Dataset, written: str) -> NumberTable:
+    """Return the three parts and the cosines between them, for the model and by layer."""
+    rows = []
+    pairs = []
     for by in ((), ("layer",)):
-        share = derived.who_pays(result, by).sel(written=written)
-        parts = derived.parts(result, by).sel(written=written)
+        shares = stats.loss_shares(result, by).sel(written=written)
+        parts = stats.loss_parts(result, by).sel(written=written)
         small = parts.norm < ROUNDING * parts.norm.max("part")
+        pairs = parts.pair.values.tolist()
         cosines = [
-            parts.cosine.sel(pair=pair, drop=True).where(~small.sel(part=list(pair.split(" . "))).any("part"))
-            for pair in parts.pair.values
+            parts.cosine.sel(pair=pair, drop=True).where(~small.sel(part=pair.split(" . ")).any("part"))
+            for pair in pairs
         ]
-        cosine = _each(_number, np.stack(cosines, -1))
-        cells += np.atleast_2d(np.concatenate([_percents(share), cosine], -1)).tolist()
-    head = ("layer", *PAYERS.values(), *(f"cos({pair.replace(' . ', ', ')})" for pair in parts.pair.values))
-    return Table(f"Who pays for the {written}s", head, [("all", "", cells[0]), *_by_layer(result, cells[1:])])
+        cosine_cells = format_cells(_two_decimals, np.stack(cosines, -1))
+        rows += np.atleast_2d(np.concatenate([_percents(shares), cosine_cells], -1)).tolist()
+    head = ("layer", *LOSS_PARTS.values(), *(f"cos({pair.replace(' . ', ', ')})" for pair in pairs))
+    return NumberTable(f"Who pays for the {written}s", head, [("all", "", rows[0]), *_by_layer(result, rows[1:])])
 
 
-def _inputs(result: xr.Dataset) -> Table:
-    found = derived.hidden(result)
-    cells = zip(_percents(found), map(_number, found.cosine.values), strict=True)
-    return Table("The residual stream at the layers' inputs", ("layer", "own loss", "cos(own, later)"),
-                 _by_layer(result, map(list, cells)))  # fmt: skip
+def _inputs(result: xr.Dataset) -> NumberTable:
+    hidden = stats.hidden_shares(result)
+    cells = zip(_percents(hidden), map(_two_decimals, hidden.cosine.values), strict=True)
+    head = ("layer", "own loss", "cos(own, later)")
+    return NumberTable("The residual stream at the layers' inputs", head, _by_layer(result, map(list, cells)))
 
 
-def _positions(result: xr.Dataset) -> Table:
-    """Share of the whole credit in each bin of positions."""
-    share = derived.who_pays_by_position(result).transpose("position", "written", "part")
-    start = bins(result.sizes["position"])
-    binned = np.add.reduceat(share.values, start, axis=0)
-    paid = np.stack([binned[..., 0], binned[..., 1] + binned[..., 2]], -1).reshape(len(start), -1)
-    end = [*(start[1:] - 1), result.sizes["position"] - 1]
-    names = [str(one) if one == last else f"{one}–{last}" for one, last in zip(start, end, strict=True)]
-    head = ("position", *(f"{written}, {payer}" for written in results.WRITTEN for payer in ("own", "later")))
-    rows = [(name, "", [percent(one) for one in row]) for name, row in zip(names, paid, strict=True)]
-    return Table("Share of the whole credit by position", head, rows)
+def _loss_positions(result: xr.Dataset) -> NumberTable:
+    """Return the share of the whole credit in each bin of positions."""
+    share = stats.loss_shares_by_position(result).transpose("position", "written", "part")
+    first, last = position_bins(result.sizes["position"])
+    binned = np.add.reduceat(share.values, first, axis=0)
+    own_and_later = np.stack([binned[..., 0], binned[..., 1] + binned[..., 2]], -1).reshape(len(first), -1)
+    head = ("position", *(f"{written}, {loss}" for written in WRITTEN for loss in ("own", "later")))
+    names = bin_names(first, last)
+    rows = [(name, "", [percent(cell) for cell in row]) for name, row in zip(names, own_and_later, strict=True)]
+    return NumberTable("Share of the whole credit by position", head, rows)
 
 
-def _modules(result: xr.Dataset) -> dict[str, list[Table]]:
-    names, found = modules(result)
-    share, cosine = dict(zip(names, _percents(found), strict=True)), dict(zip(names, found.cosine.values, strict=True))
-    kinds = list(dict.fromkeys(kind for kind, layer in names if layer is not None))
-    layers = sorted({layer for _, layer in names if layer is not None})
-    tell = {"Own share": share.get, "Cosine between own and later": lambda name: _number(cosine.get(name, np.nan))}
-    shown = [Table(caption, ("layer", *kinds),
-                   [(str(layer), "", [cell((kind, layer)) or UNKNOWN for kind in kinds]) for layer in layers])
-             for caption, cell in tell.items()]  # fmt: skip
-    rest = [(kind, "", [share[kind, layer], _number(cosine[kind, layer])]) for kind, layer in names if layer is None]
-    of_rest = [Table("Parameters of modules in no layer", ("module", "own loss", "cos(own, later)"), rest)]
-    return ({"modules": shown} if kinds else {}) | ({"rest": of_rest} if rest else {})
+def _modules(result: xr.Dataset) -> dict[str, list[NumberTable]]:
+    places, shares = shares_by_kind(result)
+    share = dict(zip(places, _percents(shares), strict=True))
+    cosine = dict(zip(places, shares.cosine.values, strict=True))
+    kinds = list(dict.fromkeys(kind for kind, layer in places if layer is not None))
+    layers = sorted({layer for _, layer in places if layer is not None})
+    columns = {
+        "Own share": share.get,
+        "Cosine between own and later": lambda place: _two_decimals(cosine.get(place, np.nan)),
+    }
+    by_layer = [
+        NumberTable(
+            caption, ("layer", *kinds),
+            [(str(layer), "", [cell((kind, layer)) or UNKNOWN for kind in kinds]) for layer in layers],
+        )
+        for caption, cell in columns.items()
+    ]  # fmt: skip
+    rest = [
+        (kind, "", [share[kind, None], _two_decimals(cosine[kind, None])]) for kind, layer in places if layer is None
+    ]
+    head = ("module", "own loss", "cos(own, later)")
+    rest_table = [NumberTable("Parameters of modules in no layer", head, rest)]
+    return ({"modules": by_layer} if kinds else {}) | ({"rest": rest_table} if rest else {})
 
 
-def _curves(result: xr.Dataset, stream: str) -> Table:
-    """Where the horizon curve reaches one half, and the curve, for the model and by layer."""
-    cells = []
+def _curves(result: xr.Dataset, stream: str) -> NumberTable:
+    """Return where the horizon curve reaches one half, and the curve, for the model and by layer."""
+    rows = []
     for by in ((), ("layer",)):
-        curve = _percents(derived.horizon_curve(result, by).sel(stream=stream))
-        reach = _lengths(result, derived.effective_horizon(result, by).sel(stream=stream))
-        cells += np.atleast_2d(np.concatenate([reach[..., None], curve], -1)).tolist()
-    head = ("layer", "effective horizon", *(f"h = {h}" for h in result.horizon.values))
-    return Table(f"Credit that remains, {stream}", head, [("all", "", cells[0]), *_by_layer(result, cells[1:])])
+        curve = _percents(stats.horizon_curve(result, by).sel(stream=stream))
+        reach = _lengths(result, stats.effective_horizon(result, by).sel(stream=stream))
+        rows += np.atleast_2d(np.concatenate([reach[..., None], curve], -1)).tolist()
+    head = ("layer", "effective horizon", *(f"h = {horizon}" for horizon in result.horizon.values))
+    return NumberTable(f"Credit that remains, {stream}", head, [("all", "", rows[0]), *_by_layer(result, rows[1:])])
 
 
-def _reach(result: xr.Dataset, stream: str) -> Table:
-    reach = derived.effective_horizon(result, ("layer", "head")).where(~derived.weak(result)).sel(stream=stream)
+def _reach(result: xr.Dataset, stream: str) -> NumberTable:
+    strong = ~stats.weak_heads(result)
+    reach = stats.effective_horizon(result, ("layer", "head")).where(strong).sel(stream=stream)
     head = ("layer", *(f"head {head}" for head in range(result.sizes["head"])))
-    return Table(f"Effective horizon, {stream}", head, _by_layer(result, _lengths(result, reach).tolist()))
+    return NumberTable(f"Effective horizon, {stream}", head, _by_layer(result, _lengths(result, reach).tolist()))
 
 
 def _by_layer(result: xr.Dataset, cells: Iterable[list[str]]) -> list[tuple[str, str, list[str]]]:
-    return [(str(layer), str(module), row)
-            for layer, (module, row) in enumerate(zip(result.module.values, cells, strict=True))]  # fmt: skip
+    rows = zip(result.module.values, cells, strict=True)
+    return [(str(layer), str(module), row) for layer, (module, row) in enumerate(rows)]
 
 
-def _percents(found: xr.Dataset) -> np.ndarray:
-    return _each(percent, found.share.values, found.error.values)
+def _percents(shares: xr.Dataset) -> np.ndarray:
+    return format_cells(percent, shares.share.values, shares.error.values)
 
 
 def _lengths(result: xr.Dataset, reach: xr.DataArray) -> np.ndarray:
     ends = int(result.horizon[0]), int(result.horizon[-1])
-    return _each(lambda one: horizon_text(one, *ends), reach.values)
+    return format_cells(lambda length: horizon_text(length, *ends), reach.values)
 
 
-def _each(tell: Callable[..., str], *numbers: np.ndarray) -> np.ndarray:
-    cells = [tell(*one) for one in zip(*(x.ravel().tolist() for x in numbers), strict=True)]
+def format_cells(format_number: Callable[..., str], *numbers: np.ndarray) -> np.ndarray:
+    """Format the numbers of arrays of one shape, element by element, as an array of texts."""
+    cells = [format_number(*row) for row in zip(*(array.ravel().tolist() for array in numbers), strict=True)]
     return np.array(cells, dtype=object).reshape(numbers[0].shape)
 
 
@@ -168,5 +182,5 @@ def _degrees(value: float) -> str:
     return UNKNOWN if np.isnan(value) else f"{value:.1f}°"
 
 
-def _number(value: float) -> str:
+def _two_decimals(value: float) -> str:
     return UNKNOWN if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus before a zero

@@ -1,8 +1,8 @@
-"""The audit as a labelled Dataset, and its file: netCDF, written whole or not at all.
+"""The Dataset of an audit: figures, verdicts, and their validation.
 
-verdict, reason            (model, clause)    holds, fails or mixed; one sentence
-figure, error, baseline    (model, measure)   with `of_clause`, `formula`, `expected` and `units_of` of each measure
-everything that was measured, in variables with a leading dimension `model`
+`verdict`, `reason` (model, clause): holds, fails, mixed or not measured; one sentence.
+`figure`, `error`, `baseline` (model, measure), each measure with `of_clause`, `formula`, `expected` and `units_of`.
+Every other variable is what a clause measured; it has a leading dimension `model`.
 """
 
 import math
@@ -14,44 +14,19 @@ import xarray as xr
 from posterity.results.kind import Kind, kind_name
 
 KIND, KIND_VERSION = "audit", 1
-NUMBERS = {"figure": ("model", "measure"), "error": ("model", "measure"), "baseline": ("model", "measure")}
-WORDS = {
+HOLDS, FAILS, MIXED = "holds", "fails", "mixed"
+REFUSED = "not measured"  # the model or the text lacks what the clause needs
+NUMERIC_DIMS = {"figure": ("model", "measure"), "error": ("model", "measure"), "baseline": ("model", "measure")}
+TEXT_DIMS = {
     "verdict": ("model", "clause"), "reason": ("model", "clause"), "name": ("clause",), "statement": ("clause",),
     "formula": ("measure",), "expected": ("measure",), "units_of": ("measure",),
 }  # fmt: skip
-LABELS = {"model": "O", "clause": "i", "measure": "O", "of_clause": "i"}
-
-
-def _flaw(audit: xr.Dataset) -> str | None:
-    if kind_name(audit) != KIND:
-        return "it is something else"
-    if audit.attrs.get("kind_version") != KIND_VERSION:
-        return f"its version is {audit.attrs.get('kind_version')!r} and this is posterity for version {KIND_VERSION}"
-    for name, dims in {**NUMBERS, **WORDS}.items():
-        if name not in audit.variables:
-            return f"it has no {name!r}"
-        if audit[name].dims != dims:
-            return f"{name!r} has the dimensions {audit[name].dims} where {dims} belong"
-        if audit[name].dtype.kind not in ("f" if name in NUMBERS else "UO"):
-            return f"{name!r} holds {audit[name].dtype}"
-    for name, sort in LABELS.items():
-        if name not in audit.coords or (audit[name].dtype.kind in "UO") != (sort == "O"):
-            return f"its coordinate {name!r} is missing or wrong"
-    if not set(audit.verdict.values.ravel().tolist()) <= {HOLDS, FAILS, MIXED, REFUSED}:
-        return "a verdict is none of holds, fails, mixed, not measured"
-    unknown = [name for name, one in audit.variables.items() if one.dtype.kind not in "fiUO"]
-    return f"{unknown[0]!r} holds {audit[unknown[0]].dtype}" if unknown else None
-
-
-HOLDS, FAILS, MIXED = "holds", "fails", "mixed"
-
-
-REFUSED = "not measured"  # what the row needs, this model or text has not
+COORDINATES = {"model": "text", "clause": "int", "measure": "text", "of_clause": "int"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a row, with its standard error and what chance or counting predicts."""
+    """One number of a clause, with its standard error and what chance or counting predicts."""
 
     name: str
     value: float
@@ -64,12 +39,34 @@ class Figure:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one row found on one model."""
+    """The outcome of one clause on one model."""
 
     figures: Sequence[Figure]
     verdict: str
-    reason: str  # one sentence; in which layers and heads, where the verdict is mixed
-    variables: Mapping[str, xr.DataArray] = field(default_factory=dict)  # with units and long_name; names of the row
+    reason: str  # one sentence; names layers and heads where the verdict is mixed
+    variables: Mapping[str, xr.DataArray] = field(default_factory=dict)  # by names that begin with the clause's prefix
+
+
+def _flaw(audit: xr.Dataset) -> str | None:
+    """Return the first flaw as half a sentence; None if there is none."""
+    if kind_name(audit) != KIND:
+        return "it is something else"
+    if audit.attrs.get("kind_version") != KIND_VERSION:
+        return f"its version is {audit.attrs.get('kind_version')!r} and this is posterity for version {KIND_VERSION}"
+    for name, dims in {**NUMERIC_DIMS, **TEXT_DIMS}.items():
+        if name not in audit.variables:
+            return f"it has no {name!r}"
+        if audit[name].dims != dims:
+            return f"{name!r} has the dimensions {audit[name].dims} where {dims} belong"
+        if audit[name].dtype.kind not in ("f" if name in NUMERIC_DIMS else "UO"):
+            return f"{name!r} holds {audit[name].dtype}"
+    for name, kind in COORDINATES.items():
+        if name not in audit.coords or (audit[name].dtype.kind in "UO") != (kind == "text"):
+            return f"its coordinate {name!r} is missing or wrong"
+    if not set(audit.verdict.values.ravel().tolist()) <= {HOLDS, FAILS, MIXED, REFUSED}:
+        return "a verdict is none of holds, fails, mixed, not measured"
+    unknown = [name for name, variable in audit.variables.items() if variable.dtype.kind not in "fiUO"]
+    return f"{unknown[0]!r} holds {audit[unknown[0]].dtype}" if unknown else None
 
 
 AUDIT = Kind(

@@ -1,4 +1,8 @@
-"""The Dataset of compared runs: its check, and losses and gaps of every arm."""
+"""The Dataset of compared runs: loss and myopia gap of every arm, and validation.
+
+`loss` (run, document, position), with `folder`, `arm` and `seed` (run). An arm is a horizon that runs were trained
+under, over one or more seeds; the plain runs are the arm "vanilla".
+"""
 
 import math
 
@@ -8,47 +12,48 @@ import xarray as xr
 from posterity.results.kind import Kind
 
 KIND = "comparison"
-
-
 VANILLA = "vanilla"  # the arm of the plain runs
-
-
-FORM = {  # dimensions and kinds of numbers
+DIMS_AND_DTYPES = {  # dimensions, and kinds of numpy's dtypes
     "loss": (("run", "document", "position"), "f"), "folder": (("run",), "UO"), "arm": (("run",), "UO"),
     "seed": (("run",), "iu"), "document": (("document",), "iu"), "position": (("position",), "iu"),
 }  # fmt: skip
 
 
-def gaps(compared: xr.Dataset) -> xr.Dataset:
-    """Loss and myopia gap of every arm, over the seeds it was trained with.
+def myopia_gaps(comparison: xr.Dataset) -> xr.Dataset:
+    """Return loss and myopia gap of every arm, over the seeds it was trained with.
 
-    `loss` (arm), `gap` (arm), `gap_by_position` (arm, position); each with an `_error`: the root of the sum of two
-    squared standard errors, over documents (of the mean over seeds) and over seeds (of the mean over documents; left
-    out with one seed). `seeds` (arm).
+    The gap of a run is its held-out loss minus that of the plain run of the same seed.
+
+    Returns:
+        `loss`, `gap`: dims (arm); `gap_by_position`: dims (arm, position); in the units of the comparison's loss.
+        Each with an `_error`: the root of the sum of two squared standard errors, over documents (of the mean over
+        seeds) and over seeds (of the mean over documents; left out with one seed).
+        `seeds`: number of seeds, dims (arm).
     """
-    arms = list(dict.fromkeys([VANILLA, *map(str, compared.arm.values)]))
-    rows: dict[str, list] = {name: [] for name in ("loss", "gap", "gap_by_position")}
-    errors: dict[str, list] = {name: [] for name in rows}
+    arms = list(dict.fromkeys([VANILLA, *map(str, comparison.arm.values)]))
+    means: dict[str, list] = {name: [] for name in ("loss", "gap", "gap_by_position")}
+    errors: dict[str, list] = {name: [] for name in means}
     seeds = []
-    plain = {int(seed): compared.loss[at].values for at, seed in enumerate(compared.seed.values)
-             if str(compared.arm.values[at]) == VANILLA}  # fmt: skip
+    plain_losses = {
+        int(seed): comparison.loss[index].values for index, seed in enumerate(comparison.seed.values)
+        if str(comparison.arm.values[index]) == VANILLA
+    }  # fmt: skip
     for arm in arms:
-        at = [index for index, other in enumerate(compared.arm.values) if str(other) == arm]
-        loss = compared.loss.values[at]  # seed, document, position
-        gap = loss - np.stack([plain[int(compared.seed.values[index])] for index in at])
-        seeds.append(len(at))
+        runs = [index for index, name in enumerate(comparison.arm.values) if str(name) == arm]
+        loss = comparison.loss.values[runs]  # seed, document, position
+        gap = loss - np.stack([plain_losses[int(comparison.seed.values[index])] for index in runs])
+        seeds.append(len(runs))
         for name, values in (("loss", loss.mean(2)), ("gap", gap.mean(2)), ("gap_by_position", gap)):
-            rows[name].append(values.mean((0, 1)))
+            means[name].append(values.mean((0, 1)))
             errors[name].append(_error(values))
-    found = {name: (("arm", "position")[: np.ndim(rows[name])], np.stack(rows[name])) for name in rows}
-    found |= {f"{name}_error": (found[name][0], np.stack(errors[name])) for name in rows}
-    return xr.Dataset(
-        {**found, "seeds": ("arm", seeds)}, {"arm": arms, "position": compared.position.values}, compared.attrs
-    )
+    variables = {name: (("arm", "position")[: np.ndim(means[name])], np.stack(means[name])) for name in means}
+    variables |= {f"{name}_error": (variables[name][0], np.stack(errors[name])) for name in means}
+    coords = {"arm": arms, "position": comparison.position.values}
+    return xr.Dataset({**variables, "seeds": ("arm", seeds)}, coords, comparison.attrs)
 
 
 def _error(values: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over seeds and documents (the first two axes)."""
+    """Return the standard error of the mean over seeds and documents (the first two axes)."""
     total = np.zeros(values.shape[2:])
     for axis in (0, 1):
         means, number = values.mean(1 - axis), values.shape[axis]
@@ -57,23 +62,24 @@ def _error(values: np.ndarray) -> np.ndarray:
     return np.sqrt(total) if max(values.shape[:2]) > 1 else total * math.nan
 
 
-def _flaw(compared: xr.Dataset) -> str | None:
-    """The first thing wrong, as half a sentence; None if nothing is."""
-    for name, (dims, kinds) in FORM.items():
-        if name not in compared.variables:
+def _flaw(comparison: xr.Dataset) -> str | None:
+    """Return the first flaw as half a sentence; None if there is none."""
+    for name, (dims, dtypes) in DIMS_AND_DTYPES.items():
+        if name not in comparison.variables:
             return f"it has no {name!r}"
-        if compared[name].dims != dims or compared[name].dtype.kind not in kinds:
-            return f"{name!r} is {compared[name].dtype} by {', '.join(map(str, compared[name].dims)) or 'nothing'}"
-    if 0 in compared.sizes.values():
+        variable = comparison[name]
+        if variable.dims != dims or variable.dtype.kind not in dtypes:
+            return f"{name!r} is {variable.dtype} by {', '.join(map(str, variable.dims)) or 'nothing'}"
+    if 0 in comparison.sizes.values():
         return "it holds nothing"
-    missing = {"data", "steps"} - set(compared.attrs) or {"units"} - set(compared.loss.attrs)
+    missing = {"data", "steps"} - set(comparison.attrs) or {"units"} - set(comparison.loss.attrs)
     if missing:
         return f"it does not say its {min(missing)}"
-    if np.isinf(compared.loss.values).any():
+    if np.isinf(comparison.loss.values).any():
         return "a loss is infinite"
-    runs = [(str(arm), int(seed)) for arm, seed in zip(compared.arm.values, compared.seed.values, strict=True)]
-    plain = {seed for arm, seed in runs if arm == VANILLA}
-    if len(set(runs)) < len(runs) or not {seed for _, seed in runs} <= plain:
+    runs = [(str(arm), int(seed)) for arm, seed in zip(comparison.arm.values, comparison.seed.values, strict=True)]
+    plain_seeds = {seed for arm, seed in runs if arm == VANILLA}
+    if len(set(runs)) < len(runs) or not {seed for _, seed in runs} <= plain_seeds:
         return "not every run has one plain run of its seed beside it"
     return None
 

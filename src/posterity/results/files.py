@@ -1,43 +1,53 @@
-"""Results, audits and comparisons as netCDF files: one way out, one way in."""
+"""Save and load the three kinds of Dataset (result, audit, comparison) as netCDF files."""
 
 import os
 from pathlib import Path
 
 import xarray as xr
 
-from posterity.atomic_files import writable, write_whole
+from posterity.atomic_files import check_output_path, write_atomically
 from posterity.errors import InputError
-from posterity.results import netcdf
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON
 from posterity.results.kind import Kind, kind_name
+from posterity.results.netcdf import pack, read_netcdf
 from posterity.results.schema import RESULT
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (RESULT, AUDIT, COMPARISON)}
 
 
 def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Write a result, an audit or a comparison as compressed netCDF, whole or not at all.
+    """Write a result, an audit or a comparison as compressed netCDF; the file is complete or is not changed.
+
+    Args:
+        dataset: What `posterity.measure`, `audit` or `compare` returned.
+        path: The file; replaced if it exists.
 
     Returns:
         The path.
 
     Raises:
-        InputError: The Dataset is of no kind, or has a flaw; the file cannot be written.
+        InputError: The Dataset is none of the three, or not a valid one; the file cannot be written.
     """
     kind = KINDS.get(kind_name(dataset), RESULT)
-    target = writable(path)
-    write_whole(target, netcdf.packed(kind.check(dataset)))
+    target = check_output_path(path)
+    write_atomically(target, pack(kind.check(dataset)))
     return Path(path)
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read a result, an audit or a comparison into memory and close the file.
 
+    Args:
+        path: A file that `save` or the command line wrote.
+
+    Returns:
+        The Dataset as it was saved.
+
     Raises:
-        InputError: The file holds none of them, or is damaged.
+        InputError: The file does not exist, holds none of the three, or is damaged.
     """
-    dataset = netcdf.read(path)
+    dataset = read_netcdf(path)
     name = kind_name(dataset)
     if name not in KINDS:
         raise InputError(f"{path}: expected a result, an audit or a comparison of posterity; it is of kind {name!r}")

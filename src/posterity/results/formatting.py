@@ -1,27 +1,41 @@
-"""Numbers and names in words: shares in percent, numbers with their errors, tokens, lists of layers and heads."""
+"""Values as text and as JSON: numbers with their standard errors, shares in percent, tokens, lists of layers."""
 
 import math
+from typing import Any
 
 import numpy as np
 
-
-def named(chosen: np.ndarray, what: str = "layer", most: int = 8) -> str:
-    """Parts in words: "layers 0, 3 and 7", "heads L0 H3, L2 H1 and 12 more"; "" for none."""
-    at = np.argwhere(chosen)
-    if not len(at):
-        return ""
-    words = [str(one[0]) if len(one) == 1 else f"L{one[0]} H{one[1]}" for one in at]
-    if len(words) > most:
-        words = [*words[:most], f"{len(words) - most} more"]
-    listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"{what}{'s' * (len(words) > 1)} {listed}"
+UNKNOWN = "–"  # stands for a value that is not known
 
 
-UNKNOWN = "–"
+def value_with_error(value: float, error: float = math.nan, empty: str = UNKNOWN) -> str:
+    """Format a number with as many digits as its error allows, four significant ones without: "0.123 ± 0.004".
+
+    Args:
+        value: The number.
+        error: Its standard error; NaN for none.
+        empty: The text for a value that is not finite.
+    """
+    if not math.isfinite(value):
+        return empty
+    if error == 0:
+        return f"{value_with_error(value)} ± 0"
+    if not math.isfinite(error) or error < 0:
+        return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    if digits > 6 or abs(value) >= 1e6:
+        return f"{value:.2e} ± {error:.1e}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def fixed_with_error(value: float, error: float, sign: str = "") -> str:
+    """Format a number to four decimals, with its standard error where there is one; sign="+" shows every sign."""
+    value = 0.0 if abs(value) < 5e-5 else value  # no "-0.0000"
+    return f"{value:{sign}.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
 
 
 def percent(share: float, error: float = math.nan) -> str:
-    """A share in percent with its standard error, if there is one."""
+    """Format a share in percent, with its standard error where there is one: "12.3 ± 0.4 %"."""
     if math.isnan(share):
         return UNKNOWN
     digits = 2 if 0 < abs(share) < 0.01 or 0 < error < 0.0005 else 1
@@ -31,7 +45,7 @@ def percent(share: float, error: float = math.nan) -> str:
 
 
 def horizon_text(reach: float, smallest: int, largest: int) -> str:
-    """An effective horizon in words, given the ends of the curve it was read from."""
+    """Format an effective horizon, given the smallest and the largest horizon of the curve it was read from."""
     if math.isnan(reach):
         return UNKNOWN
     if math.isinf(reach):
@@ -41,9 +55,50 @@ def horizon_text(reach: float, smallest: int, largest: int) -> str:
     return f"{reach:.1f} tokens" if reach < 10 else tokens_text(reach)
 
 
-def tokens_text(lag: float) -> str:
-    return UNKNOWN if math.isnan(lag) else f"{lag:.0f} token{'s' * (lag != 1)}"
+def tokens_text(number: float) -> str:
+    """Format a number of tokens: "1 token", "12 tokens"."""
+    return UNKNOWN if math.isnan(number) else f"{number:.0f} token{'s' * (number != 1)}"
 
 
 def number_text(value: float) -> str:
+    """Format a number to three decimals."""
     return UNKNOWN if math.isnan(value) else f"{value:.3f}"
+
+
+def list_parts(mask: np.ndarray, noun: str = "layer", most: int = 8) -> str:
+    """Name the True entries of a mask (layer,) or (layer, head): "layers 0, 3 and 7", "heads L0 H3 and 12 more".
+
+    Args:
+        mask: Which parts are named.
+        noun: What one part is called.
+        most: How many are named before the rest is counted.
+
+    Returns:
+        The names; "" for none.
+    """
+    indices = np.argwhere(mask)
+    if not len(indices):
+        return ""
+    names = [str(index[0]) if len(index) == 1 else f"L{index[0]} H{index[1]}" for index in indices]
+    if len(names) > most:
+        names = [*names[:most], f"{len(names) - most} more"]
+    sequence = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{noun}{'s' * (len(names) > 1)} {sequence}"
+
+
+def json_numbers(values: Any, digits: int | None = None) -> Any:
+    """Return numbers of any dimensions as nested lists for JSON; None for NaN and infinity.
+
+    Args:
+        values: What numpy makes an array of.
+        digits: Significant digits to round to; None keeps all.
+    """
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(entry) for entry in value]
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
+
+    return convert(np.asarray(values, dtype=float).tolist())

@@ -1,4 +1,4 @@
-"""The common interface of the three kinds of Dataset: result, audit and comparison."""
+"""The common interface of the three kinds of Dataset (result, audit, comparison): validation and its messages."""
 
 import os
 from collections.abc import Callable
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 import xarray as xr
 
 from posterity.errors import InputError
-from posterity.results.netcdf import plain
+from posterity.results.netcdf import portable_value
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of Dataset: how it names itself, what can be wrong with it, and how an error message speaks of it."""
+    """One kind of Dataset: its name, its validation, and the words of its error messages."""
 
     name: str  # attrs["kind"]; empty for a result
-    expected: str  # in a program
+    expected: str  # names the kind in an error about a Dataset in memory
     advice: str
-    expected_file: str  # on disk
+    expected_file: str  # names the kind in an error about a file
     file_advice: str
-    find_flaw: Callable[[xr.Dataset], str | None]  # the first flaw as half a sentence
-    restore: Callable[[xr.Dataset], xr.Dataset] = lambda dataset: dataset  # what a file does not keep
+    find_flaw: Callable[[xr.Dataset], str | None]  # the first flaw as half a sentence, or None
+    restore: Callable[[xr.Dataset], xr.Dataset] = lambda dataset: dataset  # adds what a file does not keep
 
     def check(self, dataset: object) -> xr.Dataset:
-        """Return the Dataset unchanged; raise InputError if it has a flaw."""
+        """Return the Dataset unchanged; raise InputError unless it is a valid one of this kind."""
         flaw = self.find_flaw(dataset) if isinstance(dataset, xr.Dataset) else f"{type(dataset).__name__} came"
         if flaw is not None:
             raise InputError(f"expected {self.expected}, but {flaw}; {self.advice}")
@@ -31,7 +31,7 @@ class Kind:
         return dataset
 
     def check_file(self, dataset: xr.Dataset, path: str | os.PathLike[str]) -> xr.Dataset:
-        """Return the Dataset of a file, restored; raise InputError if it has a flaw."""
+        """Return the Dataset that was read from a file, restored; raise InputError unless it is a valid one."""
         flaw = self.find_flaw(dataset)
         if flaw is not None:
             raise InputError(f"{path}: expected {self.expected_file}, but {flaw}; {self.file_advice}")
@@ -39,5 +39,5 @@ class Kind:
 
 
 def kind_name(dataset: object) -> str:
-    """Return the name of a Dataset's kind by its own account; empty for a result."""
-    return str(plain(getattr(dataset, "attrs", {}).get("kind")))
+    """Return the kind that a Dataset names in its attributes; empty for a result."""
+    return str(portable_value(getattr(dataset, "attrs", {}).get("kind")))

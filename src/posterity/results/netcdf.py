@@ -1,8 +1,8 @@
-"""Datasets as netCDF files: packed with a seal at the end; read only if the file holds what it claims, and no more.
+"""Write a Dataset as netCDF with a trailing SHA-256; validate the HDF5 structure of a file before opening it.
 
-HDF5 can hold more than numbers: links into other files, numbers kept in other files, filters that load code, sizes that
-nothing backs, attributes at which its C library crashes. Nothing of the kind is ever written here, so none of it is
-read: the form of a file is looked at before xarray and h5netcdf believe it.
+Threat model: a result file may come from anyone. HDF5 can hold more than arrays: links into other files, arrays stored
+in other files, filters that load code, sizes that nothing backs, attributes at which its C library crashes. None of
+this is ever written here, so none of it is read: the structure of a file is checked before xarray and h5netcdf open it.
 """
 
 import hashlib
@@ -13,35 +13,40 @@ import h5py
 import numpy as np
 import xarray as xr
 
-from posterity.errors import InputError, readable
+from posterity.errors import InputError, first_line, readable
 
-SEAL = b"\nposterity sha256 "  # and 64 digits behind what HDF5 reads: whatever happens to the bytes is found
-DENSEST = 1032  # to 1: no zlib stream unpacks to more
+SEAL = b"\nposterity sha256 "  # and 64 hex digits, after what HDF5 reads: any change of the bytes is found
+MAX_COMPRESSION = 1032  # to 1: no zlib stream unpacks to more
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
-BARE = b"This is a netCDF dimension but not a netCDF variable"  # how netCDF marks a dimension without numbers
-WORDS = 64  # in one attribute, read at a time in one variable
+BARE_DIMENSION = b"This is a netCDF dimension but not a netCDF variable"  # netCDF's mark of a dimension without values
+MAX_TEXTS = 64  # in one attribute; read at a time from one variable
 
 
-def packed(dataset: xr.Dataset) -> bytes:
-    """The file of a Dataset: texts made readable, compressed, every chunk with a checksum, the whole with a seal."""
-    dataset = _plain(dataset)
+def pack(dataset: xr.Dataset) -> bytes:
+    """Return the bytes of a Dataset's file: compressed netCDF with a checksum for each chunk, and the seal.
+
+    Control characters in texts and attributes are replaced first (`posterity.errors.readable`).
+    """
+    dataset = _portable(dataset)
     zlib = {"zlib": True, "complevel": 4, "fletcher32": True, "_FillValue": None}
-    encoding = {name: zlib for name, one in dataset.variables.items() if one.dtype.kind in "if" and one.ndim}
+    encoding = {name: zlib for name, array in dataset.variables.items() if array.dtype.kind in "if" and array.ndim}
     data = bytes(dataset.to_netcdf(engine="h5netcdf", encoding=encoding))
     return data + SEAL + hashlib.sha256(data).hexdigest().encode()
 
 
-def read(path: str | os.PathLike[str]) -> xr.Dataset:
-    """Read a file into memory and close it; texts are made readable. Takes at most `DENSEST` times the file's size.
+def read_netcdf(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read a file into memory and close it; texts are made readable.
+
+    Takes at most `MAX_COMPRESSION` times the file's size.
 
     Raises:
-        InputError: There is no such file, or it is damaged, claims what it does not hold, or is something else.
+        InputError: There is no such file, or it is damaged, claims values that it does not hold, or is no netCDF.
     """
     try:
-        found = os.path.isfile(path)
-    except ValueError:
-        found = False
-    if not found:
+        is_file = os.path.isfile(path)
+    except ValueError:  # a null character
+        is_file = False
+    if not is_file:
         reason = "is a folder" if os.path.isdir(path) else "does not exist or is no ordinary file"
         raise InputError(f"{path}: expected a result file of posterity, but it {reason}; check the path")
     try:
@@ -51,17 +56,17 @@ def read(path: str | os.PathLike[str]) -> xr.Dataset:
                 os.path.realpath(path), engine="h5netcdf", decode_times=False, mask_and_scale=False,
                 create_default_indexes=False, cache=False,
             ) as file:  # fmt: skip
-                return _plain(file.load())
+                return _portable(file.load())
     except Exception as error:  # a damaged file can fail anywhere inside HDF5, h5netcdf and xarray
-        flaw = f"it cannot be read: {next(iter(str(error).splitlines()), '')[:200] or type(error).__name__}"
+        flaw = f"it cannot be read: {first_line(error)[:200]}"
     raise InputError(
         f"{path}: expected a result file of posterity (netCDF), but {flaw}; it is damaged or something else: check the "
         "path, or make it again"
     )
 
 
-def plain(value: object) -> str | int | float:
-    """A value that every file can hold and every terminal can show."""
+def portable_value(value: object) -> str | int | float:
+    """Return a value as one that every file can hold and every terminal can show; None becomes ""."""
     if value is None:
         return ""
     if isinstance(value, (bool, int, np.bool_, np.integer)):
@@ -71,118 +76,119 @@ def plain(value: object) -> str | int | float:
     return readable(str(value))
 
 
-def _plain(dataset: xr.Dataset) -> xr.Dataset:
-    variables = {name: _plain_variable(one) for name, one in dataset.variables.items()}
+def _portable(dataset: xr.Dataset) -> xr.Dataset:
+    variables = {name: _portable_variable(variable) for name, variable in dataset.variables.items()}
     coords = {name: variables.pop(name) for name in dataset.coords}
-    return xr.Dataset(variables, coords, _plain_attributes(dataset.attrs))
+    return xr.Dataset(variables, coords, _portable_attributes(dataset.attrs))
 
 
-def _plain_variable(one: xr.Variable) -> xr.Variable:
-    values = one.values
+def _portable_variable(variable: xr.Variable) -> xr.Variable:
+    values = variable.values
     if values.dtype.kind in "OU":
         values = np.array([readable(str(text)) for text in values.ravel()], dtype=str).reshape(values.shape)
-    return xr.Variable(one.dims, values, _plain_attributes(one.attrs))
+    return xr.Variable(variable.dims, values, _portable_attributes(variable.attrs))
 
 
-def _plain_attributes(attrs: dict[Any, Any]) -> dict[str, Any]:
-    return {str(name): plain(value) for name, value in attrs.items()}
+def _portable_attributes(attrs: dict[Any, Any]) -> dict[str, Any]:
+    return {str(name): portable_value(value) for name, value in attrs.items()}
 
 
-# ---- the form of a file
+# ---- the structure of a file
 
 
 def _flaw(path: str) -> str | None:
-    """The first thing wrong with a file, as half a sentence; None if nothing is."""
-    if _seal_is_broken(path):
+    """Return the first flaw of a file as half a sentence; None if there is none."""
+    if _has_broken_seal(path):
         return "it cannot be read: its bytes are not those that were written"
-    size, held = os.path.getsize(path), 0
+    file_size, stored = os.path.getsize(path), 0
     with h5py.File(path, "r") as file:
         flaw = _flaw_of_attributes(file)
         for name in file if flaw is None else ():
             if not isinstance(file.get(name, getlink=True), h5py.HardLink):
                 return f"{name!r} is a link to something else"
-            one = file[name]
-            if not isinstance(one, h5py.Dataset):
+            array = file[name]
+            if not isinstance(array, h5py.Dataset):
                 return f"{name!r} is no array"
-            held += one.id.get_storage_size()
-            flaw = _flaw_of_attributes(one) or _flaw_of_array(one, size)
-            if flaw is None and held > size:
+            stored += array.id.get_storage_size()
+            flaw = _flaw_of_attributes(array) or _flaw_of_array(array, file_size)
+            if flaw is None and stored > file_size:
                 flaw = "takes more room than the file has"
             if flaw is not None:
                 return f"{name!r} {flaw}"
         return f"it {flaw}" if flaw else None
 
 
-def _seal_is_broken(path: str) -> bool:
-    """Whether there is a seal that is not that of the bytes before it; files of other programs have none."""
+def _has_broken_seal(path: str) -> bool:
+    """Compare the seal with the bytes before it; files of other programs have no seal, so none that is broken."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = max(0, size - len(SEAL) - 64)
         file.seek(start)
-        end = file.read()
-        at = end.find(SEAL)
-        if at < 0:
+        tail = file.read()
+        offset = tail.find(SEAL)
+        if offset < 0:
             return False
         file.seek(0)
-        state, left = hashlib.sha256(), start + at
-        while left and (some := file.read(min(left, 1 << 20))):
-            state.update(some)
-            left -= len(some)
-        return state.hexdigest().encode() != end[at + len(SEAL) :]
+        digest, remaining = hashlib.sha256(), start + offset
+        while remaining and (block := file.read(min(remaining, 1 << 20))):
+            digest.update(block)
+            remaining -= len(block)
+        return digest.hexdigest().encode() != tail[offset + len(SEAL) :]
 
 
-def _flaw_of_attributes(one: Any) -> str | None:
-    """Looks at types and sizes only: the C library reads what it takes for references without asking."""
-    for index in range(h5py.h5a.get_num_attrs(one.id)):
-        attribute = h5py.h5a.open(one.id, index=index)
+def _flaw_of_attributes(node: Any) -> str | None:
+    """Check the types and sizes of attributes, not their values: the C library reads references without checks."""
+    for index in range(h5py.h5a.get_num_attrs(node.id)):
+        attribute = h5py.h5a.open(node.id, index=index)
         kind, name = attribute.get_type(), attribute.name
         simple = kind.get_class() in (h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.STRING)
         if name == b"DIMENSION_LIST":
             simple = kind.get_class() == h5py.h5t.VLEN and kind.get_super().get_class() == h5py.h5t.REFERENCE
-            simple = simple and attribute.shape == (len(one.shape),)
+            simple = simple and attribute.shape == (len(node.shape),)
         elif name == b"REFERENCE_LIST":
             simple = kind.get_class() == h5py.h5t.COMPOUND
         elif name in (b"CLASS", b"NAME"):
             simple = kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str() and attribute.shape == ()
         elif simple and kind.get_class() == h5py.h5t.STRING:
-            simple = int(np.prod(attribute.shape)) <= WORDS
+            simple = int(np.prod(attribute.shape)) <= MAX_TEXTS
         if not simple or attribute.get_space().get_simple_extent_type() == h5py.h5s.NULL:
             return f"has an attribute {name.decode('utf-8', 'replace')[:80]!r} of a kind that is never written"
     return None
 
 
-def _flaw_of_array(one: h5py.Dataset, size: int) -> str | None:
-    """Whether the numbers are in this file, packed as here, and as many as it says."""
-    made = one.id.get_create_plist()
-    if one.is_virtual or made.get_external_count():
+def _flaw_of_array(array: h5py.Dataset, file_size: int) -> str | None:
+    """Check that an array's values are in this file, compressed as `pack` does it, and as many as its shape says."""
+    creation = array.id.get_create_plist()
+    if array.is_virtual or creation.get_external_count():
         return "is kept in another file"
-    if not {made.get_filter(index)[0] for index in range(made.get_nfilters())} <= FILTERS:
+    if not {creation.get_filter(index)[0] for index in range(creation.get_nfilters())} <= FILTERS:
         return "is packed by a filter that is never used"
-    words = h5py.check_string_dtype(one.dtype)
-    if one.shape is None or (words is None and one.dtype.kind not in "iuf"):
-        return f"holds {one.dtype}"
-    if "NAME" in one.attrs and bytes(np.bytes_(one.attrs["NAME"])).startswith(BARE):
+    text_type = h5py.check_string_dtype(array.dtype)
+    if array.shape is None or (text_type is None and array.dtype.kind not in "iuf"):
+        return f"holds {array.dtype}"
+    if "NAME" in array.attrs and bytes(np.bytes_(array.attrs["NAME"])).startswith(BARE_DIMENSION):
         return None
-    claimed, held = one.size * one.dtype.itemsize, one.id.get_storage_size()
-    whole = held > 0 or not claimed
-    if one.chunks is not None:
-        wanted = [-(-length // chunk) for length, chunk in zip(one.shape, one.chunks, strict=True)]
-        whole = whole and one.id.get_num_chunks() == int(np.prod(wanted, dtype=object))
-        whole = whole and all(chunk <= length for length, chunk in zip(one.shape, one.chunks, strict=True))
-    if not whole or claimed > (DENSEST * held if made.get_nfilters() else held):
-        return f"claims {one.size:,} values that are not in it"
-    if words is not None and claimed:
-        return _flaw_of_words(one, size)
+    claimed, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
+    complete = stored > 0 or not claimed
+    if array.chunks is not None:
+        chunks = [-(-length // chunk) for length, chunk in zip(array.shape, array.chunks, strict=True)]
+        complete = complete and array.id.get_num_chunks() == int(np.prod(chunks, dtype=object))
+        complete = complete and all(chunk <= length for length, chunk in zip(array.shape, array.chunks, strict=True))
+    if not complete or claimed > (MAX_COMPRESSION * stored if creation.get_nfilters() else stored):
+        return f"claims {array.size:,} values that are not in it"
+    if text_type is not None and claimed:
+        return _flaw_of_texts(array, file_size)
     return None
 
 
-def _flaw_of_words(one: h5py.Dataset, size: int) -> str | None:
-    """A few signs can stand for many: each text of a variable may point at the same long one."""
+def _flaw_of_texts(array: h5py.Dataset, file_size: int) -> str | None:
+    """Check the size of an array of texts once read: all of its elements may point at the same long text."""
     total = longest = 0
-    for start in range(0, one.shape[0] if one.shape else 1, WORDS):
-        some = one[start : start + WORDS] if one.shape else one[()]
-        for text in np.ravel(np.asarray(some, dtype=object)):
+    for start in range(0, array.shape[0] if array.shape else 1, MAX_TEXTS):
+        block = array[start : start + MAX_TEXTS] if array.shape else array[()]
+        for text in np.ravel(np.asarray(block, dtype=object)):
             total, longest = total + len(text), max(longest, len(text))
-        if total > size or 4 * longest * int(one.size or 0) > 100 * size + (1 << 20):  # as numpy will hold them
+        # numpy holds four bytes a character, and every text as long as the longest
+        if total > file_size or 4 * longest * int(array.size or 0) > 100 * file_size + (1 << 20):
             return "claims more text than is in it"
     return None

@@ -1,6 +1,6 @@
-"""The labelled result: its schema, and its file (netCDF, written whole or not at all).
+"""The Dataset of a result: its schema (every variable's dimensions, units and long name), construction, validation.
 
-A result is an `xarray.Dataset` that holds sums and counts only; what is divided is divided in derived.py, once.
+A result holds sums and counts only; ratios are formed in `posterity.stats`, once.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,10 +11,10 @@ import xarray as xr
 
 from posterity.axes import LOSS_TERMS, PAIRS, PARTS, SIDES, STREAMS, TERMS, WRITTEN
 from posterity.results.kind import Kind
-from posterity.results.netcdf import plain
+from posterity.results.netcdf import portable_value
 
 SCHEMA_VERSION = 1
-LABELS = {
+AXIS_LABELS = {
     "stream": STREAMS,
     "side": SIDES,
     "term": TERMS,
@@ -27,12 +27,12 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One variable of the schema; `kind` is "float" (float64), "int" (int64) or "str"."""
+    """One variable of the schema."""
 
     dims: tuple[str, ...]
     units: str
     long_name: str
-    kind: str = "float"
+    kind: str = "float"  # "float" (float64), "int" (int64) or "str"
     required: bool = True
 
 
@@ -105,7 +105,7 @@ SCHEMA = {
         ("layer", "written", "loss_position", "position"), "nats", "norm of the gradient of one loss", required=False
     ),
 }  # fmt: skip
-TOGETHER = (
+GROUPS = (  # optional variables that a result has all of, or none
     ("weight_by_document", "weight_mean"),
     ("loss_credit", "loss_gram", "loss_credit_by_document", "hidden", "hidden_by_document"),
     ("inspect_credit", "inspect_norm", "token"),
@@ -113,7 +113,7 @@ TOGETHER = (
 _DTYPES = {"float": np.dtype("float64"), "int": np.dtype("int64")}
 
 
-def build(
+def build_result(
     variables: Mapping[str, np.ndarray],
     *,
     modules: Sequence[str],
@@ -123,20 +123,20 @@ def build(
     attrs: Mapping[str, object],
     **coordinates: Sequence[object] | np.ndarray,
 ) -> xr.Dataset:
-    """Put the sums into one labelled Dataset; shapes as in `SCHEMA`. A wrong shape or name is a bug of the caller.
+    """Build a result from its sums. A wrong shape or name is a bug of the caller.
 
     Args:
-        variables: arrays by the names of `SCHEMA`.
-        modules: name of each attention layer, in order.
-        lag: first lag of each bin; the first bin is lag 0 alone.
-        lag_end: last lag of each bin, inclusive.
-        texts: for each window the name of the text it came from.
-        attrs: provenance; None becomes "".
-        coordinates: those that only some results have: `parameter`, `horizon`, `token`.
+        variables: Arrays by the names of `SCHEMA`, of its dimensions and units.
+        modules: Name of each attention layer, in order.
+        lag: First lag of each bin; the first bin is lag 0 alone.
+        lag_end: Last lag of each bin, inclusive.
+        texts: For each window the name of the text it came from.
+        attrs: Provenance; None becomes "".
+        coordinates: Those that only some results have: `parameter`, `horizon`, `token`.
     """
     head, position = np.shape(variables["credit"])[1], np.shape(variables["credit_by_position"])[-1]
     values = {
-        **{name: np.array(labels) for name, labels in LABELS.items()}, **coordinates,
+        **{name: np.array(labels) for name, labels in AXIS_LABELS.items()}, **coordinates,
         "loss_position": np.arange(position),
         "layer": np.arange(len(modules)), "module": _texts(modules), "head": np.arange(head),
         "lag": np.asarray(lag), "lag_end": np.asarray(lag_end), "position": np.arange(position),
@@ -150,34 +150,32 @@ def build(
         for name, entry in COORDINATES.items()
         if entry.required or (name in values and (name in used or name == "token"))
     }
-    provenance = {name: plain(value) for name, value in attrs.items()}
+    provenance = {name: portable_value(value) for name, value in attrs.items()}
     result = xr.Dataset(data, coords, {**provenance, "schema_version": SCHEMA_VERSION})
     flaw = _flaw(result)
     assert flaw is None, flaw
     return result
 
 
-def extended(
+def extend_result(
     result: xr.Dataset, variables: Mapping[str, np.ndarray], **coordinates: Sequence[object] | np.ndarray
 ) -> xr.Dataset:
-    """The result with more variables of the schema, and their coordinates."""
+    """Add variables of the schema, and their coordinates, to a result."""
     values = {"written": WRITTEN, "loss_position": result.position.values, **coordinates}
     used = {dim for name in variables for dim in SCHEMA[name].dims} | set(coordinates)
-    more = result.assign({name: _variable(SCHEMA[name], array) for name, array in variables.items()})
-    return RESULT.check(
-        more.assign_coords(
-            {name: _variable(COORDINATES[name], np.asarray(array)) for name, array in values.items() if name in used}
-        )
-    )
+    data = {name: _variable(SCHEMA[name], array) for name, array in variables.items()}
+    coords = {name: _variable(COORDINATES[name], np.asarray(array)) for name, array in values.items() if name in used}
+    return RESULT.check(result.assign(data).assign_coords(coords))
 
 
 def _flaw(result: xr.Dataset) -> str | None:
+    """Return the first flaw as half a sentence; None if there is none."""
     return _flaw_of_form(result) or _flaw_of_values(result)
 
 
 def _flaw_of_form(result: xr.Dataset) -> str | None:
-    """The first thing wrong with names, dimensions and kinds, as half a sentence; None if nothing is."""
-    version = plain(result.attrs.get("schema_version"))
+    """Return the first flaw of names, dimensions and dtypes."""
+    version = portable_value(result.attrs.get("schema_version"))
     if version != SCHEMA_VERSION:
         return f"its schema version is {version!r} and this is posterity for version {SCHEMA_VERSION}"
     for name, entry in {**COORDINATES, **SCHEMA}.items():
@@ -193,10 +191,10 @@ def _flaw_of_form(result: xr.Dataset) -> str | None:
             return f"{name!r} holds {variable.dtype} where text belongs"
         if entry.kind != "str" and variable.dtype.newbyteorder("=") != _DTYPES[entry.kind]:
             return f"{name!r} holds {variable.dtype} where {_DTYPES[entry.kind]} belongs"
-        bare = next((dim for dim in dims if dim not in result.variables), None)
-        if bare is not None:
-            return f"{name!r} has no coordinate {bare!r}"
-    for group in TOGETHER:
+        missing_dim = next((dim for dim in dims if dim not in result.variables), None)
+        if missing_dim is not None:
+            return f"{name!r} has no coordinate {missing_dim!r}"
+    for group in GROUPS:
         missing = [name for name in group if name not in result.variables]
         if 0 < len(missing) < len(group):
             return f"it has no {missing[0]!r}"
@@ -207,8 +205,8 @@ def _flaw_of_form(result: xr.Dataset) -> str | None:
 
 
 def _flaw_of_values(result: xr.Dataset) -> str | None:
-    """The first thing wrong with the values, as half a sentence; None if nothing is."""
-    for name, labels in LABELS.items():
+    """Return the first flaw of the values."""
+    for name, labels in AXIS_LABELS.items():
         if name in result.variables and tuple(result[name].values) != labels:
             return f"the labels of {name!r} are {list(map(str, result[name].values))} where {list(labels)} belong"
     for name in ("layer", "head", "position", "document", "loss_position"):
@@ -244,11 +242,11 @@ def _variable(entry: Entry, values: object, dims: Sequence[Hashable] | None = No
 
 
 def _texts(values: Sequence[object] | np.ndarray) -> np.ndarray:
-    return np.array([str(plain(str(value))) for value in values], dtype=str)
+    return np.array([str(portable_value(str(value))) for value in values], dtype=str)
 
 
 def _restore(result: xr.Dataset) -> xr.Dataset:
-    """Give the variables of a file the schema's own types, units and names."""
+    """Give the variables of a file the dtypes, units and long names of the schema."""
     entries = {**SCHEMA, **COORDINATES}
     variables = {
         name: _variable(entries[str(name)], variable.values, variable.dims)

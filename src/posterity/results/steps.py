@@ -1,4 +1,4 @@
-"""One model at several steps of its training: its checkpoints, and their results along a dimension `step`."""
+"""Results of one model at several steps of its training, joined along a dimension `step` and split again."""
 
 import os
 from collections.abc import Mapping
@@ -6,43 +6,40 @@ from collections.abc import Mapping
 import xarray as xr
 
 from posterity.errors import InputError
-from posterity.results import schema as results
-
-_ATTRS = {"units": results.COORDINATES["step"].units, "long_name": results.COORDINATES["step"].long_name}
+from posterity.results.schema import COORDINATES, RESULT
 
 
-def over_steps(measured: Mapping[int, xr.Dataset]) -> xr.Dataset:
-    """Results of one model at several steps of its training, along a new dimension `step` of every variable.
+def join_steps(results: Mapping[int, xr.Dataset]) -> xr.Dataset:
+    """Join the results of several training steps along a new first dimension `step` of every variable.
+
+    Args:
+        results: By training step.
+
+    Returns:
+        One result, steps in order; its attributes are those of the last step.
 
     Raises:
         InputError: There is none, or they were not measured in the same way.
     """
-    if not measured:
+    if not results:
         raise InputError("expected a result of at least one step; got none")
-    steps = sorted(measured)
-    first = measured[steps[0]]
+    steps = sorted(results)
+    first = results[steps[0]]
     for step in steps[1:]:
-        if dict(measured[step].sizes) != dict(first.sizes) or set(measured[step].variables) != set(first.variables):
+        if dict(results[step].sizes) != dict(first.sizes) or set(results[step].variables) != set(first.variables):
             raise InputError(f"the results of step {steps[0]} and step {step} were not measured in the same way")
-    names = list(dict.fromkeys(str(measured[step].attrs.get("model", "")) for step in steps))
+    models = list(dict.fromkeys(str(results[step].attrs.get("model", "")) for step in steps))
+    attrs = {"units": COORDINATES["step"].units, "long_name": COORDINATES["step"].long_name}
     joined = xr.concat(
-        [measured[step] for step in steps], xr.DataArray(steps, dims="step", name="step", attrs=_ATTRS),
+        [results[step] for step in steps], xr.DataArray(steps, dims="step", name="step", attrs=attrs),
         data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override",
     )  # fmt: skip
-    joined.attrs = {**measured[steps[-1]].attrs, "model": _common(names)}
-    return results.RESULT.check(joined)
+    joined.attrs = {**results[steps[-1]].attrs, "model": _common_name(models)}
+    return RESULT.check(joined)
 
 
-def _common(names: list[str]) -> str:
-    """One name for the models of all steps: the folder that holds them, where they are folders."""
-    if len(names) == 1:
-        return names[0]
-    folder = os.path.commonpath(names) if len({os.path.isabs(name) for name in names}) == 1 else ""
-    return folder or ", ".join(names)
-
-
-def by_step(result: xr.Dataset) -> dict[int, xr.Dataset]:
-    """The result of every step; one without steps is that of step 0."""
+def split_steps(result: xr.Dataset) -> dict[int, xr.Dataset]:
+    """Return the result of every step, without the dimension; a result without steps is that of step 0."""
     if "step" not in result.dims:
         return {0: result}
     return {
@@ -51,6 +48,14 @@ def by_step(result: xr.Dataset) -> dict[int, xr.Dataset]:
     }
 
 
-def latest(result: xr.Dataset) -> xr.Dataset:
-    """The result of the last step."""
-    return list(by_step(result).values())[-1]
+def latest_step(result: xr.Dataset) -> xr.Dataset:
+    """Return the result of the last step."""
+    return list(split_steps(result).values())[-1]
+
+
+def _common_name(models: list[str]) -> str:
+    """Return one name for the models of all steps: the folder that holds them, where they are folders."""
+    if len(models) == 1:
+        return models[0]
+    folder = os.path.commonpath(models) if len({os.path.isabs(name) for name in models}) == 1 else ""
+    return folder or ", ".join(models)

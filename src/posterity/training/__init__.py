@@ -1,4 +1,4 @@
-"""Train under a horizon, and compare what it costs.
+"""Training under a horizon, and its cost in held-out loss.
 
 In reading order: `trainer`, `monitor` (measure while training), `settings`, `tasks`, `data`, `run` (a run is a folder),
 `compare`, `myopia`.

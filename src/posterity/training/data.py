@@ -1,4 +1,4 @@
-"""The rows of a training run: a built-in task's, or windows of text, to train on and to judge by."""
+"""The rows of a training run, for training and held out: from a built-in task, or windows of text."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,26 +8,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from posterity.inputs import text_sources as sources
-from posterity.inputs import windows as corpus
+from posterity.inputs.text_sources import SkippedLines, open_documents
+from posterity.inputs.windows import TextStream, cut_windows
 from posterity.training.settings import Settings
 
 HELD_OUT = 0.1  # every tenth of many texts; of few texts the end of each
 HELD_OUT_ROWS = 512  # of a task
 HELD_OUT_SEED = 1_000_003  # the same rows for all runs of a task
-VOCABULARY = 1024  # of the tokenizer made for a model from scratch
+VOCABULARY = 1024  # of the tokenizer trained for a model from scratch
+REGRESSOR_VOCABULARY = 64  # of a task without tokens: GPT-2's config asks for one
+
+Texts = list[tuple[str, str]]  # names and texts
 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows to train on and rows to judge by: `input_ids` and `labels` each."""
+    """Training rows and held-out rows, each as inputs and labels of equal length."""
 
     train: tuple[Tensor, Tensor]
     held_out: tuple[Tensor, Tensor]
     vocabulary: int
     context: int
     tokenizer: Any = None
-    skipped: sources.Skipped | None = None
+    skipped: SkippedLines | None = None
 
     @property
     def digest(self) -> str:
@@ -40,26 +43,30 @@ class Data:
 
 
 class Rows(Dataset):
-    """Rows as the Trainer wants them."""
+    """Inputs and labels as a torch Dataset for the Trainer."""
 
     def __init__(self, inputs: Tensor, labels: Tensor):
-        """Keep them; nothing is copied."""
+        """Hold both tensors without a copy; rows are their first axis."""
         self.inputs, self.labels = inputs, labels
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of rows."""
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One row."""
+        """Return one row as the arguments of a model."""
         return {"input_ids": self.inputs[index], "labels": self.labels[index]}
 
 
-def prepare(settings: Settings, tokenizer: Any = None) -> Data:
-    """The rows of a run. A model from scratch on text gets a tokenizer made from the part that is trained on.
+def prepare_data(settings: Settings, tokenizer: Any = None) -> Data:
+    """Generate or read the rows of a run.
+
+    Args:
+        settings: Of the run.
+        tokenizer: For text; by default one is trained on the training part, for a model from scratch.
 
     Raises:
-        InputError: As `posterity.corpus`; a text with fewer tokens than one window in either part.
+        InputError: A text cannot be read or tokenized; either part has fewer tokens than one window.
     """
     if settings.task_name is not None:
         task = settings.make_task()
@@ -68,44 +75,44 @@ def prepare(settings: Settings, tokenizer: Any = None) -> Data:
             for rows, seed in ((settings.steps * settings.batch, settings.seed), (HELD_OUT_ROWS, HELD_OUT_SEED))
         )
         rows = ((train, task.labels(train)), (held_out, task.labels(held_out)))
-        return Data(*rows, getattr(task, "vocabulary", 64), task.length)
-    named = () if settings.data == ("text",) else settings.data
-    skipped = sources.Skipped() if settings.skip_broken else None
-    texts = [(name, _read(document)) for name, document in sources.documents(named, skipped=skipped)]
-    first, last = _split(texts)
-    tokenizer = tokenizer or _tokenizer([text for _, text in first])
+        return Data(*rows, getattr(task, "vocabulary", REGRESSOR_VOCABULARY), task.length)
+    names = () if settings.data == ("text",) else settings.data
+    skipped = SkippedLines() if settings.skip_broken else None
+    texts = [(name, _read_text(document)) for name, document in open_documents(names, skipped=skipped)]
+    train_texts, held_out_texts = _split_texts(texts)
+    tokenizer = tokenizer or _train_tokenizer([text for _, text in train_texts])
     rows = []
-    for part in (first, last):
-        ids = torch.stack([window.ids for window in corpus.windows(part, tokenizer, settings.context)])
+    for part in (train_texts, held_out_texts):
+        ids = torch.stack([window.ids for window in cut_windows(part, tokenizer, settings.context)])
         rows.append((ids, ids))
     return Data(rows[0], rows[1], len(tokenizer), settings.context, tokenizer, skipped)
 
 
-def _split(texts: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What is trained on and what is held out: of many texts every tenth, of few the last tenth of each."""
+def _split_texts(texts: Texts) -> tuple[Texts, Texts]:
+    """Split into a training and a held-out part: of many texts every tenth, of few the last tenth of each."""
     every = round(1 / HELD_OUT)
     if len(texts) >= every:
-        last = texts[every - 1 :: every]
-        return [one for index, one in enumerate(texts) if index % every != every - 1], last
+        held_out = texts[every - 1 :: every]
+        return [pair for index, pair in enumerate(texts) if index % every != every - 1], held_out
     ends = [round(len(text) * (1 - HELD_OUT)) for _, text in texts]
-    first = [(name, text[:end]) for (name, text), end in zip(texts, ends, strict=True)]
-    return first, [(name, text[end:]) for (name, text), end in zip(texts, ends, strict=True)]
+    train = [(name, text[:end]) for (name, text), end in zip(texts, ends, strict=True)]
+    return train, [(name, text[end:]) for (name, text), end in zip(texts, ends, strict=True)]
 
 
-def _read(document: Any) -> str:
-    return "".join(document.pieces()) if isinstance(document, corpus.Stream) else document
+def _read_text(document: Any) -> str:
+    return "".join(document.pieces()) if isinstance(document, TextStream) else document
 
 
-def _tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE tokenizer made from these texts."""
+def _train_tokenizer(texts: list[str]) -> Any:
+    """Train a byte-level BPE tokenizer on these texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
+    tokenizer.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

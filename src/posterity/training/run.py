@@ -1,7 +1,7 @@
-"""Training runs: a folder for each, with what was asked for, checkpoints to go on from, and the trained model.
+"""Training runs, a folder each: settings, checkpoints to resume from, and the trained model.
 
     run.json       settings, digest of the data, versions
-    checkpoint-*   of the Trainer; an interrupted run goes on from the last whole one
+    checkpoint-*   of the Trainer; an interrupted run resumes from the last complete one
     model files    and `metrics.json`, once the run is finished
 
 Two runs with equal settings train to the same weights on the same machine; arms that differ only in the horizon start
@@ -34,24 +34,25 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from posterity._version import __version__
-from posterity.atomic_files import write_whole
-from posterity.errors import InputError, one_line
-from posterity.inputs import model as loading
-from posterity.models.interface import FOLDED
-from posterity.models.transformers_logging import without_bars
+from posterity.atomic_files import write_atomically
+from posterity.errors import InputError, first_line, one_line
+from posterity.inputs.model import LoadedModel, load_model
+from posterity.models.masks import FOLDED
+from posterity.models.transformers_logging import hide_progress_bars
 from posterity.ops.horizon_rules import parse
-from posterity.training.data import Data, Rows, prepare
+from posterity.training.data import Data, Rows, prepare_data
 from posterity.training.monitor import Monitor
 from posterity.training.settings import Settings
 from posterity.training.tasks import Regressor
 from posterity.training.trainer import Trainer
 
-MONITORED = 4  # rows
-FILE = "run.json"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"  # written last: it marks a finished run
+MONITOR_ROWS = 4
 
 
 def make_model(settings: Settings, data: Data) -> PreTrainedModel:
-    """A model from scratch with the settings' seed, without any dropout.
+    """Initialize a model from scratch with the settings' seed, without any dropout.
 
     Raises:
         InputError: transformers knows no such type, or cannot make it of this size.
@@ -64,22 +65,22 @@ def make_model(settings: Settings, data: Data) -> PreTrainedModel:
     set_seed(settings.seed)
     if settings.task_name == "sines":
         config = GPT2Config(**size)
-        _without_dropout(config)
+        _disable_dropout(config)
         return Regressor(config)
     try:
-        more = {"num_key_value_heads": settings.heads, "intermediate_size": 3 * settings.width}
-        config = AutoConfig.for_model(settings.model, **size, **more)
-        _without_dropout(config)
+        size |= {"num_key_value_heads": settings.heads, "intermediate_size": 3 * settings.width}
+        config = AutoConfig.for_model(settings.model, **size)
+        _disable_dropout(config)
         return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a type of transformers raises for sizes it cannot take
         raise InputError(
             f"expected a type of transformers that can be made with width {settings.width}, depth {settings.depth} and "
             f"{settings.heads} heads, or a folder or hub id to go on from; got {settings.model!r}: "
-            f"{str(error).splitlines()[0][:200]}"
+            f"{first_line(error)[:200]}"
         ) from error
 
 
-def _without_dropout(config: Any) -> None:
+def _disable_dropout(config: Any) -> None:
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             setattr(config, name, 0.0)
@@ -95,16 +96,20 @@ def train(
     monitor: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Train, or go on with a run that was interrupted; a finished run is left as it is. Returns the folder.
+    """Train a run, or resume one that was interrupted; a finished run is left as it is.
 
     Args:
         output: The folder of the run.
-        settings: What to train on what, and how.
-        callbacks: Of transformers.
-        save_every: Steps between checkpoints; a fifth of the run by default.
-        keep: How many checkpoints; the oldest go first.
-        monitor: Steps between measurements of held-out rows, by `posterity.Monitor`, into `monitor.nc` and its page.
-        progress: Whether to show a progress bar.
+        settings: Model, data, horizon and optimization.
+        callbacks: Further callbacks of the Trainer.
+        save_every: Optimizer steps between checkpoints; a fifth of the run by default.
+        keep: Number of checkpoints to keep; the oldest are deleted first.
+        monitor: Optimizer steps between measurements of held-out rows, by `posterity.Monitor`, into `monitor.nc` and
+            its page.
+        progress: Show a progress bar and the number of skipped lines on standard error.
+
+    Returns:
+        The folder.
 
     Raises:
         InputError: A wrong setting; a folder that holds another run or something else; a loss that is not finite.
@@ -113,31 +118,60 @@ def train(
     if "\0" in str(folder):
         raise InputError(f"{folder}: expected a folder that can be made: a name holds no zero byte; choose another")
     settings.check_data()
-    scratch = settings.task_name is not None or settings.model in _types()
-    loaded = None if scratch else loading.load_model(settings.model, "float32")
-    if loaded is not None and getattr(loaded.model.config.get_text_config(decoder=True), FOLDED, None):
-        raise InputError(f"expected a model whose heads all attend; {settings.model} runs folded: train the plain one")
-    data = prepare(settings, None if loaded is None else loaded.tokenizer)
-    known = {**json.loads(json.dumps(asdict(settings))), "data_digest": data.digest}
-    if data.skipped is None:
-        known.pop("skip_broken")  # the run of before there was this setting is the same run
-    else:
-        known["skipped_lines"] = data.skipped.total
-        if progress:
-            print(one_line(str(data.skipped)), file=sys.stderr)
-    _same_run(folder, known)
-    if (folder / "metrics.json").exists():
+    pretrained = _load_pretrained(settings)
+    data = prepare_data(settings, None if pretrained is None else pretrained.tokenizer)
+    if progress and data.skipped is not None:
+        print(one_line(str(data.skipped)), file=sys.stderr)
+    record = _identity(settings, data)
+    _claim_folder(folder, record)
+    if (folder / METRICS_FILE).exists():
         return folder
-    model: Any = make_model(settings, data) if loaded is None else loaded.model
+    model = make_model(settings, data) if pretrained is None else pretrained.model
     if monitor is not None:
-        if settings.task_name == "sines":
-            raise InputError("a monitor measures models that read tokens; sines has none: leave --monitor-every out")
-        probe = data.held_out[0][:MONITORED]
-        callbacks = [*(callbacks or []), Monitor(monitor, probe, output=folder / "monitor.nc", limit=MONITORED)]
+        callbacks = [*(callbacks or []), _held_out_monitor(folder, settings, data, monitor)]
+    trainer = _make_trainer(folder, settings, data, model, callbacks, save_every or max(1, settings.steps // 5), keep)
+    if progress:
+        trainer.add_callback(LossBar())
+    _run_trainer(trainer, folder, record)
+    return folder
+
+
+def _load_pretrained(settings: Settings) -> LoadedModel | None:
+    """Load the model that training starts from; None for one from scratch."""
+    if settings.task_name is not None or settings.model in _model_types():
+        return None
+    loaded = load_model(settings.model, "float32")
+    if getattr(loaded.model.config.get_text_config(decoder=True), FOLDED, None):
+        raise InputError(f"expected a model whose heads all attend; {settings.model} runs folded: train the plain one")
+    return loaded
+
+
+def _identity(settings: Settings, data: Data) -> dict[str, Any]:
+    """Return the part of run.json that must agree for an interrupted run to resume."""
+    record = {**json.loads(json.dumps(asdict(settings))), "data_digest": data.digest}
+    if data.skipped is None:
+        record.pop("skip_broken")  # a run from before this setting existed is the same run
+    else:
+        record["skipped_lines"] = data.skipped.total
+    return record
+
+
+def _held_out_monitor(folder: Path, settings: Settings, data: Data, every: int) -> Monitor:
+    """Make a Monitor of the first held-out rows."""
+    if settings.task_name == "sines":
+        raise InputError("a monitor measures models that read tokens; sines has none: leave --monitor-every out")
+    probe = data.held_out[0][:MONITOR_ROWS]
+    return Monitor(every, probe, output=folder / "monitor.nc", limit=MONITOR_ROWS)
+
+
+def _make_trainer(
+    folder: Path, settings: Settings, data: Data, model: PreTrainedModel, callbacks: list[TrainerCallback] | None,
+    save_every: int, keep: int,
+) -> Trainer:  # fmt: skip
+    """Make the Trainer of a run, for the number of processes that torchrun started."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch % world:
         raise InputError(f"expected a batch that {world} processes divide; got {settings.batch}")
-    save_every = save_every or max(1, settings.steps // 5)
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=settings.steps, per_device_train_batch_size=settings.batch // world,
         learning_rate=settings.rate, warmup_steps=settings.warmup, lr_scheduler_type="cosine", seed=settings.seed,
@@ -154,20 +188,22 @@ def train(
         horizon=parse(settings.horizon), cut=settings.cut, streams=settings.streams, layers=settings.layers,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    if progress:
-        trainer.add_callback(Bar())
+    return trainer
+
+
+def _run_trainer(trainer: Trainer, folder: Path, record: dict[str, Any]) -> None:
+    """Write run.json, train from the last complete checkpoint to the end, then write the model and its metrics."""
     if trainer.is_world_process_zero():
-        write_whole(folder / FILE, json.dumps({**known, **_made()}, indent=1).encode())
-    with _unclaimed(folder), _told_of_a_full_disk(folder), without_bars():
+        write_atomically(folder / RUN_FILE, json.dumps({**record, **_versions()}, indent=1).encode())
+    with _release_if_refused(folder), _explain_full_disk(folder), hide_progress_bars():
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        write_whole(folder / "metrics.json", json.dumps(trainer.state.log_history, indent=1).encode())
-    return folder
+        write_atomically(folder / METRICS_FILE, json.dumps(trainer.state.log_history, indent=1).encode())
 
 
-class Bar(ProgressCallback):
-    """The Trainer's progress bar with the last loss beside it, where it prints every log entry in full."""
+class LossBar(ProgressCallback):
+    """The Trainer's progress bar with the last loss beside it, instead of every log entry in full."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the loss."""
@@ -176,23 +212,24 @@ class Bar(ProgressCallback):
 
 
 @contextlib.contextmanager
-def _unclaimed(folder: Path) -> Iterator[None]:
-    """A run that is refused before its first checkpoint leaves its folder free."""
+def _release_if_refused(folder: Path) -> Iterator[None]:
+    """Remove run.json if the run is refused before its first checkpoint, so that the folder is free again."""
     try:
         yield
     except InputError:
         if last_checkpoint(folder) is None:
-            (folder / FILE).unlink(missing_ok=True)
+            (folder / RUN_FILE).unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
-def _told_of_a_full_disk(folder: Path) -> Iterator[None]:
+def _explain_full_disk(folder: Path) -> Iterator[None]:
+    """Raise InputError in place of the several exceptions with which torch.save reports a full disk."""
     try:
         yield
     except Exception as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
-        if not full and "PytorchStreamWriter failed" not in str(error):  # how torch.save puts it
+        if not full and "PytorchStreamWriter failed" not in str(error):
             raise
         raise InputError(
             f"no space left in {folder}; the checkpoints before are whole: make room, and the same command goes on"
@@ -200,18 +237,18 @@ def _told_of_a_full_disk(folder: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole: its state is written last."""
-    whole = []
-    for one in folder.glob("checkpoint-*"):
+    """Return the last complete checkpoint; the Trainer writes its state last."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
         try:
-            whole.append((json.loads((one / "trainer_state.json").read_text())["global_step"], str(one)))
+            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-    return max(whole)[1] if whole else None
+    return max(complete)[1] if complete else None
 
 
-def _same_run(folder: Path, known: dict[str, Any]) -> None:
-    """Make the folder, or see that it holds this run."""
+def _claim_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Create the folder, or raise InputError if it exists and holds anything but this run."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder for the run; it is a file: choose another")
     if not folder.exists():
@@ -223,7 +260,7 @@ def _same_run(folder: Path, known: dict[str, Any]) -> None:
             ) from error
         return
     try:
-        before = json.loads((folder / FILE).read_text())
+        before = json.loads((folder / RUN_FILE).read_text())
     except FileNotFoundError:
         if any(folder.iterdir()):
             raise InputError(f"{folder}: expected a new folder or that of a run, but it holds something else") from None
@@ -231,14 +268,16 @@ def _same_run(folder: Path, known: dict[str, Any]) -> None:
     except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
-        raise InputError(f"{folder}: expected the folder of a run, but its {FILE} is damaged: choose another folder")
-    other = [name for name in known if before.get(name) != known[name]]
-    if other:
-        said = "; ".join(f"{name} was {before.get(name)!r}, now {known[name]!r}" for name in other[:4])
-        raise InputError(f"{folder} holds another run ({said}): choose another folder, or the same settings")
+        raise InputError(
+            f"{folder}: expected the folder of a run, but its {RUN_FILE} is damaged: choose another folder"
+        )
+    changed = [name for name in record if before.get(name) != record[name]]
+    if changed:
+        changes = "; ".join(f"{name} was {before.get(name)!r}, now {record[name]!r}" for name in changed[:4])
+        raise InputError(f"{folder} holds another run ({changes}): choose another folder, or the same settings")
 
 
-def _made() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "posterity_version": __version__,
@@ -247,7 +286,7 @@ def _made() -> dict[str, str]:
     }
 
 
-def _types() -> set[str]:
+def _model_types() -> set[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -1,4 +1,4 @@
-"""What makes a training run."""
+"""The settings of a training run, and their check."""
 
 import difflib
 from dataclasses import dataclass, field, fields
@@ -12,7 +12,7 @@ from posterity.training.tasks import TASKS
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes a run.
+    """Everything that determines a run: equal settings train to the same weights on the same machine.
 
     Raises:
         InputError: A setting out of its range.
@@ -37,7 +37,7 @@ class Settings:
     skip_broken: bool = False  # leave out broken lines of .jsonl files
 
     def __post_init__(self):
-        """Check what can be checked without the model."""
+        """Check all that needs neither model nor data."""
         parse(self.horizon)
         if self.cut not in ("kv", "hidden"):
             raise InputError(f'cut expects "kv" or "hidden"; got {self.cut!r}')
@@ -57,16 +57,16 @@ class Settings:
 
     @property
     def task_name(self) -> str | None:
-        """The built-in task, if it is one."""
+        """The name of the built-in task; None for text."""
         return self.data[0] if len(self.data) == 1 and self.data[0] in TASKS else None
 
     def make_task(self) -> Any:
-        """The built-in task with its numbers."""
+        """Make the built-in task with its numbers."""
         assert self.task_name is not None
         kind = TASKS[self.task_name]
-        known = [one.name for one in fields(kind)]
-        if not set(self.task) <= set(known):
-            raise InputError(f"{self.task_name} takes {', '.join(known)}; got {', '.join(set(self.task) - set(known))}")
+        names = [number.name for number in fields(kind)]
+        if not set(self.task) <= set(names):
+            raise InputError(f"{self.task_name} takes {', '.join(names)}; got {', '.join(set(self.task) - set(names))}")
         return kind(**self.task)
 
     def check_data(self) -> None:

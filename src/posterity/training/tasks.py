@@ -1,9 +1,9 @@
-"""Built-in tasks to train on: seeded generators, and the small model that reads numbers.
+"""Built-in tasks: seeded generators of rows, and a small model that reads numbers.
 
 `sines` is the synthetic task of Wu, Morris and Levine 2024 (arXiv 2404.00859): a sum over earlier positions that is
-easy where these have computed their parts ahead, and hard for one position alone. `induction` repeats a random
-sequence after a number of positions that varies: to read off what comes next, some head has to note at each position
-which token came before, which serves later positions only.
+easy where these have computed their terms ahead, and hard for one position alone. `induction` repeats a random
+sequence with a period that varies from row to row: predicting the next token takes a previous-token head, whose work
+at a position serves later positions only.
 """
 
 import math
@@ -40,14 +40,14 @@ class Sines:
             )
 
     def inputs(self, rows: int, seed: int) -> Float[Tensor, "rows position 2"]:
-        """x and z of every position."""
+        """Draw x and z of every position."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(rows, self.length, generator=generator)
         z = torch.rand(rows, self.length, generator=generator) < self.chance
         return torch.stack((x, z.to(x.dtype)), -1)
 
     def labels(self, inputs: Float[Tensor, "rows position 2"]) -> Float[Tensor, "rows position"]:
-        """What a model is to give at every position."""
+        """Return the target y of every position."""
         x, z = inputs.unbind(-1)
         waves = nn.functional.pad(torch.sin(self.frequency * x), (self.terms, 0))
         return z * waves.unfold(1, self.terms, 1)[:, :-1].sum(-1) + (1 - z) * x
@@ -57,8 +57,8 @@ class Sines:
 class Induction:
     """A random sequence over and over; each row has its own period, from a quarter to half of the length.
 
-    The second half can be read off what came before. With one period for all rows, a single head that looks back by
-    that many positions would do, and no position would have to note which token came before it.
+    The second half follows from the first. With one period for all rows, a single head that attends at that lag would
+    do, without any previous-token head.
 
     Raises:
         InputError: A number out of its range.
@@ -75,19 +75,19 @@ class Induction:
             )
 
     def inputs(self, rows: int, seed: int) -> Int64[Tensor, "rows position"]:
-        """Token ids."""
+        """Draw token ids."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.vocabulary, (rows, self.length // 2), generator=generator)
         period = torch.randint(self.length // 4, self.length // 2 + 1, (rows, 1), generator=generator)
         return tokens.gather(1, torch.arange(self.length) % period)
 
     def labels(self, inputs: Int64[Tensor, "rows position"]) -> Int64[Tensor, "rows position"]:
-        """The tokens themselves, as transformers' models want them; those of the first period cannot be known."""
+        """Return the tokens themselves, which transformers' models shift; the first period is unpredictable."""
         return inputs
 
     @property
-    def uniform(self) -> float:
-        """Loss of a predictor that knows nothing, in nats."""
+    def uniform_loss(self) -> float:
+        """Loss of a uniform predictor, in nats per token."""
         return math.log(self.vocabulary)
 
 
@@ -95,12 +95,12 @@ TASKS = {"sines": Sines, "induction": Induction}
 
 
 class Regressor(GPT2PreTrainedModel):
-    """A GPT-2 stack that reads two numbers at every position and gives one; the loss is the mean of Huber's."""
+    """A GPT-2 stack that maps two numbers at every position to one; its loss is the mean Huber loss."""
 
     accepts_loss_kwargs = False  # the Trainer itself averages over accumulated batches
 
     def __init__(self, config: GPT2Config):
-        """Take the layers of the config; what would embed tokens embeds pairs of numbers."""
+        """Make the layers of the config, with a linear embedding of pairs of numbers in place of tokens."""
         super().__init__(config)
         self.transformer = GPT2Model(config)
         self.transformer.wte = nn.Linear(2, config.n_embd)
@@ -108,17 +108,20 @@ class Regressor(GPT2PreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The regression head."""
+        """Return the regression head."""
         return self.head
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
-        """(batch, position, 2) numbers in, (batch, position, 1) out. Tokens (of a probe) count as numbers."""
+        """Map numbers (batch, position, 2) to logits (batch, position, 1); token ids are scaled to numbers first.
+
+        Token ids come from probes that know no other input.
+        """
         numbers = input_ids
         if not input_ids.is_floating_point():
             x = 4 * input_ids / self.config.vocab_size - 2
             numbers = torch.stack((x, torch.ones_like(x)), -1)
         numbers = numbers.to(self.head.weight.dtype)
         states = self.transformer(inputs_embeds=self.transformer.wte(numbers), **kwargs)
-        found = self.head(states.last_hidden_state)
-        loss = None if labels is None else nn.functional.huber_loss(found.squeeze(-1).float(), labels.float())
-        return CausalLMOutput(loss=loss, logits=found, hidden_states=states.hidden_states)
+        logits = self.head(states.last_hidden_state)
+        loss = None if labels is None else nn.functional.huber_loss(logits.squeeze(-1).float(), labels.float())
+        return CausalLMOutput(loss=loss, logits=logits, hidden_states=states.hidden_states)

@@ -1,4 +1,4 @@
-"""Training under a horizon, on the Trainer of transformers."""
+"""Training under a horizon with the Trainer of transformers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +15,16 @@ from posterity.training.monitor import Monitor
 
 
 class Trainer(transformers.Trainer):
-    """transformers' Trainer with a horizon in force while it trains. Everything else is its own.
+    """The Trainer of transformers with a horizon in force during `train`; everything else is unchanged.
 
     Args:
-        horizon, cut, streams, layers: as in `posterity.horizon`.
+        args, kwargs: As in `transformers.Trainer`, with a model instead of a `model_init`. A `posterity.Monitor` among
+            the callbacks is attached.
+        horizon: A rule such as `posterity.Discount(0.9)`; `posterity.Full()` by default.
+        cut, streams, layers: As in `posterity.horizon`.
 
     Raises:
-        InputError: as `posterity.horizon`; attention dropout in the config; a loss that is not finite.
+        InputError: As `posterity.horizon`; attention dropout in the config; a loss that is not finite.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class Trainer(transformers.Trainer):
         layers: Sequence[int] | None = None,
         **kwargs: Any,
     ):
-        """Make the Trainer of transformers and keep the horizon."""
+        """Make the Trainer of transformers; `train` puts the horizon in force."""
         if kwargs.get("model_init") is not None:
             raise InputError("posterity.Trainer expects a model, not a model_init: make the model first")
         super().__init__(*args, **kwargs)
@@ -45,14 +48,14 @@ class Trainer(transformers.Trainer):
         }  # fmt: skip
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, under the horizon."""
+        """Train as in transformers, under the horizon."""
         model: Any = self.model
         refuse_dropout(language_model(model))
         with horizon(model, **self._horizon):
             return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers; a loss that is not finite stops the run before it reaches the weights."""
+        """Step as in transformers; raise InputError for a loss that is not finite, before it reaches the weights."""
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
             rate = self.lr_scheduler.get_last_lr()[0]  # type: ignore[union-attr]
@@ -64,7 +67,7 @@ class Trainer(transformers.Trainer):
 
 
 def refuse_dropout(model: PreTrainedModel) -> None:
-    """Raise InputError if the config asks for dropout of attention weights, which makes the edges random."""
+    """Raise InputError if the config sets dropout of attention weights, which makes the edges random."""
     config = model.config.get_text_config()
     for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
         rate = getattr(config, name, 0)

@@ -1,0 +1,82 @@
+"""The results of one page: a name and a colour for each, and which of them measured a variable."""
+
+from dataclasses import dataclass
+
+import xarray as xr
+
+from posterity.palette import SERIES
+from posterity.reporting.panel_grid import shorten
+from posterity.reporting.result_words import model_name, text_name
+from posterity.results.steps import latest_step
+
+
+@dataclass(frozen=True)
+class NamedResult:
+    """A result with its name in the page; of several steps, the last, and all of them."""
+
+    number: int
+    name: str
+    result: xr.Dataset
+    over_steps: xr.Dataset
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return self.result.sizes["layer"]
+
+
+@dataclass(frozen=True)
+class ResultGroup:
+    """Results side by side."""
+
+    members: list[NamedResult]
+
+    @classmethod
+    def of(cls, results: list[xr.Dataset]) -> "ResultGroup":
+        """Name the results."""
+        last = [latest_step(result) for result in results]
+        parts = zip(result_names(last), last, results, strict=True)
+        return cls([NamedResult(number, *part) for number, part in enumerate(parts)])
+
+    @property
+    def single(self) -> bool:
+        """True if the page shows one result only."""
+        return len(self.members) == 1
+
+    def having(self, variable: str) -> list[NamedResult]:
+        """Return the results that hold a variable."""
+        return [member for member in self.members if variable in member.result]
+
+    def over_training(self, variable: str) -> list[NamedResult]:
+        """Return the results of several steps that hold a variable."""
+        return [member for member in self.having(variable) if "step" in member.over_steps.dims]
+
+    def colour(self, member: NamedResult, role: str) -> str:
+        """Return the colour of a single result's role, or that of one result among several."""
+        return role if self.single else SERIES[member.number % len(SERIES)]
+
+    def label(self, member: NamedResult, name: str, length: int = 40) -> str:
+        """Return the name of a line: `name` for a single result, else the result's, cut to a length.
+
+        Where the cut names of two results are equal, each begins with its number.
+        """
+        if self.single:
+            return name
+        short = [shorten(other.name, length) for other in self.members]
+        if short.count(short[member.number]) == 1:
+            return short[member.number]
+        return f"{member.number + 1}: {shorten(member.name, length - 3)}"
+
+    def panel_title(self, name: str, member: NamedResult) -> str:
+        """Return the title of a panel that shows one result."""
+        return name if self.single else f"{name} · {self.label(member, name, 26)}"
+
+
+def result_names(results: list[xr.Dataset]) -> list[str]:
+    """Name each result by what tells it from the others: the model, then the text, then a number."""
+    names = [model_name(result) for result in results]
+    if len(set(names)) < len(names):
+        names = [f"{name}, {text_name(result)}" for name, result in zip(names, results, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return names
