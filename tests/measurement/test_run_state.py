@@ -35,6 +35,7 @@ def forked(scenario, folder, *numbers):
     return json.loads(answer.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_fifty_times_at_random_gives_the_same_bits(tmp_path):
     counts = forked("killed", tmp_path, 0, 50)
     assert counts["killed"] >= 50
@@ -43,11 +44,13 @@ def test_a_run_killed_fifty_times_at_random_gives_the_same_bits(tmp_path):
     assert counts["same"] == counts["ended"] >= 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_every_step_of_writing_its_state_gives_the_same_bits(tmp_path):
     counts = forked("points", tmp_path)
     assert counts["same"] == counts["killed"] == 12
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_windows_add_up_to_one_process(tmp_path):
     # In float64 sums in another order differ by rounding only: a few units of 1.1e-16 for each of at most 9 terms.
     for case, largest in forked("shared", tmp_path).items():

@@ -17,7 +17,7 @@ from posterity.results.stats import balance
 
 EXTREMES = 5  # heads at each end of the ranking
 TEXTS = 12  # texts by name
-INSPECTED_SCRIPTS = ("inspected_numbers.js", "inspected_words.js", "inspected_text.js")
+INSPECTED_SCRIPTS = ("inspected_numbers.js", "inspected_words.js", "inspected_elements.js", "inspected_text.js")
 
 
 def render_results(results: list[xr.Dataset]) -> str:
