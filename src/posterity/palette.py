@@ -1,8 +1,9 @@
-"""The colours of every picture by role, each stated once in light and in dark.
+"""The colours of every figure by role, each stated once in light and in dark.
 
 Figures are made in the light colours; a page replaces each by its dark one (`DARK`) where the reader's scheme is dark.
-Orange stands for self and the own loss, blue for others and later losses, in every picture of one result; several
-results, arms or models take the colours of `SERIES`.
+Orange stands for self and the own loss, blue for others and later losses, in every figure of one result; several
+results, arms, models or quantities of a clause take the colours of `SERIES`. The text around figures has its own in
+`reporting/assets/style.css`.
 """
 
 DARK: dict[str, str] = {}  # dark colour by light colour

@@ -11,10 +11,10 @@ from support.spy import spy_on
 
 import posterity
 from posterity.inputs import model as loading
-from posterity.inputs import windows as corpus
+from posterity.inputs.windows import cut_windows, default_text
 from posterity.models.chunked_loss import window_losses
 from posterity.models.language_model import freeze_parameters
-from posterity.results import stats as derived
+from posterity.results import stats
 
 pytestmark = pytest.mark.slow
 POSTERITY = [sys.executable, "-m", "posterity"]
@@ -29,8 +29,8 @@ def test_the_command_measures_saves_and_reports(tmp_path):
     assert "self share" in process.stdout
     result = posterity.load(run)
     assert result.sizes["layer"] == 30
-    assert float(derived.balance(result).max()) < 1e-5
-    sides = derived.shares(result).share
+    assert float(stats.balance(result).max()) < 1e-5
+    sides = stats.shares(result).share
     np.testing.assert_allclose(sides.sum("side"), 1, rtol=1e-12)
     # an English model writes mostly for later readers, and reads real text better than chance
     assert (result.loss < np.log(49152) / 2).all()
@@ -40,7 +40,7 @@ def test_the_command_measures_saves_and_reports(tmp_path):
 
 def test_float32_accounts_equal_the_dense_ones_of_the_float64_reference():
     loaded = loading.load_model(None)
-    ids = corpus.cut_windows([corpus.default_text()], loaded.tokenizer, 96, 1)[0].ids
+    ids = cut_windows([default_text()], loaded.tokenizer, 96, 1)[0].ids
     result = posterity.measure(loaded.model, None, ids, context=96, lags="all", weights=False, progress=False)
     model = loaded.model.double()
     with spy_on(model) as spy, freeze_parameters(model):

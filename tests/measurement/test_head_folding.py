@@ -24,7 +24,7 @@ from posterity.measurement.head_folding import FoldedHeads, head_costs, largest_
 from posterity.models.attach import watch_model
 from posterity.models.folded_heads import fold_heads, fold_permanently
 from posterity.models.probe import check
-from posterity.results import stats as derived
+from posterity.results import stats
 
 HEADS = {0: [1, 3], 2: [0, 1, 2, 3]}
 FAMILIES = ["llama", "qwen3", "phi3", "gpt_neox", "gpt2", "mistral", "gemma2", "deepseek_v3"]
@@ -245,7 +245,7 @@ def test_a_folded_model_is_measured_as_it_runs(name):
     fold_permanently(model, HEADS)
     assert str(check(model)) == "can be measured: 3 attention layers"
     result = posterity.measure(model, None, ids, context=12, lags="all", losses=True, progress=False)
-    assert float(derived.balance(result).max()) < 1e-6
+    assert float(stats.balance(result).max()) < 1e-6
     torch.testing.assert_close(torch.tensor(result.loss.values), mean_loss_of(model, ids), rtol=1e-6, atol=0)
     other = result.credit.isel(lag=slice(1, None))
     for layer, subset in HEADS.items():

@@ -13,11 +13,11 @@ from transformers import AttentionInterface
 import posterity
 from posterity import Discount, EdgeWindow, Full, InputError, Myopic
 from posterity.inputs import model as loading
-from posterity.inputs import windows as corpus
+from posterity.inputs.windows import cut_windows, default_text
 from posterity.models.attach import observe_model
 from posterity.models.interception import interceptions
 from posterity.reporting.result_table import summary_rows
-from posterity.results import stats as derived
+from posterity.results import stats
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -57,7 +57,7 @@ def test_the_three_parts_are_those_of_one_backward_pass_per_position(name):
         actual = result.hidden.isel(layer=layer)
         for term, expected in (("own", own * own), ("later", later * later), ("inner", own * later)):
             close(actual.sel(loss_term=term), expected.sum(-1).sum(0))
-    np.testing.assert_allclose(derived.loss_shares(result, ("layer", "head")).share.sum("part"), 1, rtol=1e-9)
+    np.testing.assert_allclose(stats.loss_shares(result, ("layer", "head")).share.sum("part"), 1, rtol=1e-9)
     # nothing after the last attention layer moves information between positions
     last = result.loss_gram.isel(layer=-1).sel(pair="self later")
     assert float(last.max()) <= 1e-20 * float(result.loss_gram.isel(layer=-1).max())
@@ -239,11 +239,11 @@ def test_an_account_inside_a_horizon_counts_what_the_horizon_lets_through():
     assert (result.credit.sel(stream=["key", "value"]).sel(lag=slice(4, None)) == 0).all()
     assert (result.mass.sel(stream=["key", "value"]).sel(lag=slice(4, None)) == 0).all()
     assert (result.credit.sel(stream="query").sel(lag=slice(4, None)) != 0).any()
-    assert float(derived.balance(result).max()) < 1e-10
+    assert float(stats.balance(result).max()) < 1e-10
     with posterity.account(model, lags="all") as outer, posterity.horizon(model, Myopic(), cut="hidden"):
         summed_loss(model, ids).backward()
     assert (outer.result().credit.sel(stream="key", lag=4) != 0).any()  # W_K learns from all of it
-    assert float(derived.balance(outer.result()).max()) < 1e-10
+    assert float(stats.balance(outer.result()).max()) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -451,7 +451,7 @@ def test_texts_that_cannot_be_inspected_are_refused_in_one_line():
 @pytest.mark.filterwarnings("ignore")
 def test_own_losses_of_the_default_model_are_those_of_one_backward_pass_per_position():
     loaded = loading.load_model(None)
-    window = corpus.cut_windows([corpus.default_text()], loaded.tokenizer, 48, 1)[0]
+    window = cut_windows([default_text()], loaded.tokenizer, 48, 1)[0]
     result = posterity.inspect(loaded.model, None, window.ids, progress=False)
     own = result.loss_credit.sel(part="own").sum("head").values
     diagonal = np.diagonal(result.inspect_credit, axis1=2, axis2=3)
@@ -471,7 +471,7 @@ def test_the_summary_says_who_pays():
         tiny("llama"), None, tokens(3), context=12, losses=True, horizons=(1, 2, 64), progress=False
     )
     table = {row.label: row.cells for row in summary_rows(result)}
-    share = derived.loss_shares(result).share
+    share = stats.loss_shares(result).share
     for label, part in (("own loss", "own"), ("self edge, later losses", "self later"), ("future edges", "future")):
         query, key, value = table[label]
         assert query == ""

@@ -17,7 +17,7 @@ import posterity
 from posterity.errors import InputError
 from posterity.measurement.estimate import _extrapolate, estimate
 from posterity.models.chunked_loss import LMHead
-from posterity.results import stats as derived
+from posterity.results import stats
 
 KEYS = ("q_proj", "k_proj", "v_proj")
 
@@ -64,7 +64,7 @@ def test_every_number_equals_the_dense_account_of_autograds_gradients(name, inpu
         for tensor, stream in zip(call[:3], ours.stream.values, strict=True):
             balance = ours.credit.sel(layer=layer, stream=stream).sum().item()
             assert balance == pytest.approx(tensor.grad.square().sum().item(), rel=1e-10)
-    assert float(derived.balance(ours).max()) < 1e-10
+    assert float(stats.balance(ours).max()) < 1e-10
 
 
 PROJECTIONS = {  # rows of each parameter that make the query, key and value

@@ -13,7 +13,7 @@ from posterity import Discount, InputError
 from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
 from posterity.models.attach import observe_model
 from posterity.ops.attention import attention
-from posterity.results import stats as derived
+from posterity.results import stats
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "autocast": torch.bfloat16}
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff: half a unit in the last place of 1
@@ -184,14 +184,14 @@ def test_shares_in_half_precision_are_near_those_of_float32(name, kind):
     with casting:
         result = posterity.measure(model, None, tokens(2, LENGTH), **options)
     for shares in (
-        lambda result: derived.shares(result).share,
-        lambda result: derived.loss_shares(result).share,
-        lambda result: derived.weight_shares(result).share,
+        lambda result: stats.shares(result).share,
+        lambda result: stats.loss_shares(result).share,
+        lambda result: stats.weight_shares(result).share,
     ):
         one, other = shares(result), shares(expected)
         assert math.isfinite(float(one.sum()))
         assert float(abs(one - other).max()) < 0.1
-    balance = float(derived.balance(result).max())
+    balance = float(stats.balance(result).max())
     assert balance < 8 * ROUNDOFF[HALVES[kind]]
 
 

@@ -338,8 +338,8 @@ def test_a_dimension_that_the_sums_do_not_have_is_refused(plain):
         stats.weight_shares,
     ],
 )
-def test_what_was_not_measured_is_a_key_error(function):
-    with pytest.raises(KeyError, match="No variable named"):
+def test_what_was_not_measured_is_refused_with_the_option_that_measures_it(function):
+    with pytest.raises(InputError, match=r"was not measured: measure with \w+=.*\(--"):
         function(sample(with_weights=False))
 
 

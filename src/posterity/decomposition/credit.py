@@ -158,7 +158,7 @@ def pass_credit(back: Backward, self_part: SelfEdgeGradients, bins: Bins, scratc
     else:
         credit, mass, attention = _self_and_other(back, self_part, by_position)
         credit, mass, attention = (x[..., : len(bins.first)] for x in (credit, mass, attention))
-    return PassCredit(credit, mass, attention, edges, _from_start(by_position, back), _attention_first(back))
+    return PassCredit(credit, mass, attention, edges, _shift_to_first_token(by_position, back), _attention_first(back))
 
 
 def _self_and_other(back: Backward, self_part: SelfEdgeGradients, by_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +194,7 @@ def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
     return _reader_weights(weight, back).sum(-1, dtype=torch.float64)
 
 
-def _from_start(
+def _shift_to_first_token(
     by_position: Float[Tensor, "batch *rest position"], back: Backward
 ) -> Float[Tensor, "batch *rest position"]:
     """Shift positions so that each document's first real token is position 0; padding moves to the end, as zeros."""

@@ -64,25 +64,26 @@ def sum_by_lag(back: Backward, scratch: "Scratch | None" = None) -> LagSums:
     if not tiles:
         return _split(torch.zeros(_SUMS, batch, heads, length, dtype=torch.float64, device=device))
     height, width = (max(sizes) for sizes in zip(*(tile.shape for tile in tiles), strict=True))
-    # The largest lag first, as in the blocks: index `length - lag`. Beyond lag 0: what blocks hold of key > query.
+    # The largest lag first, as in the blocks: index `length - lag`. Beyond lag 0 there is room
+    # for the masked entries (key after query) of blocks on the diagonal.
     diagonals = 1 + length + height + width
     sums = torch.zeros(_SUMS, batch, heads, diagonals, dtype=torch.float64, device=device)
     threads = min(len(tiles), torch.get_num_threads() if device.type == "cpu" else 1)
     budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_LARGE)
     size = max(1, int(budget / (_Blocks.COUNT * height * (height + width) * back.lse.element_size())))
-    groups = [
+    head_chunks = [
         (document, slice(first, min(first + size, heads)))
         for document in range(batch)
         for first in range(0, heads, size)
     ]
-    jobs = _jobs(groups, tiles, threads)
+    jobs = _jobs(head_chunks, tiles, threads)
     back.total_gradients()  # computed once, before the threads start
     with _thread_map(threads) as thread_map:
         for results in thread_map(partial(_run_jobs, back, diagonals), jobs, scratch.parts(threads)):
             for (document, group), x in results:
                 sums[:, document, group] += x
     by_lag = sums[..., 1 : length + 1].flip(-1)
-    by_lag[:2] *= back.scale  # so far of ds_ij, without the scale of the scores
+    by_lag[:2] *= back.scale  # the blocks summed ds_ij; the terms of query and key also carry the scale c
     by_lag[_MASS : _MASS + 2] *= back.scale
     return _split(by_lag)
 
@@ -91,11 +92,11 @@ def _split(sums: Float[Tensor, "sum batch head lag"]) -> LagSums:
     return LagSums(sums[:_MASS], sums[_MASS:_ATTENTION], sums[_ATTENTION])
 
 
-def _jobs(groups: list[HeadGroup], tiles: list[Tile], threads: int) -> list[list[Job]]:
-    """Divide the work into one list per thread: all blocks of a group, or a part of the blocks of the last groups."""
-    shared = len(groups) % threads
-    jobs = [(group, tiles) for group in groups[: len(groups) - shared]]
-    jobs += [(group, tiles[n::threads]) for group in groups[len(groups) - shared :] for n in range(threads)]
+def _jobs(chunks: list[HeadGroup], tiles: list[Tile], threads: int) -> list[list[Job]]:
+    """Divide the work into one list per thread: all blocks of a group, or a part of the blocks of the last chunks."""
+    shared = len(chunks) % threads
+    jobs = [(group, tiles) for group in chunks[: len(chunks) - shared]]
+    jobs += [(group, tiles[n::threads]) for group in chunks[len(chunks) - shared :] for n in range(threads)]
     return [jobs[n::threads] for n in range(threads)]
 
 
@@ -191,16 +192,17 @@ class _Operands:
     """The operands of the products, for a few heads of one document: each (head, position, width)."""
 
     def __init__(self, back: Backward, document: int, heads: slice):
-        dtype, share = back.lse.dtype, back.query.shape[1] // back.key.shape[1]
-        groups = slice(heads.start // share, (heads.stop - 1) // share + 1)
-        within = slice(heads.start - groups.start * share, heads.stop - groups.start * share)
+        dtype, heads_per_group = back.lse.dtype, back.query.shape[1] // back.key.shape[1]
+        groups = slice(heads.start // heads_per_group, (heads.stop - 1) // heads_per_group + 1)
+        first = groups.start * heads_per_group
+        within = slice(heads.start - first, heads.stop - first)
 
         def per_head(x: Tensor) -> Tensor:
             return x[document, heads].to(dtype)
 
         def shared(x: Tensor) -> Tensor:
             part = x[document, groups].to(dtype)
-            return repeat_heads(part[None], share * len(part))[0, within]
+            return repeat_heads(part[None], heads_per_group * len(part))[0, within]
 
         self.query, self.grad = per_head(back.query), per_head(back.grad_output)
         self.lse = per_head(back.lse)[..., None]

@@ -27,7 +27,7 @@ from posterity.results.schema import build_result
 def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> Iterator["Ledger"]:
     """Account for any forward and backward passes of your own.
 
-    Each row of a batch counts as one document, each backward pass as new ones. Padding is honoured where the model is
+    Every backward pass counts the rows of its batch as new documents. Padding is honoured where the model is
     told of it (a 2D `attention_mask`): padding is no reader, and positions count from a row's first real token. (With
     padding on the left, transformers' own loss lets the last padding token predict the first real one: set its label to
     -100.) Packed documents share one row of positions. The weights of attention are never returned here

@@ -24,7 +24,10 @@ TIMEOUT = timedelta(days=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `count` of them: alone, unless joined. All call the same methods in the same order."""
+    """This process among `count` of them, made by `Processes.join()` and passed to `measure` or `audit`.
+
+    Without torchrun there is one. All processes call the same methods in the same order.
+    """
 
     rank: int = 0
     count: int = 1

@@ -13,7 +13,7 @@ from posterity.models.interception import AttentionCall, interceptor_of
 from posterity.models.masks import EXPLICIT, explicit_mask, mask_function
 
 NAME = "posterity"  # the operator's name in transformers' registries
-SENSES = ("vision", "image", "audio", "speech")  # in the names of the sub-configs of towers
+TOWERS = ("vision", "image", "audio", "speech")  # in the names of the sub-configs of towers
 
 
 def register(name: str = NAME, function: Callable | None = None) -> None:
@@ -78,12 +78,12 @@ def switch_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def _implementations(model: PreTrainedModel, name: str) -> str | dict[str, Any]:
-    """Return the attention of each part of a model: the named one for its text, its own for what sees and hears."""
+    """Return the attention of each part of a model: the named one for its text, its own for vision and audio towers."""
     text = model.config.get_text_config(decoder=True)
     parts = [
         part for part in model.config.sub_configs if isinstance(getattr(model.config, part, None), PreTrainedConfig)
     ]
     if text is model.config:
-        return dict.fromkeys(["", *(part for part in parts if not any(sense in part for sense in SENSES))], name)
+        return dict.fromkeys(["", *(part for part in parts if not any(tower in part for tower in TOWERS))], name)
     part = next((part for part in parts if getattr(model.config, part) is text), None)
     return name if part is None else {"": model.config._attn_implementation, part: name}

@@ -28,14 +28,15 @@ _PROBE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Check:
-    """Whether and how a model can be measured."""
+    """The answer of `check`: whether and how a model can be measured."""
 
     ok: bool
     reason: str
     layers: tuple[Layer, ...] = ()
     other_paths: tuple[str, ...] = ()  # modules that carry information between positions outside attention
     name: str = NAME  # under which transformers knows the operator for this model
-    entries: Mapping[str, int] = field(default_factory=dict)  # calls an entry, of modules entered several times a pass
+    # Attention calls in one forward() of a module, for modules whose forward() runs several times in one pass.
+    entries: Mapping[str, int] = field(default_factory=dict)
     right_only: bool = False  # padding on the left reaches the tokens after it
 
     def __str__(self) -> str:
@@ -44,7 +45,12 @@ class Check:
 
 
 def check(model: nn.Module) -> Check:
-    """Find out by trying whether the model can be measured: a few forward passes over 16 random tokens."""
+    """Find out by trying whether the model can be measured: a few forward passes over 16 random tokens.
+
+    Returns:
+        `ok` and, in one line, the `reason`; the attention `layers`; `other_paths`, the modules that carry information
+        between positions outside attention, for which only the ledger by lag is exact.
+    """
     try:
         model = language_model(model)
         with _probing(model):

@@ -52,13 +52,13 @@ class Cut:
     kind: str  # "kv" or "hidden"
     streams: frozenset[str]
     layers: frozenset[Layer]
-    calls: int = 0  # with gradients, that it was in force for
+    calls: int = 0  # differentiable attention calls under this horizon
     active: bool = True
 
 
 @dataclass(frozen=True)
 class Override:
-    """Rules for backward passes through forward passes that are over, and who gets them instead of the observers."""
+    """Rules and observer for backward passes that run again over recorded forward passes."""
 
     rules: Rules
     observe: Observer
@@ -68,7 +68,7 @@ class Watch:
     """Interceptor of the attention calls of one model, which reports their backward passes to observers."""
 
     def __init__(self, model: nn.Module, layers: tuple[Layer, ...], other_paths: tuple[str, ...], entries: Mapping):
-        """`entries`: how many calls one entry of a module makes, for modules that one pass enters several times."""
+        """`entries`: attention calls in one forward() of each module whose forward() runs several times in a pass."""
         self.model = model
         self.names = {model.get_submodule(layer.name): layer.name for layer in layers}
         self.layers, self.other_paths, self.entries = layers, other_paths, entries
@@ -153,7 +153,7 @@ class Watch:
         )  # fmt: skip
 
     def is_next(self, layer: Layer) -> bool:
-        """Return whether the next entry of a layer's module makes this call of it."""
+        """Return whether this layer's call comes first in the next forward() of its module."""
         calls = self.entries.get(layer.name)
         return calls is None or self.calls[layer.name] == layer.call - layer.call % calls
 

@@ -84,7 +84,7 @@ class _Options(Scoring):
     observe: Callable[[Backward], None] | None
 
 
-def _full() -> tuple[Rule, Rule]:
+def _full_horizon() -> tuple[Rule, Rule]:
     return Full(), Full()
 
 
@@ -98,7 +98,7 @@ def attention(
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | Float[Tensor, "batch head query"] | None = None,
     bias: Float[Tensor, "_ _ _ _"] | None = None,
-    horizon: Callable[[], tuple[Rule, Rule]] = _full,
+    horizon: Callable[[], tuple[Rule, Rule]] = _full_horizon,
     detached: tuple[Tensor | None, Tensor | None] = (None, None),
     observe: Callable[[Backward], None] | None = None,
 ) -> Float[Tensor, "batch head query dim_v"]:
@@ -116,8 +116,8 @@ def attention(
         sinks: One extra logit per head, or per query, that takes weight and gives no value.
         bias: Added to the scores after scale and soft-cap; one of full size is N x N memory of the caller's own.
         horizon: Asked in each backward pass for the rules of keys and of values.
-        detached: Key and value once more (their numbers are not used): they get the gradient that the horizon takes
-            from `key` and `value`.
+        detached: The same key and value, computed from a detached hidden state: their numbers are not used; they
+            receive the gradient that the horizon removes from `key` and `value`.
         observe: Called once per backward pass with the finished `Backward`.
 
     Raises:
@@ -132,9 +132,9 @@ def attention(
         )
     if queries > keys:
         raise InputError(f"attention expects at least as many keys as queries; got {queries} queries, {keys} keys")
-    full = batch, heads, queries, keys
-    if bias is not None and (bias.dim() != 4 or any(x not in (1, y) for x, y in zip(bias.shape, full, strict=True))):
-        raise InputError(f"attention expects a bias that broadcasts to {[*full]}; got {[*bias.shape]}")
+    shape = batch, heads, queries, keys
+    if bias is not None and (bias.dim() != 4 or any(x not in (1, y) for x, y in zip(bias.shape, shape, strict=True))):
+        raise InputError(f"attention expects a bias that broadcasts to {[*shape]}; got {[*bias.shape]}")
     if sinks is not None and sinks.dim() == 1:
         sinks = sinks[None, :, None]
     options = _Options(
@@ -206,14 +206,17 @@ class _Attention(torch.autograd.Function):
             tensors, options, factors, compute_total, any(detached), grad_bias
         )
         cut_grads = [
-            total - kept if cut else None for total, kept, cut in zip(total_grads, kept_grads, detached, strict=True)
+            total - grad if stream else None
+            for total, grad, stream in zip(total_grads, kept_grads, detached, strict=True)
         ]
         if options.observe is not None:
             # What the projections get, and the factors that are in it.
             grad_key, grad_value = (
-                total if cut else kept for total, kept, cut in zip(total_grads, kept_grads, detached, strict=True)
+                total if stream else grad for total, grad, stream in zip(total_grads, kept_grads, detached, strict=True)
             )
-            key_factor, value_factor = (None if cut else factor for factor, cut in zip(factors, detached, strict=True))
+            key_factor, value_factor = (
+                None if stream else factor for factor, stream in zip(factors, detached, strict=True)
+            )
             back = Backward(
                 query=query.detach(),
                 key=key.detach(),

@@ -18,6 +18,7 @@ from posterity.results.audit_schema import REFUSED
 from posterity.results.netcdf import portable_value
 
 HEIGHT = 240  # pixels of a picture
+LOG = {"type": "log", "dtick": "D2"}  # ticks at 1, 2 and 5 of every power of ten
 
 
 def render_audit(audit: xr.Dataset) -> str:
@@ -75,10 +76,8 @@ def draw_picture(chart: Chart, title: str) -> PanelGrid:
     """Return the picture as a figure of one panel."""
     named = len(chart.traces) > 1 and chart.colours is None
     traces = [_escaped(trace, in_legend=named) for trace in chart.traces]
-    x: dict[str, Any] = {"title": chart.x} | ({"type": "log"} if "x" in chart.log else {})
-    y: dict[str, Any] = {"title": chart.y, "hoverformat": ".4~g", **ZERO_LINE} | (
-        {"type": "log"} if "y" in chart.log else {}
-    )
+    x: dict[str, Any] = {"title": chart.x} | (LOG if "x" in chart.log else {})
+    y: dict[str, Any] = {"title": chart.y, "hoverformat": ".4~g", **ZERO_LINE} | (LOG if "y" in chart.log else {})
     y |= {"range": list(chart.y_range)} if chart.y_range else {}
     colours = None if chart.colours is None else dict(chart.colours)
     return PanelGrid(

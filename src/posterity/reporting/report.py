@@ -45,10 +45,17 @@ class Page:
 
 
 def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | None = None) -> Page | Path:
-    """Show one or more results (or files of results) side by side.
+    """Make one page of results side by side, of an audit, or of a comparison.
 
-    With a path the page is written there, whole or not at all, and the path is returned; without one the page itself is
-    returned, which a notebook shows. Raises InputError for a path that cannot be written or what is not a result.
+    Args:
+        result: One result or several; one audit; one comparison. A Dataset or a file of one.
+        path: Where the page is written, whole or not at all.
+
+    Returns:
+        The path; without one the page itself, which a notebook shows.
+
+    Raises:
+        InputError: A path that cannot be written or would take the place of a result; what is no result.
     """
     target = None if path is None else check_output_path(path)
     sources = [result] if isinstance(result, (xr.Dataset, str, os.PathLike)) else list(result)
@@ -72,13 +79,13 @@ def report(result: Source | Iterable[Source], path: str | os.PathLike[str] | Non
 
 def _render(datasets: list[xr.Dataset]) -> str:
     """Return the page of results, or of one audit or comparison."""
-    alone = [dataset for dataset in datasets if kind_name(dataset) in PAGES]
-    if not alone:
+    with_own_page = [dataset for dataset in datasets if kind_name(dataset) in PAGES]
+    if not with_own_page:
         return render_results([RESULT.check(dataset) for dataset in datasets])
     if len(datasets) > 1:
         raise InputError(
             "expected results, or one audit or comparison, which has a page of its own: audit several models in one "
             "command (--beside) to see them side by side"
         )
-    name = kind_name(alone[0])
-    return PAGES[name](KINDS[name].check(alone[0]))
+    name = kind_name(with_own_page[0])
+    return PAGES[name](KINDS[name].check(with_own_page[0]))

@@ -47,6 +47,22 @@ __all__ = [
 MIN_CREDIT = 0.1  # of an equal part of the layer's credit, below which a head's share is not reported
 MAX_ERROR = 0.25  # standard error of a self share, above which a head's share is not reported
 ROUNDING = 1e-14  # square of single precision's rounding
+_LOSSES = "losses=True (--losses)"
+OPTIONS = {  # of `posterity.measure`, by the variable that needs it
+    "weight_by_document": "weights=True (--weights)",
+    "weight_mean": "weights=True (--weights)",
+    "loss_credit": _LOSSES,
+    "loss_gram": _LOSSES,
+    "loss_credit_by_document": _LOSSES,
+    "hidden_by_document": _LOSSES,
+    "parameter_by_document": "parameters=True (--parameters)",
+    "horizon_by_document": "horizons=(1, 2, 4, 8) (--horizons 1,2,4,8)",
+}
+
+
+def __dir__() -> list[str]:
+    """List the public functions, for tab completion."""
+    return __all__
 
 
 # ---- ratios and means, with errors over documents
@@ -233,9 +249,9 @@ def weight_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
         window; units 1, dims (*by, stream, part).
 
     Raises:
-        KeyError: The result has no gradients of the weights.
+        InputError: The result has no gradients of the weights.
     """
-    single, mean = (_sum(result, result[name], by) for name in ("weight_by_document", "weight_mean"))
+    single, mean = (_sum(result, _measured(result, name), by) for name in ("weight_by_document", "weight_mean"))
     documents = result.sizes["document"]
     single_parts, mean_parts = _weight_parts(single), _weight_parts(mean)
     norms = single_parts.sum("document", skipna=False)
@@ -263,9 +279,9 @@ def loss_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
         edge; later losses through the edges of later queries.
 
     Raises:
-        KeyError: The result has no split by losses.
+        InputError: The result has no split by losses.
     """
-    credit = _sum(result, result["loss_credit_by_document"], by)
+    credit = _sum(result, _measured(result, "loss_credit_by_document"), by)
     return ratio(credit, credit.sum("part", skipna=False))
 
 
@@ -276,9 +292,9 @@ def loss_shares_by_position(result: xr.Dataset) -> xr.DataArray:
         Units 1, dims (written, part, position); the parts of `loss_shares`.
 
     Raises:
-        KeyError: The result has no split by losses.
+        InputError: The result has no split by losses.
     """
-    credit = _sum(result, result["loss_credit"], ())
+    credit = _sum(result, _measured(result, "loss_credit"), ())
     return _describe(credit / credit.sum(("part", "position"), skipna=False), "share of the credit")
 
 
@@ -294,9 +310,9 @@ def loss_parts(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
         `cosine`: 1 where two parts point the same way, units 1, dims (*by, written, pair).
 
     Raises:
-        KeyError: The result has no split by losses.
+        InputError: The result has no split by losses.
     """
-    gram = _sum(result, result["loss_gram"], by).sum("position", skipna=False)
+    gram = _sum(result, _measured(result, "loss_gram"), by).sum("position", skipna=False)
     squared = {part: gram.sel(pair=part, drop=True) for part in PARTS}
     norm = xr.concat([squared[part] ** 0.5 for part in PARTS], xr.Variable("part", list(PARTS)))
     pairs = [pair for pair in PAIRS if " . " in pair]
@@ -322,9 +338,9 @@ def hidden_shares(result: xr.Dataset) -> xr.Dataset:
         NaN where a layer's input was not observed.
 
     Raises:
-        KeyError: The result has no split by losses.
+        InputError: The result has no split by losses.
     """
-    return _own_shares(result["hidden_by_document"])
+    return _own_shares(_measured(result, "hidden_by_document"))
 
 
 def parameter_shares(result: xr.Dataset) -> xr.Dataset:
@@ -334,9 +350,9 @@ def parameter_shares(result: xr.Dataset) -> xr.Dataset:
         `share`, `error` and `cosine` as in `hidden_shares`, dims (parameter).
 
     Raises:
-        KeyError: The result has no split of the parameters' gradients.
+        InputError: The result has no split of the parameters' gradients.
     """
-    return _own_shares(result["parameter_by_document"])
+    return _own_shares(_measured(result, "parameter_by_document"))
 
 
 def angles(result: xr.Dataset) -> xr.Dataset:
@@ -348,10 +364,10 @@ def angles(result: xr.Dataset) -> xr.Dataset:
         `parameters`: of all parameters, units degrees, no dims; only if they were measured.
 
     Raises:
-        KeyError: The result has no split by losses.
+        InputError: The result has no split by losses.
     """
     cosines = {"layer_hidden": hidden_shares(result).cosine}
-    cosines["hidden"] = _own_shares(result["hidden_by_document"].sum("layer", skipna=False)).cosine
+    cosines["hidden"] = _own_shares(_measured(result, "hidden_by_document").sum("layer", skipna=False)).cosine
     if "parameter_by_document" in result:
         cosines["parameters"] = _own_shares(result.parameter_by_document.sum("parameter", skipna=False)).cosine
     return xr.Dataset(
@@ -373,10 +389,10 @@ def horizon_curve(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
         `share` and `error`, units 1, dims (*by, stream, horizon).
 
     Raises:
-        KeyError: The result has no horizons.
+        InputError: The result has no horizons.
     """
     credit = _sum(result, result.credit_by_document, by).sum("side", skipna=False)
-    return ratio(_sum(result, result["horizon_by_document"], by), credit)
+    return ratio(_sum(result, _measured(result, "horizon_by_document"), by), credit)
 
 
 def effective_horizon(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
@@ -393,7 +409,7 @@ def effective_horizon(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArra
         bound); where the largest gives less, infinity; NaN where the curve is not known.
 
     Raises:
-        KeyError: The result has no horizons.
+        InputError: The result has no horizons.
     """
     share = horizon_curve(result, by).share.transpose(..., "horizon")
     log_horizons, values = np.log(share.horizon.values.astype(float)), share.values
@@ -455,6 +471,17 @@ def existing_heads(result: xr.Dataset) -> xr.DataArray:
         bool, dims (layer, head).
     """
     return result.credit.notnull().any(("stream", "lag"))
+
+
+def _measured(result: xr.Dataset, name: str) -> xr.DataArray:
+    """Return a variable that only some results have.
+
+    Raises:
+        InputError: This one was measured without it.
+    """
+    if name not in result:
+        raise InputError(f"expected a result with {name!r}, which was not measured: measure with {OPTIONS[name]}")
+    return result[name]
 
 
 def _sum(result: xr.Dataset, values: xr.DataArray, by: Sequence[str]) -> xr.DataArray:
