@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import torchrun
 from support.tiny import tiny, tokens
 from typer.testing import CliRunner
 
@@ -355,9 +356,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def torchrun(folder, *args, count=2):
+def run_processes(folder, *args, count=2):
     # PYTHONUNBUFFERED: what is printed is read while the command runs
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "posterity"]
+    command = [*torchrun(count), "-m", "posterity"]
     return subprocess.Popen(
         [*command, args[0], str(folder), *args[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -367,7 +368,7 @@ def torchrun(folder, *args, count=2):
 @pytest.mark.slow
 def test_torchrun_measures_what_one_process_measures(folder, tmp_path):
     options = ["measure", "--context", "64", "--documents", "5", "--losses", "-o"]
-    run = torchrun(folder, *options, str(tmp_path / "two.nc"))
+    run = run_processes(folder, *options, str(tmp_path / "two.nc"))
     table, message = run.communicate(timeout=300)
     assert run.returncode == 0, message
     assert table.count("Credit of the gradient") == 1
@@ -388,7 +389,7 @@ def test_torchrun_measures_what_one_process_measures(folder, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_dies_stops_the_others_and_the_run_can_go_on(folder, tmp_path):
     options = ["measure", "--context", "256", "--documents", "400", "-o", str(tmp_path / "run.nc")]
-    run = torchrun(folder, *options)
+    run = run_processes(folder, *options)
     state = tmp_path / "run.nc.state"
     until = time.monotonic() + 200
     while not (state / "1.safetensors").exists() and time.monotonic() < until:
@@ -407,7 +408,7 @@ def test_a_process_that_dies_stops_the_others_and_the_run_can_go_on(folder, tmp_
     assert not (tmp_path / "run.nc").exists()
     before = sum(len(run_state.safe_open(file, "pt").get_tensor("done")) for file in state.glob("*.safetensors"))
     assert before
-    run = torchrun(folder, *options, "--resume")
+    run = run_processes(folder, *options, "--resume")
     _, message = run.communicate(timeout=500)
     assert run.returncode == 0, message
     assert posterity.load(tmp_path / "run.nc").sizes["document"] == 400
@@ -416,7 +417,7 @@ def test_a_process_that_dies_stops_the_others_and_the_run_can_go_on(folder, tmp_
 
 @pytest.mark.slow
 def test_a_mistake_is_said_once_by_all_processes(tmp_path):
-    run = torchrun(tmp_path / "nowhere", "measure")
+    run = run_processes(tmp_path / "nowhere", "measure")
     _, message = run.communicate(timeout=120)
     assert run.returncode != 0
     assert len([line for line in message.splitlines() if line.startswith("posterity: ")]) == 1

@@ -3,7 +3,6 @@
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from support.loss_oracles import dense
+from support.processes import torchrun
 from support.tiny import tiny, tokens
 from support.trainings import equal_tensors, logged_losses, saved_losses, train_tiny, training_arguments, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -126,13 +126,8 @@ def test_a_diverged_run_stops_and_keeps_the_checkpoint_before(tmp_path):
     assert all(x.isfinite().all() for x in checkpoint.parameters())
 
 
-def torchrun(processes, port):
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    return [*launcher, "--nproc-per-node", str(processes), "--master-port", str(port)]
-
-
 DDP = """
-import sys, torch, torch.distributed
+import os, sys, torch, torch.distributed
 sys.path[:0] = [{tests!r}]
 from posterity import Discount, Trainer
 from posterity.training.data import Rows
@@ -147,6 +142,10 @@ trainer.train()
 assert arguments.world_size == {world}, arguments.world_size
 if trainer.is_world_process_zero():
     torch.save({{name: x.detach() for name, x in trainer.model.named_parameters()}}, {out!r})
+sys.stdout.flush()
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    os._exit(0)  # with two processes, gloo's threads now and then abort the interpreter while it shuts down
 """
 
 
@@ -163,7 +162,7 @@ def test_two_processes_train_like_one(tmp_path, cut):
         script.write_text(code)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*torchrun(world, 29577), str(script)], capture_output=True, text=True, env=environment, timeout=280
+            [*torchrun(world), str(script)], capture_output=True, text=True, env=environment, timeout=280
         )
         assert done.returncode == 0, done.stderr[-3000:]
         trained.append(torch.load(out, weights_only=True))
@@ -180,7 +179,7 @@ def test_the_command_line_under_torchrun_trains_like_one_process(tmp_path):
     runs = []
     for world in (1, 2):
         done = subprocess.run(
-            [*torchrun(world, 29578), "-m", "posterity", "train", "-o", str(tmp_path / str(world)), *settings],
+            [*torchrun(world), "-m", "posterity", "train", "-o", str(tmp_path / str(world)), *settings],
             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
