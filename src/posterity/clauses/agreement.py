@@ -18,11 +18,11 @@ from posterity.results.stats import ratio
 HALF = 0.5  # of the squared gradient: with more in common, one draw tells most of what all tell together
 
 
-def pooled_ratio(part: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pooled_ratio(part: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the ratio of two sums over documents (the first axis), and its standard error."""
     dims = ["document", *(f"dim_{axis}" for axis in range(1, part.ndim))]
     with np.errstate(invalid="ignore", divide="ignore"):
-        pooled = ratio(xr.DataArray(part, dims=dims), xr.DataArray(whole, dims=dims))
+        pooled = ratio(xr.DataArray(part, dims=dims), xr.DataArray(total, dims=dims))
     return pooled.share.values, pooled.error.values
 
 

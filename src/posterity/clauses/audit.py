@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -24,7 +23,7 @@ from posterity.inputs.windows import TextStream, name_documents
 from posterity.measurement.distributed import Processes
 from posterity.measurement.provenance import provenance
 from posterity.measurement.run_state import fingerprint
-from posterity.models.language_model import evaluation_mode, input_device, language_model, seed_rng
+from posterity.models.language_model import evaluation_mode, input_device, language_model, max_tokens, seed_rng
 from posterity.results.audit_schema import REFUSED, Finding
 
 RANDOM = "random weights"  # name of the control
@@ -80,7 +79,7 @@ def audit(
     models = _name_models(model, attrs or {})
     if control not in (None, "random"):
         raise InputError(f'control expects "random"; got {control!r}')
-    plan = plan.fit_to(min(map(_max_tokens, models.values())), changes)
+    plan = plan.fit_to(min(map(max_tokens, models.values())), changes)
     processes = processes or Processes()
     texts = processes.broadcast(lambda: _read_texts(documents))
     if control is not None:
@@ -142,12 +141,6 @@ def random_control(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     with seed_rng(seed):
         control = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
     return control.to(input_device(model)).eval()  # type: ignore[arg-type]
-
-
-def _max_tokens(model: PreTrainedModel) -> int:
-    """Return how many tokens a model reads at most, as far as its config says."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
 
 
 def _tokenizer_of(name: str, tokenizer: Any) -> Any:

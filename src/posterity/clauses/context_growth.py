@@ -46,7 +46,7 @@ def measure_growth(subject: Subject) -> Finding:
     layers = xr.concat(layer_shares, xr.Variable("context", list(contexts))).transpose("context", "stream", "layer")
     crossover = _crossover(layers)
     verdict, reason = _judge(fits, crossover, contexts[-1])
-    shares = np.stack([[part.sum() / whole.sum() for part, whole in values] for values in fractions.values()])
+    shares = np.stack([[part.sum() / total.sum() for part, total in values] for values in fractions.values()])
     variables = {
         "share": labelled_array("curve context", shares, "self share", curve=list(CURVES), context=list(contexts)),
         "layer": with_long_name(layers, "self share of a layer"),

@@ -14,7 +14,7 @@ from posterity.ops.precision import working_dtype
 
 
 class HiddenGradients:
-    """Collects the whole gradient of each layer's input and the part of the own losses; sums their terms.
+    """Collects the total gradient of each layer's input and the part of the own losses; sums their terms.
 
     A layer's input is that of the module around its attention module: the residual stream in front of the norm.
     """
@@ -23,7 +23,7 @@ class HiddenGradients:
         """Start empty; accumulate into `sums`."""
         self.watch, self.sums = watch, sums
         self._modules = {layer: enclosing_layer(model, layer.name) for layer in watch.layers}
-        self._grads: dict[str, dict[Layer, Tensor]] = {"whole": {}, "own": {}}
+        self._grads: dict[str, dict[Layer, Tensor]] = {"total": {}, "own": {}}
         self._part: str | None = None  # of the gradient, in the present backward pass
 
     @contextlib.contextmanager
@@ -41,7 +41,7 @@ class HiddenGradients:
 
     @contextlib.contextmanager
     def collect(self, part: str | None) -> Iterator[None]:
-        """Within the block, a backward pass gives this part of the gradient: "whole", "own", or None for neither."""
+        """Within the block, a backward pass gives this part of the gradient: "total", "own", or None for neither."""
         self._part = part
         try:
             yield
@@ -52,12 +52,12 @@ class HiddenGradients:
         """Accumulate |own|², |later|² and their inner product by position; NaN for a layer without a gradient."""
         rows = []
         for layer in self.watch.layers:
-            whole, own = (self._grads[part].get(layer) for part in ("whole", "own"))
-            if whole is None or own is None:
+            total, own = (self._grads[part].get(layer) for part in ("total", "own"))
+            if total is None or own is None:
                 rows.append(torch.full((windows, 3, positions), torch.nan, dtype=torch.float64))
                 continue
-            whole, own = (x.to(working_dtype(x.dtype)) for x in (whole, own))
-            later = whole - own
+            total, own = (x.to(working_dtype(x.dtype)) for x in (total, own))
+            later = total - own
             terms = [(x * y).sum(-1) for x, y in ((own, own), (later, later), (own, later))]
             row = torch.stack(terms, 1).double()
             rows.append(check_finite(row, f"the gradient of the hidden states of layer {layer}").cpu())

@@ -39,7 +39,7 @@ def inspect(
     """Measure one text, and which loss pays for the key and value of every position.
 
     `inspect_credit[layer, written, loss_position, position]` is the inner product of dl_t/dk_j (dl_t/dv_j) with the
-    whole gradient of k_j (v_j), over all key heads; `inspect_norm` the norm of dl_t/dk_j. Both are 0 where t < j.
+    total gradient of k_j (v_j), over all key heads; `inspect_norm` the norm of dl_t/dk_j. Both are 0 where t < j.
 
     Args:
         model: A causal language model of transformers.
@@ -71,7 +71,7 @@ def inspect(
     with freeze_parameters(inner), seed_rng(seed), observe_model(model, matrices.observe) as watch:
         refuse_other_paths(watch, "inspect")
         window_losses(model, ids[None]).sum().backward()
-        matrices.end_whole_pass()
+        matrices.end_total_pass()
         with progress_bar(len(ids) - 1, progress, "inspecting", "losses") as advance:
             for first in range(0, len(ids) - 1, batch):
                 positions = range(first, min(first + batch, len(ids) - 1))
@@ -98,7 +98,7 @@ class _LossMatrices:
     def __init__(self, length: int):
         self.length = length
         self._latest: dict[Layer, list[Tensor]] = {}  # gradients of keys and values in the present pass
-        self._whole: dict[Layer, list[Tensor]] = {}  # the same, of all losses
+        self._totals: dict[Layer, list[Tensor]] = {}  # the same, of all losses
         self._sums: dict[Layer, Tensor] = {}  # credit or norm, written, loss position, position
 
     def observe(self, layer: Layer, back: Backward, project: object) -> None:
@@ -107,17 +107,17 @@ class _LossMatrices:
         grads = (sum_heads(back.grad_key, groups), sum_heads(back.grad_value, groups))
         self._latest[layer] = [x.to(working_dtype(x.dtype)) for x in grads]
 
-    def end_whole_pass(self) -> None:
+    def end_total_pass(self) -> None:
         """Take the gradients of the present pass as those of all losses."""
-        self._whole, self._latest = self._latest, {}
+        self._totals, self._latest = self._latest, {}
 
     def add_rows(self, positions: range) -> None:
         """Enter the gradients of the present pass in the rows of the losses at `positions`."""
-        for layer, whole_grads in self._whole.items():
+        for layer, total_grads in self._totals.items():
             sums = self._sums.setdefault(layer, torch.zeros(2, 2, self.length, self.length, dtype=torch.float64))
-            for written, (whole, single) in enumerate(zip(whole_grads, self._latest[layer], strict=True)):
+            for written, (total, single) in enumerate(zip(total_grads, self._latest[layer], strict=True)):
                 length = single.shape[2]
-                credit = (single * whole[:, :, :length]).sum((1, 3))
+                credit = (single * total[:, :, :length]).sum((1, 3))
                 norm = single.square().sum((1, 3)).sqrt()
                 for kind, rows in enumerate((credit, norm)):
                     sums[kind, written, positions.start : positions.stop, :length] = rows.double().cpu()

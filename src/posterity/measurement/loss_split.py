@@ -50,7 +50,7 @@ class LossSplit:
         self.horizons, self.losses = tuple(horizons), losses or parameters
         self.sums = sums
         self._hidden = HiddenGradients(self.model, watch, sums)
-        self._whole: dict[Layer, Backward] = {}  # the ordinary pass
+        self._total_passes: dict[Layer, Backward] = {}  # the ordinary pass
         self._curve: dict[Layer, list[Tensor]] = {}  # remaining credit of the present windows, by horizon
 
     @property
@@ -61,7 +61,7 @@ class LossSplit:
     def observe_forward(self) -> contextlib.AbstractContextManager:
         """Within the block, forward passes can be split by `backward`."""
         stack = contextlib.ExitStack()
-        stack.enter_context(self.watch.report_to(self._observe_whole))
+        stack.enter_context(self.watch.report_to(self._observe_total))
         if self.losses:
             stack.enter_context(self._hidden.hook_inputs())
         return stack
@@ -73,9 +73,9 @@ class LossSplit:
             NotFiniteError: A gradient is not finite; the message names the layer.
         """
         head = self._parameter_gradients()  # of the parameters behind its input, which the later passes do not reach
-        with self._hidden.collect("whole"):
+        with self._hidden.collect("total"):
             loss.backward(retain_graph=True)
-        whole = self._parameter_gradients()
+        total = self._parameter_gradients()
         self._curve = {layer: [] for layer in self.watch.layers}
         for horizon in self.extra_passes:
             rule = Discount(1 - 1 / horizon)
@@ -84,15 +84,15 @@ class LossSplit:
             with self.watch.override_rules((rule, rule), self._observer(horizon)), self._hidden.collect(part):
                 loss.backward(retain_graph=horizon != self.extra_passes[-1])
             if horizon == OWN and self.parameters:
-                row = torch.stack(_module_terms(self.model, whole, self._parameter_gradients()))
+                row = torch.stack(_module_terms(self.model, total, self._parameter_gradients()))
                 self.sums.append_rows((None, "parameters"), [check_finite(row, "the gradient of the parameters")])
         if self.losses:
-            windows, _, positions = next(iter(self._whole.values())).lse.shape
+            windows, _, positions = next(iter(self._total_passes.values())).lse.shape
             self._hidden.add(windows, positions)
         for layer, credits in self._curve.items() if self.horizons else ():
             self.sums.append_rows((str(layer), "horizon_by_document"), torch.stack(credits, -1))
         self._set_parameter_gradients({})
-        self._whole.clear()
+        self._total_passes.clear()
 
     def variables(self) -> dict[str, np.ndarray]:
         """Return the variables of the result; heads that a layer does not have are NaN."""
@@ -121,31 +121,31 @@ class LossSplit:
             coordinates["parameter"] = list(_parameters_by_module(self.model))
         return coordinates
 
-    def _observe_whole(self, layer: Layer, back: Backward, project: object) -> None:
-        if layer in self._whole:
+    def _observe_total(self, layer: Layer, back: Backward, project: object) -> None:
+        if layer in self._total_passes:
             raise InputError(f"layer {layer} was sent back twice in one pass: who pays cannot be said")
-        self._whole[layer] = back
+        self._total_passes[layer] = back
 
     def _observer(self, horizon: int) -> Observer:
         def observe(layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
-            whole = self._whole[layer]
+            total = self._total_passes[layer]
             if horizon == OWN and self.losses:
-                self._add_products(layer, whole, back)
+                self._add_products(layer, total, back)
             if horizon in self.horizons:
-                grads = zip((back.grad_query, back.grad_key, back.grad_value), whole.total_gradients(), strict=True)
+                grads = zip((back.grad_query, back.grad_key, back.grad_value), total.total_gradients(), strict=True)
                 credit = torch.stack([dot(x, y).sum(-1, dtype=torch.float64) for x, y in grads], -1)
                 check_finite(credit, f"at horizon {horizon} the gradient of layer {layer}")
                 self._curve[layer].append(credit)
 
         return observe
 
-    def _add_products(self, layer: Layer, whole: Backward, own: Backward) -> None:
+    def _add_products(self, layer: Layer, total: Backward, own: Backward) -> None:
         """Accumulate credits and inner products of the three parts."""
-        self_edge = self_edge_gradients(whole)
-        _, total_key, total_value = whole.total_gradients()
+        self_edge = self_edge_gradients(total)
+        _, total_key, total_value = total.total_gradients()
         streams = (
-            (own.grad_key, self_edge.key, whole.grad_key, total_key),
-            (own.grad_value, self_edge.value, whole.grad_value, total_value),
+            (own.grad_key, self_edge.key, total.grad_key, total_key),
+            (own.grad_value, self_edge.value, total.grad_value, total_value),
         )
         products = torch.stack([_products(*(x.to(working_dtype(x.dtype)) for x in stream)) for stream in streams], 2)
         check_finite(products, f"what the own losses send to layer {layer}")
@@ -187,14 +187,14 @@ def _parameters_by_module(model: nn.Module) -> dict[str, list[str]]:
     return names
 
 
-def _module_terms(model: nn.Module, whole: dict[str, Tensor], own: dict[str, Tensor]) -> list[Tensor]:
+def _module_terms(model: nn.Module, total: dict[str, Tensor], own: dict[str, Tensor]) -> list[Tensor]:
     """Return |own|², |later|² and their inner product for each module."""
     rows = []
     for names in _parameters_by_module(model).values():
         pairs = []
         for name in names:
-            if name in whole:
-                own_part = own.get(name, torch.zeros_like(whole[name])).to(working_dtype(whole[name].dtype))
-                pairs.append((own_part, whole[name].to(own_part.dtype) - own_part))
+            if name in total:
+                own_part = own.get(name, torch.zeros_like(total[name])).to(working_dtype(total[name].dtype))
+                pairs.append((own_part, total[name].to(own_part.dtype) - own_part))
         rows.append(gram_terms(*zip(*pairs, strict=True)).cpu() if pairs else torch.zeros(3, dtype=torch.float64))
     return rows

@@ -21,7 +21,7 @@ from posterity.measurement.distributed import Processes
 from posterity.measurement.estimate import estimate
 from posterity.measurement.run_state import RunState, fingerprint
 from posterity.models.chunked_loss import ChunkedLoss, LMHead
-from posterity.models.language_model import freeze_parameters, language_model, seed_rng
+from posterity.models.language_model import freeze_parameters, language_model, max_tokens, seed_rng
 from posterity.progress import progress_bar
 
 
@@ -192,9 +192,7 @@ def _check_horizons(horizons: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_context(model: PreTrainedModel, context: int) -> None:
     """Raise InputError if a window has more tokens than the model can read."""
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and context > longest > 0:
+    if context > (longest := max_tokens(model)):
         raise InputError(f"the model reads at most {longest} tokens; got a context of {context}: lower it (--context)")
 
 

@@ -1,6 +1,7 @@
 """The language model inside what a user hands over: its device, its modes, its rounding."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,6 +41,12 @@ def language_model(model: nn.Module) -> PreTrainedModel:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Return the device that the model takes its tokens on."""
     return next(model.get_input_embeddings().parameters()).device
+
+
+def max_tokens(model: PreTrainedModel) -> int:
+    """Return how many tokens the model reads at most, as far as its config says."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
 
 
 def enclosing_layer(model: nn.Module, name: str) -> nn.Module:

@@ -273,10 +273,10 @@ def _gradients(
         return totals, totals
     weight, grad_score = self_edges(*tensors, scoring)
     terms = zip(totals[1:], factors, (grad_score, weight), (query, grad_output), strict=True)
-    kept = [
+    limited_grads = [
         grad if factor is None else (edge[..., None] * reader).to(query.dtype) for grad, factor, edge, reader in terms
     ]
-    return [totals[0], *kept], totals
+    return [totals[0], *limited_grads], totals
 
 
 def _fused_kernel(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scoring: Scoring) -> Kernel | None:

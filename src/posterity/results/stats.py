@@ -68,7 +68,7 @@ def __dir__() -> list[str]:
 # ---- ratios and means, with errors over documents
 
 
-def ratio(part: xr.DataArray, whole: xr.DataArray) -> xr.Dataset:
+def ratio(part: xr.DataArray, total: xr.DataArray) -> xr.Dataset:
     """Return the ratio of two sums over documents and its standard error.
 
     share = sum_d x_d / sum_d T_d. With the residuals e_d = x_d - share T_d, the error is
@@ -76,17 +76,17 @@ def ratio(part: xr.DataArray, whole: xr.DataArray) -> xr.Dataset:
 
     Args:
         part: x_d, with a dimension `document`.
-        whole: T_d, with a dimension `document`.
+        total: T_d, with a dimension `document`.
 
     Returns:
         `share` and `error`, units 1; dims of both arrays without `document`. The error is NaN for one document.
     """
-    documents = whole.sizes["document"]
-    total = whole.sum("document", skipna=False)
-    share = part.sum("document", skipna=False) / total
-    residual = part - share * whole
+    documents = total.sizes["document"]
+    denominator = total.sum("document", skipna=False)
+    share = part.sum("document", skipna=False) / denominator
+    residual = part - share * total
     spread = documents / (documents - 1) if documents > 1 else math.nan
-    error = (spread * (residual**2).sum("document", skipna=False)) ** 0.5 / abs(total)
+    error = (spread * (residual**2).sum("document", skipna=False)) ** 0.5 / abs(denominator)
     return xr.Dataset({"share": _describe(share, "share"), "error": _describe(error, "standard error over documents")})
 
 
@@ -518,7 +518,7 @@ def _weight_parts(norms: xr.DataArray) -> xr.DataArray:
 def _own_shares(terms: xr.DataArray) -> xr.Dataset:
     """Return the share of the own loss in a squared norm, its error, and the cosine between own and later part."""
     part = terms.sel(loss_term=["own", "inner"]).sum("loss_term", skipna=False)
-    whole = terms.sel(loss_term=["own", "later", "inner", "inner"]).sum("loss_term", skipna=False)
-    total = terms.sum("document", skipna=False)
-    own, later, inner = (total.sel(loss_term=term, drop=True) for term in LOSS_TERMS)
-    return ratio(part, whole).assign(cosine=_describe(inner / (own * later) ** 0.5, "cosine between own and later"))
+    total = terms.sel(loss_term=["own", "later", "inner", "inner"]).sum("loss_term", skipna=False)
+    sums = terms.sum("document", skipna=False)
+    own, later, inner = (sums.sel(loss_term=term, drop=True) for term in LOSS_TERMS)
+    return ratio(part, total).assign(cosine=_describe(inner / (own * later) ** 0.5, "cosine between own and later"))
