@@ -7,10 +7,12 @@ mistake and not rounding: models that compute norms, routers and softmax in floa
 import contextlib
 import sys
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from support.families import IMPOSSIBLE, build
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 import posterity
 from posterity import InputError
@@ -36,19 +38,33 @@ class _Double(TorchFunctionMode):
     """Gives float64 to what asks for float32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
+        if func is FLOAT:
             func = torch.Tensor.double
-        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-        kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        return func(*map(widened, args), **{name: widened(x) for name, x in (kwargs or {}).items()})
+
+
+FLOAT, TO = torch.Tensor.float, torch.Tensor.to
+
+
+def widened(x):
+    return torch.float64 if x is torch.float32 else x
+
+
+def widened_to(x, *args, **kwargs):
+    return TO(x, *map(widened, args), **{name: widened(x) for name, x in kwargs.items()})
 
 
 @contextlib.contextmanager
 def double():
+    """Compute in float64 what a model computes in float32; by its methods too, for backward passes know no mode."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Double():
+        with (
+            _Double(),
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+            mock.patch.object(torch.Tensor, "to", widened_to),
+        ):
             yield
     finally:
         torch.set_default_dtype(before)
@@ -60,7 +76,7 @@ class Call:
 
     module: torch.nn.Module
     streams: list[torch.Tensor]  # query, key, value, each a tensor of this call alone
-    pointer: int  # to the key's memory
+    shared: list[torch.Tensor]  # the same as the model has them, which other calls may read too
     mask: torch.Tensor | None
     options: dict
 
@@ -73,10 +89,10 @@ def record_calls():
     def around(eager):
         def attend(module, query, key, value, attention_mask, *args, **kwargs):
             streams = [x.view_as(x) for x in (query, key, value)]
-            for x in streams:
+            for x in (*streams, query, key, value):
                 if x.requires_grad:
                     x.retain_grad()
-            calls.append(Call(module, streams, key.data_ptr(), attention_mask, kwargs))
+            calls.append(Call(module, streams, [query, key, value], attention_mask, kwargs))
             return eager(module, *streams, attention_mask, *args, **kwargs)
 
         return attend
@@ -114,22 +130,106 @@ def nll(logits, labels):
     return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1)
 
 
-def run(model, batch):
+class InputGates:
+    """Lets no gradient pass from attention modules on to their inputs while `closed`."""
+
+    def __init__(self, model):
+        self.closed = False
+        self.hooks = [module.register_forward_pre_hook(self.enter, with_kwargs=True) for module in model.modules()]
+
+    def enter(self, module, args, kwargs):
+        if "attention" not in type(module).__name__.lower():
+            return None
+        return tree_map(self.gate, args), {name: self.gate(x) for name, x in kwargs.items()}
+
+    def gate(self, x):
+        if not isinstance(x, torch.Tensor) or not x.requires_grad:
+            return x
+        inside = x.view_as(x)
+        inside.register_hook(lambda grad: torch.zeros_like(grad) if self.closed else grad)
+        return inside
+
+
+def total_gradients(calls):
+    """What all calls that read a query, key or value of the model send to it, by its id."""
+    totals = {}
+    for call in calls:
+        for x, shared in zip(call.streams, call.shared, strict=True):
+            totals[id(shared)] = totals.get(id(shared), 0) + x.grad
+    return totals
+
+
+def weight_norms(calls, rows):
+    """Squared norms of what each query, key and value sends to the projections of its module: (row, call, stream).
+
+    Of all calls that read it; NaN but for the first of them, and where no projection made it.
+    """
+    seen, norms = set(), torch.full((rows, len(calls), 3), torch.nan)
+    for number, call in enumerate(calls):
+        parameters = projections(call.module)
+        for stream, x in enumerate(call.shared):
+            if id(x) in seen or not x.requires_grad or not parameters:
+                continue
+            seen.add(id(x))
+            for row in range(rows):
+                grad = torch.zeros_like(x.grad)
+                grad[row] = x.grad[row]
+                grads = torch.autograd.grad(x, parameters, grad, retain_graph=True, allow_unused=True)
+                squares = [g.square().sum() for g in grads if g is not None]
+                norms[row, number, stream] = sum(squares) if squares else torch.nan
+    return norms
+
+
+def projections(module):
+    """Weights and biases inside an attention module, but for norms and other vectors."""
+    parts = [list(part.parameters(recurse=False)) for part in module.modules()]
+    return [x for part in parts if any(x.dim() > 1 for x in part) for x in part]
+
+
+def run(model, batch, retain_graph=False):
     """(logits, loss, gradients by parameter) of one forward and backward pass."""
     model.zero_grad()
     output = model(**batch, use_cache=False)
     loss = output.loss if output.loss is not None else nll(output.logits, batch["labels"]).mean()
-    loss.backward()
+    loss.backward(retain_graph=retain_graph)
     grads = {name: None if x.grad is None else x.grad.clone() for name, x in model.named_parameters()}
     return output.logits.detach(), loss.detach(), grads
 
 
-def eager_pass(model, batch):
-    """The same with the squared norms of the gradients at query, key and value, for each call that has them."""
+@dataclass
+class EagerPass:
+    """What the model's own eager path gives for one input."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor
+    grads: dict
+    calls: list[Call]
+    credit: (
+        torch.Tensor
+    )  # of each call that has gradients, at the query, key and value that the model has: (call, stream)
+    weight_norms: torch.Tensor | None = None  # (row, call, stream)
+
+
+def eager_pass(model, batch, weights=False):
+    """One forward and backward pass of the model's own eager path; `weights` takes two more for each gradient."""
+    gates = InputGates(model) if weights else None
     with record_calls() as calls:
-        results = run(model, batch)
-    norms = [[x.grad.square().sum().item() for x in call.streams] for call in calls if call.streams[0].grad is not None]
-    return *results, norms, calls
+        logits, loss, grads = run(model, batch, retain_graph=weights)
+    with_grad = [call for call in calls if call.streams[0].grad is not None]
+    totals = total_gradients(with_grad)
+    credit = torch.tensor(
+        [
+            [(x.grad * totals[id(shared)]).sum() for x, shared in zip(call.streams, call.shared, strict=True)]
+            for call in with_grad
+        ]
+    )
+    norms = None
+    if gates is not None:
+        gates.closed = True
+        norms = weight_norms(with_grad, len(batch["input_ids"]))
+        for hook in gates.hooks:
+            hook.remove()
+    return EagerPass(logits, loss, grads, calls, credit, norms)
 
 
 def relative_difference(x, y, scale=None):
@@ -141,36 +241,53 @@ def relative_difference(x, y, scale=None):
 
 def compare(model, batch, eager, weights):
     """Errors of one input, by name."""
-    logits, loss, grads, norms, _ = eager
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     with posterity.account(model, weights=weights) as ledger:
         ours = run(model, batch)
-    errors = {"logits": relative_difference(ours[0][real], logits[real]), "loss": relative_difference(ours[1], loss)}
+    errors = {
+        "logits": relative_difference(ours[0][real], eager.logits[real]),
+        "loss": relative_difference(ours[1], eager.loss),
+    }
     zero = torch.zeros(())
-    largest = max(x.abs().max() for x in grads.values() if x is not None)
-    for name, eager_grad in grads.items():
+    largest = max(x.abs().max() for x in eager.grads.values() if x is not None)
+    for name, eager_grad in eager.grads.items():
         grad, eager_grad = (zero if x is None else x for x in (ours[2][name], eager_grad))
         errors[f"gradient of {name}"] = relative_difference(grad, eager_grad, largest)
-    credit = torch.tensor(ledger.result().credit.sum(("head", "lag")).values)
-    if len(norms) != len(credit):
-        return errors | {f"{len(credit)} calls accounted for instead of {len(norms)}": float("inf")}
-    for number, (layer_credit, norm) in enumerate(zip(credit, norms, strict=True)):
-        errors[f"balance of call {number}"] = relative_difference(layer_credit, torch.tensor(norm))
+    result = ledger.result()
+    credit = torch.tensor(result.credit.sum(("head", "lag")).values)
+    if len(eager.credit) != len(credit):
+        return errors | {f"{len(credit)} calls accounted for instead of {len(eager.credit)}": float("inf")}
+    for number, (layer_credit, eager_credit) in enumerate(zip(credit, eager.credit, strict=True)):
+        errors[f"balance of call {number}"] = relative_difference(layer_credit, eager_credit)
+    if weights:
+        errors["balance of the weights"] = weight_error(result, eager.weight_norms)
     return errors
+
+
+def weight_error(result, norms):
+    """How far |self + other|² of W_Q, W_K and W_V is from autograd's own gradient, (row, call, stream)."""
+    own, other, inner = torch.tensor(result.weight_by_document.transpose("term", ...).values)
+    squares = own + other + 2 * inner
+    if not torch.equal(squares.isnan(), norms.isnan()):
+        return float("inf")
+    return relative_difference(squares.nan_to_num(), norms.nan_to_num())
 
 
 def eager_own_loss(model, ids):
     """Credit of the loss at `POSITION` in its own keys and values, (call, key or value)."""
-    grads = []
     with record_calls() as calls:
         losses = nll(model(input_ids=ids, use_cache=False).logits, ids)
-        for loss in (losses[0, POSITION], losses.sum()):
-            for x in (x for call in calls for x in call.streams):
-                x.grad = None
-            loss.backward(retain_graph=True)
-            with_grad = [call.streams for call in calls if call.streams[0].grad is not None]
-            grads.append([[x.grad[0, :, POSITION].clone() for x in streams[1:]] for streams in with_grad])
-    return torch.tensor([[(x * y).sum() for x, y in zip(*call, strict=True)] for call in zip(*grads, strict=True)])
+        losses[0, POSITION].backward(retain_graph=True)
+        calls = [call for call in calls if call.streams[0].grad is not None]
+        own = [[x.grad[0, :, POSITION].clone() for x in call.streams[1:]] for call in calls]
+        for x in (x for call in calls for x in call.streams):
+            x.grad = None
+        losses.sum().backward()
+        totals = total_gradients(calls)
+        total = [[totals[id(x)][0, :, POSITION] for x in call.shared[1:]] for call in calls]
+    return torch.tensor(
+        [[(x * y).sum() for x, y in zip(*grads, strict=True)] for grads in zip(own, total, strict=True)]
+    )
 
 
 def own_loss(model, ids):
@@ -193,11 +310,11 @@ def verify(name):
         if answer.other_paths:
             verdict.reason = answer.reason.partition("through ")[2].partition(", so that")[0]
         batches = inputs(model.config.get_text_config().vocab_size)
-        eager = {what: eager_pass(model, batch) for what, batch in batches.items()}
-        verdict.traits = traits(model, eager["plain"][-1])
+        eager = {what: eager_pass(model, batch, weights=what == "plain") for what, batch in batches.items()}
+        verdict.traits = traits(model, eager["plain"].calls)
         if "written out" in answer.reason:
             verdict.traits.append("its N × N mask")
-        if not isolates(model, batches["packed documents"], eager["packed documents"][0]):
+        if not isolates(model, batches["packed documents"], eager["packed documents"].logits):
             verdict.traits.append("packed documents see each other")
         ids = batches["plain"]["input_ids"][:1]
         eager_credit = None if answer.other_paths else eager_own_loss(model, ids)
@@ -267,7 +384,7 @@ def traits(model, calls):
     shapes = {(call.streams[1].shape[-1], call.streams[2].shape[-1]) for call in calls}
     owners = {}
     for call in calls:
-        owners.setdefault(call.pointer, set()).add(call.module)
+        owners.setdefault(id(call.shared[1]), set()).add(call.module)
     towers = [getattr(model.config, part, None) for part in model.config.sub_configs]
     towers = [part for part in towers if part is not None and part is not model.config.get_text_config(decoder=True)]
     if any(part is getattr(module, "config", None) for module in model.modules() for part in towers):

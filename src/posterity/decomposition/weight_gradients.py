@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from posterity.axes import SIDES, STREAMS, TERMS
 from posterity.decomposition.accumulator import Accumulator
-from posterity.decomposition.credit import SelfEdgeGradients
+from posterity.decomposition.credit import SelfEdgeGradients, self_edge_gradients
 from posterity.ops.attention import Backward
 from posterity.ops.heads import sum_heads
 from posterity.ops.precision import working_dtype
@@ -36,15 +36,19 @@ class WeightSplit:
         self._dependencies: list[list[int]] = [[], [], []]  # of each stream, the parameters that it depends on
 
     def add(self, back: Backward, self_part: SelfEdgeGradients, project: Callable[[int], Projections]) -> None:
-        """Account for the documents of one backward pass; `project` recomputes the projections of one of them."""
-        groups = back.key.shape[1]
-        totals = back.grad_query, sum_heads(back.grad_key, groups), sum_heads(back.grad_value, groups)
-        parts = self_part.query, sum_heads(self_part.key, groups), sum_heads(self_part.value, groups)
+        """Account for the documents of one backward pass; `project` recomputes the projections of one of them.
+
+        A query, key or value that later calls read too brings what these send to the weights as well.
+        """
+        totals = [back.stream_gradient(stream) for stream in range(3)]
+        parts = _self_gradients(back, self_part)
         for document in range(len(back.query)):
             with torch.enable_grad():
                 projections = project(document)
             row = [
-                self._add_stream(stream, projections, part[document, None], total[document, None])
+                gram_terms((), ()).to(total.device)  # in the row of the call that the tensor was made for
+                if _is_borrowed(back, stream)
+                else self._add_stream(stream, projections, part[document, None], total[document, None])
                 for stream, (part, total) in enumerate(zip(parts, totals, strict=True))
             ]
             self.sums.append_rows((self.layer, "weight_by_document"), [torch.stack(row)])
@@ -62,7 +66,7 @@ class WeightSplit:
         self, stream: int, projections: Projections, self_grad: Tensor, total_grad: Tensor
     ) -> Float[Tensor, " term"]:
         output, parameters = projections.streams[stream], projections.parameters
-        if not output.requires_grad or not parameters:  # computed by another layer
+        if not output.requires_grad or not parameters:
             return gram_terms((), ()).to(output.device)
         # The parameters that a stream depends on are found once: all of them are tried the first time.
         numbers = self._dependencies[stream] or range(len(parameters))
@@ -80,6 +84,24 @@ class WeightSplit:
             for side, x in zip(SIDES, pairs[-1], strict=True):
                 self.sums.add_weight((self.layer, stream, side, number), x)
         return gram_terms(*zip(*pairs, strict=True)) if pairs else gram_terms((), ()).to(output.device)
+
+
+def _is_borrowed(back: Backward, stream: int) -> bool:
+    """Return whether the call reads a query, key or value that was made for another one."""
+    shared = back.shared[stream]
+    return shared is not None and shared.borrowers is None
+
+
+def _self_gradients(back: Backward, self_part: SelfEdgeGradients) -> list[Tensor]:
+    """Return the part of the gradient of query, key and value that comes over self edges, those of borrowers too."""
+    groups = back.key.shape[1]
+    parts = [self_part.query, sum_heads(self_part.key, groups), sum_heads(self_part.value, groups)]
+    for stream, shared in enumerate(back.shared):
+        for borrower in () if shared is None or shared.borrowers is None else shared.borrowers:
+            edge = self_edge_gradients(borrower)
+            part = edge.query if stream == 0 else sum_heads((edge.key, edge.value)[stream - 1], groups)
+            parts[stream] = parts[stream] + part.to(parts[stream].device)
+    return parts
 
 
 def gram_terms(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Float[Tensor, " term"]:

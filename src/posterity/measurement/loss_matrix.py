@@ -12,12 +12,11 @@ from posterity.decomposition.credit import check_finite
 from posterity.errors import InputError
 from posterity.inputs.windows import document_ids
 from posterity.measurement.measure import measure
-from posterity.models.attach import observe_model, refuse_other_paths
+from posterity.models.attach import refuse_other_paths, watch_model
 from posterity.models.chunked_loss import token_losses, window_losses
 from posterity.models.language_model import freeze_parameters, input_device, language_model, seed_rng
 from posterity.models.watch import Layer
 from posterity.ops.attention import Backward
-from posterity.ops.heads import sum_heads
 from posterity.ops.precision import working_dtype
 from posterity.progress import progress_bar
 from posterity.results.schema import extend_result
@@ -68,11 +67,14 @@ def inspect(
     )  # fmt: skip
     matrices = _LossMatrices(len(ids))
     inner = language_model(model)
-    with freeze_parameters(inner), seed_rng(seed), observe_model(model, matrices.observe) as watch:
+    with freeze_parameters(inner), seed_rng(seed), watch_model(model) as watch:
         refuse_other_paths(watch, "inspect")
-        window_losses(model, ids[None]).sum().backward()
-        matrices.end_total_pass()
-        with progress_bar(len(ids) - 1, progress, "inspecting", "losses") as advance:
+        with watch.report_to(matrices.observe_total):
+            window_losses(model, ids[None]).sum().backward()
+        with (
+            watch.report_to(matrices.observe),
+            progress_bar(len(ids) - 1, progress, "inspecting", "losses") as advance,
+        ):
             for first in range(0, len(ids) - 1, batch):
                 positions = range(first, min(first + batch, len(ids) - 1))
                 _backward_single_losses(model, ids[: positions.stop + 1], positions)
@@ -97,19 +99,17 @@ class _LossMatrices:
 
     def __init__(self, length: int):
         self.length = length
-        self._latest: dict[Layer, list[Tensor]] = {}  # gradients of keys and values in the present pass
-        self._totals: dict[Layer, list[Tensor]] = {}  # the same, of all losses
+        self._latest: dict[Layer, list[Tensor]] = {}  # what each layer sends to keys and values in the present pass
+        self._totals: dict[Layer, list[Tensor]] = {}  # their gradients of all losses, over all layers that read them
         self._sums: dict[Layer, Tensor] = {}  # credit or norm, written, loss position, position
+
+    def observe_total(self, layer: Layer, back: Backward, project: object) -> None:
+        """Keep the gradients of the pass of all losses."""
+        self._totals[layer] = [_in_working_dtype(back.stream_gradient(stream)) for stream in (1, 2)]
 
     def observe(self, layer: Layer, back: Backward, project: object) -> None:
         """Keep the gradients of this pass."""
-        groups = back.key.shape[1]
-        grads = (sum_heads(back.grad_key, groups), sum_heads(back.grad_value, groups))
-        self._latest[layer] = [x.to(working_dtype(x.dtype)) for x in grads]
-
-    def end_total_pass(self) -> None:
-        """Take the gradients of the present pass as those of all losses."""
-        self._totals, self._latest = self._latest, {}
+        self._latest[layer] = [_in_working_dtype(back.call_gradient(stream)) for stream in (1, 2)]
 
     def add_rows(self, positions: range) -> None:
         """Enter the gradients of the present pass in the rows of the losses at `positions`."""
@@ -128,6 +128,10 @@ class _LossMatrices:
         sums = [check_finite(self._sums[layer], f"the gradient of single losses in layer {layer}") for layer in layers]
         credit, norm = torch.stack(sums, 1).numpy()
         return {"inspect_credit": credit, "inspect_norm": norm}
+
+
+def _in_working_dtype(x: Tensor) -> Tensor:
+    return x.to(working_dtype(x.dtype))
 
 
 def _visible_token(tokenizer: Any, token: int) -> str:

@@ -1,8 +1,8 @@
 """All that knows how transformers runs a model: the operator inside one, for the length of a `with`.
 
 In reading order: `language_model` (find it, freeze it), `masks` (masks as rules), `interception` (one attention call,
-and who answers it), `interface` (what transformers calls), `recompute` (queries, keys and values again), `watch` (calls
-and backward passes), `recorder`, `other_paths` and `probe` (check()), `attach` (the watch over a model), `horizon`
-(horizon()), `chunked_loss`; then models that are changed: `patching`, `folded_heads`, `linear` (as_linear()).
-`transformers_logging` keeps transformers quiet.
+and who answers it), `interface` (what transformers calls), `recompute` (queries, keys and values again),
+`shared_streams` (calls that read the same keys), `watch` (calls and backward passes), `recorder`, `other_paths` and
+`probe` (check()), `attach` (the watch over a model), `horizon` (horizon()), `chunked_loss`; then models that are
+changed: `patching`, `folded_heads`, `linear` (as_linear()). `transformers_logging` keeps transformers quiet.
 """

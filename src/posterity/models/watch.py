@@ -16,6 +16,7 @@ from posterity.errors import InputError
 from posterity.models.interception import AttentionCall, intercept
 from posterity.models.masks import in_backward
 from posterity.models.recompute import Recomputation
+from posterity.models.shared_streams import SharingCalls, StreamOwners
 from posterity.ops.attention import Backward, attention
 from posterity.ops.horizon_rules import Full, Rule
 
@@ -77,6 +78,7 @@ class Watch:
         self.cuts: list[Cut] = []
         self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}
         self.calls: Counter[str] = Counter()
+        self.owners = StreamOwners()
         self.override: Override | None = None
         self.replacement: Replacement | None = None
 
@@ -85,7 +87,7 @@ class Watch:
         """Watch the model for the length of the block."""
         save_input: Callable = torch.compiler.disable(self._save_input)  # type: ignore[assignment]
         hooks = [module.register_forward_pre_hook(save_input, with_kwargs=True) for module in self.names]
-        hooks.append(self.model.register_forward_pre_hook(lambda *_: self.calls.clear()))
+        hooks.append(self.model.register_forward_pre_hook(lambda *_: self._start_forward()))
         try:
             with intercept(self.names, self):
                 yield
@@ -157,6 +159,11 @@ class Watch:
         calls = self.entries.get(layer.name)
         return calls is None or self.calls[layer.name] == layer.call - layer.call % calls
 
+    def _start_forward(self) -> None:
+        """Count calls from 0, and forget the tensors of the forward pass before."""
+        self.calls.clear()
+        self.owners.clear()
+
     def _save_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Save the input of a module, without its graph and without its cache; count its calls from 0."""
 
@@ -187,6 +194,7 @@ class Watch:
         streams = call.query, call.key, call.value
         if torch.is_grad_enabled() and any(x.requires_grad for x in streams):
             passes.put_cuts_in_force(streams)
+            passes.sharing = self.owners.register(layer, streams, passes.open_sharing)
         return passes
 
 
@@ -200,6 +208,7 @@ class _BackwardPasses:
             stream: cut for cut in watch.cuts if layer in cut.layers for stream in cut.streams
         }  # those of one stream are equal
         self.detached: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.sharing: SharingCalls | None = None  # with other calls
 
     def put_cuts_in_force(self, streams: tuple[Tensor, Tensor, Tensor]) -> None:
         """Count the call for its horizons; make the key and value anew that a cut of the hidden state needs."""
@@ -223,9 +232,19 @@ class _BackwardPasses:
         key, value = (self.cuts[stream].rule if stream in self.cuts else Full() for stream in ("key", "value"))
         return key, value
 
-    def report(self, back: Backward) -> None:
-        """Report a finished backward pass to the observers."""
+    def open_sharing(self) -> SharingCalls:
+        """Return what this call shares with later ones, which it owns."""
+        self.sharing = self.sharing or SharingCalls(self.layer)
+        return self.sharing
 
+    def report(self, back: Backward) -> None:
+        """Report a finished backward pass to the observers, if need be together with those of calls that share."""
+        if self.sharing is None:
+            self._report(back)
+        else:
+            self.sharing.finish(self.layer, back, self._report)
+
+    def _report(self, back: Backward) -> None:
         def project(document: int) -> Projections:
             return self.recomputation.project(back, document)
 

@@ -39,13 +39,22 @@ from posterity.ops.precision import dot
 from posterity.ops.scores import Scoring, self_edges
 
 
+@dataclass(frozen=True)
+class SharedStream:
+    """A query, key or value tensor that several attention calls read, from one of which the model has it."""
+
+    gradient: Tensor  # over all calls that read it: (batch, head or group, position, dim)
+    borrowers: "tuple[Backward, ...] | None"  # the passes of the other calls; None: this call is one of them
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backward(Scoring):
     """One finished backward pass of the operator: all that is needed to account for every edge of it.
 
     Keys and values are shared by groups of `heads // key_value_heads` query heads. `grad_key` and `grad_value` are each
-    query head's own part; their sum over the group is the gradient that autograd sees. `key_factor` and
-    `value_factor` are the horizon's factors that are in them; None if all are 1.
+    query head's own part; their sum over the group is the gradient that autograd sees, unless other calls read the same
+    tensor: then `shared` has the gradient of all of them, for query, key and value. `key_factor` and `value_factor` are
+    the horizon's factors that are in them; None if all are 1.
     """
 
     query: Float[Tensor, "batch head query dim"]
@@ -59,6 +68,7 @@ class Backward(Scoring):
     grad_value: Float[Tensor, "batch head key dim_v"]
     key_factor: Float[Tensor, " lag"] | None = None
     value_factor: Float[Tensor, " lag"] | None = None
+    shared: tuple[SharedStream | None, SharedStream | None, SharedStream | None] = (None, None, None)
     _total: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     def repeat(self, shared: Float[Tensor, "batch group *rest"]) -> Float[Tensor, "batch head *rest"]:
@@ -71,11 +81,20 @@ class Backward(Scoring):
         Computed by the first call and kept.
         """
         if self._total is None:
-            groups = self.key.shape[1]
-            key, value = (self.repeat(sum_heads(x, groups)) for x in (self.grad_key, self.grad_value))
-            object.__setattr__(self, "_total", (self.grad_query, key, value))
+            query, key, value = (self.stream_gradient(stream) for stream in range(3))
+            object.__setattr__(self, "_total", (query, self.repeat(key), self.repeat(value)))
         assert self._total is not None
         return self._total
+
+    def stream_gradient(self, stream: int) -> Float[Tensor, "batch _ position _"]:
+        """Return the gradient of the query (0), key (1) or value (2) tensor, over all calls that read it."""
+        shared = self.shared[stream]
+        return self.call_gradient(stream) if shared is None else shared.gradient.to(self.query.device)
+
+    def call_gradient(self, stream: int) -> Float[Tensor, "batch _ position _"]:
+        """Return the part of that gradient that this call sends: of all its heads, over the heads of the tensor."""
+        grad = (self.grad_query, self.grad_key, self.grad_value)[stream]
+        return grad if stream == 0 else sum_heads(grad, self.key.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
