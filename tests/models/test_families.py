@@ -131,7 +131,11 @@ def test_layers_called_several_times_have_the_gradient_of_each_call_at_their_inp
     else:
         assert len(set(map(str, result.module.values))) == len(expected) > len(layers)
     torch.testing.assert_close(total, expected, rtol=TOLERANCE, atol=0)
-    assert torch.tensor(result.weight_mean.values).isfinite().all()
+    borrowed = torch.zeros(result.sizes["layer"], 3, dtype=torch.bool)
+    if name == "diffllama":  # the second call reads the queries and keys of the first
+        borrowed[1::2, :2] = True
+    weights = torch.tensor(result.weight_mean.values)
+    assert torch.equal(weights.isnan().any(-1), borrowed)
 
 
 def test_a_split_of_weights_over_shared_keys_is_that_of_single_documents():
