@@ -126,6 +126,7 @@ class Ledger:
             "documents": self.documents,
             "lags": self.lags,
             "other_paths": "; ".join(self.watch.other_paths),
+            "wrong_gradients": "; ".join(self.watch.wrong_gradients),
         }
         return build_result(
             variables,

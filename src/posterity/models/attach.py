@@ -43,7 +43,7 @@ def watch_model(model: nn.Module) -> Iterator[Watch]:
     if not result.ok:
         raise InputError(f"this model {result}")
     watch = Watch(inner, result.layers, result.other_paths, result.entries)
-    watch.right_only = result.right_only
+    watch.right_only, watch.wrong_gradients = result.right_only, result.wrong_gradients
     with watch.install(), switch_attention(inner, result.name):
         yield watch
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posterity.errors import InputError, first_line
+from posterity.models.gradient_check import describe_wrong_gradients, find_wrong_gradients
 from posterity.models.interface import NAME, switch_attention
 from posterity.models.language_model import evaluation_mode, input_device, language_model, max_difference, rounding
 from posterity.models.masks import EXPLICIT
@@ -38,6 +39,7 @@ class Check:
     # Attention calls in one forward() of a module, for modules whose forward() runs several times in one pass.
     entries: Mapping[str, int] = field(default_factory=dict)
     right_only: bool = False  # padding on the left reaches the tokens after it
+    wrong_gradients: tuple[str, ...] = ()  # modules whose backward pass is not the derivative of their forward pass
 
     def __str__(self) -> str:
         """Return the answer in one line."""
@@ -87,8 +89,11 @@ def _probe(model: PreTrainedModel) -> Check:
         other_paths = find_other_paths(model, silence, ids, other_first, tolerance)
     right_only = _right_only(model, name, lambda padding: logits(attention_mask=padding), tolerance)
     layers = tuple(recorder.differentiable)
-    reason = _describe(len(layers), name, other_paths)
-    return Check(True, reason, layers, other_paths, name, _calls_per_entry(recorder), right_only)
+    with switch_attention(model, name):
+        wrong_gradients = find_wrong_gradients(model, (ids, ids.flip(1), other_first.roll(3, 1)))
+    reason = _describe(len(layers), name, other_paths, wrong_gradients)
+    entries = _calls_per_entry(recorder)
+    return Check(True, reason, layers, other_paths, name, entries, right_only, wrong_gradients)
 
 
 def _plain_logits(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:
@@ -106,7 +111,7 @@ def _plain_logits(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:
     return logits
 
 
-def _describe(layers: int, name: str, other_paths: tuple[str, ...]) -> str:
+def _describe(layers: int, name: str, other_paths: tuple[str, ...], wrong_gradients: tuple[str, ...]) -> str:
     """Say what was found, in one line."""
     reason = f"{layers} attention layer{'s' if layers > 1 else ''}"
     if name == EXPLICIT:
@@ -116,6 +121,8 @@ def _describe(layers: int, name: str, other_paths: tuple[str, ...]) -> str:
             f"; positions also communicate through {', '.join(other_paths)}, so that only the ledger by lag is exact, "
             "not who pays"
         )
+    if wrong_gradients:
+        reason += f"; {describe_wrong_gradients(wrong_gradients)}"
     return reason
 
 

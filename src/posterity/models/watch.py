@@ -74,6 +74,7 @@ class Watch:
         self.names = {model.get_submodule(layer.name): layer.name for layer in layers}
         self.layers, self.other_paths, self.entries = layers, other_paths, entries
         self.right_only = False  # whether padding on the left reaches the tokens after it
+        self.wrong_gradients: tuple[str, ...] = ()  # modules whose backward pass is not the derivative of the forward
         self.observers: list[Observer] = []
         self.cuts: list[Cut] = []
         self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}

@@ -104,4 +104,9 @@ def reading_notes(result: xr.Dataset) -> list[str]:
     imbalance = float(stats.balance(result).max())
     if imbalance > TRUSTED:
         notes.append(f"Warning: the accounts of the credit disagree by up to {imbalance:.1g} of a layer's credit.")
+    if wrong := portable_value(result.attrs.get("wrong_gradients")):
+        notes.append(
+            f"Warning: the backward pass of {wrong} is not the derivative of its forward pass: every gradient behind "
+            "it is that of this kernel."
+        )
     return notes

@@ -1,0 +1,231 @@
+"""Modules whose backward pass is not the derivative of their forward pass, found with finite differences.
+
+A fused kernel can be right forward and wrong backward. Every gradient that is measured would then be that of the
+kernel. So one module of each kind is run again on what it got in a forward pass of the probe, and its gradient along
+a few random directions is compared with central differences of its forward pass in float64 (in its own precision where
+it knows no float64, or is large).
+"""
+
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import Cache, PreTrainedModel
+
+from posterity.models.language_model import rounding
+
+DIRECTIONS = 3
+ROWS = 8  # of each parameter that are changed, and of the batch, which is 1
+LARGEST = 2**26  # numbers: beyond, a copy of the parameters in float64 would be too large
+# Step of a difference relative to the numbers that it changes: truncation and rounding both stay below `rounding`.
+STEPS = {torch.float64: 2e-3, torch.float32: 1e-2}
+STEP_HALF_PRECISION = 1e-1
+# What differences tell apart, relative to the gradient: some models compute norms in float32 whatever they get.
+RESOLUTION = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A module and the input that it got; `differentiable`: which of its tensors carry a gradient."""
+
+    module: nn.Module
+    inputs: list[Any]
+    structure: Any  # of args and kwargs
+    differentiable: list[bool]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Its parameters that have gradients; packed ones do not."""
+        parts = self.module.named_parameters()
+        return {name: x for name, x in parts if x.is_floating_point() and type(x) in (Tensor, nn.Parameter)}
+
+    def run(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Return the outputs for other inputs and parameters, in the order of `start`."""
+        values = iter(tensors)
+        inputs = [next(values) if flag else x for x, flag in zip(self.inputs, self.differentiable, strict=True)]
+        parameters = dict(zip(self.parameters, values, strict=True))
+        if dtype is not None:
+            inputs = [_cast(x, dtype) for x in inputs]
+            parameters |= {name: _cast(x, dtype) for name, x in self.module.named_buffers()}
+        args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in inputs], self.structure)
+        output = torch.func.functional_call(self.module, parameters, args, kwargs)
+        return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def start(self) -> list[Tensor]:
+        """Return the inputs and parameters that have gradients, as leaves."""
+        inputs = [x for x, flag in zip(self.inputs, self.differentiable, strict=True) if flag]
+        return [x.detach().clone().requires_grad_() for x in (*inputs, *self.parameters.values())]
+
+
+def find_wrong_gradients(model: PreTrainedModel, rows: Sequence[Tensor]) -> tuple[str, ...]:
+    """Return the innermost modules whose gradient disagrees with finite differences, "Class (name): off by 50 %".
+
+    Modules of torch itself are tried as parts of others only. Kinds that cannot be run by themselves, and forward
+    passes that are no smooth function (of rounded numbers), are left out.
+
+    Args:
+        model: In evaluation mode.
+        rows: Tokens, (1, position); a module must disagree on all of them, for a router that is undecided between two
+            experts has a kink.
+    """
+    names, errors = _one_of_each_kind(model), {}
+    with torch.enable_grad():
+        for row in rows:
+            errors = {name: _gradient_error(call) for name, call in _record_calls(model, names, row).items()}
+            errors = {name: error for name, error in errors.items() if error > max(RESOLUTION, rounding(model.dtype))}
+            names = list(errors)
+    innermost = [name for name in errors if not any(inside.startswith(f"{name}.") for inside in errors)]
+    return tuple(
+        f"{type(model.get_submodule(name)).__name__} ({name}): off by {100 * errors[name]:.2g} %" for name in innermost
+    )
+
+
+def describe_wrong_gradients(names: Sequence[str]) -> str:
+    """Say in one line that these modules were found."""
+    return (
+        f"the backward pass of {', '.join(names)} is not the derivative of its forward pass: every gradient behind it "
+        "is the kernel's own (run the model without that kernel, or know why)"
+    )
+
+
+def _record_calls(model: PreTrainedModel, names: Sequence[str], row: Tensor) -> dict[str, _Call]:
+    """Return the first call of each of some modules in a forward pass, by its name."""
+    calls: dict[str, _Call] = {}
+    if not names:
+        return calls
+
+    def recorder(name: str) -> Callable:
+        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if name not in calls:
+                inputs, structure = tree_flatten((args, {key: _plain(x) for key, x in kwargs.items()}))
+                flags = [isinstance(x, Tensor) and x.requires_grad for x in inputs]
+                inputs = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+                calls[name] = _Call(module, inputs, structure, flags)
+
+        return record
+
+    def start_graph(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_().clone()  # some models scale it in place
+
+    with contextlib.ExitStack() as stack:
+        hooks = [model.get_submodule(n).register_forward_pre_hook(recorder(n), with_kwargs=True) for n in names]
+        for hook in (*hooks, model.get_input_embeddings().register_forward_hook(start_graph)):
+            stack.callback(hook.remove)
+        model(input_ids=row, use_cache=False)
+    return calls
+
+
+def _one_of_each_kind(model: PreTrainedModel) -> list[str]:
+    """Return the name of the first module of each kind, those around the embeddings and torch's own left out."""
+    names: dict[Hashable, str] = {}
+    embeddings = set(model.get_input_embeddings().modules())
+    for name, module in model.named_modules():
+        if embeddings & set(module.modules()) or not name:
+            continue
+        changed = "forward" in vars(module) or module._backward_hooks or module._forward_hooks
+        if type(module).__module__.startswith("torch.nn.") and not changed:
+            continue
+        role = ".".join(part for part in name.split(".") if not part.isdecimal())
+        shapes = tuple((x.shape, x.dtype, x.device) for x in module.parameters())
+        names.setdefault((role, type(module), name if changed else None, shapes), name)
+    return list(names.values())
+
+
+def _plain(x: Any) -> Any:
+    """Return an argument without a cache, and a user's dictionary as a plain one, which a second run may write to."""
+    return None if isinstance(x, Cache) else dict(x) if hasattr(x, "keys") else x
+
+
+def _gradient_error(call: _Call) -> float:
+    """Return how far the gradient is from finite differences, relative to its size; 0 if that cannot be said.
+
+    The median over a few random directions: in one of them a router may choose another expert on the way.
+    """
+    try:
+        start = call.start()
+        outputs = call.run(start)
+        outputs_have_graph = any(x.requires_grad for x in outputs)
+        if not any(call.differentiable) or not outputs_have_graph or any(not x.dim() for x in start):
+            return 0.0
+        dtype = torch.float64 if _is_wide(call, start) else outputs[0].dtype
+        with torch.no_grad():
+            exact = call.run(_cast_all(start, dtype), dtype)
+    except Exception:  # whatever it is: the module cannot be run by itself
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    weights = [_random(x, generator) * _equal_rows(x, y) for x, y in zip(outputs, exact, strict=True)]
+    grads = torch.autograd.grad(_inner(outputs, weights), start, allow_unused=True)
+    grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(start, grads, strict=True)]
+    point = _cast_all(start, torch.float64)
+    errors = [_slope_error(call, point, grads, weights, dtype, generator) for _ in range(DIRECTIONS)]
+    return sorted(errors)[DIRECTIONS // 2]
+
+
+def _slope_error(
+    call: _Call,
+    point: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> float:
+    """Return the error of the gradient along one random direction; 0 where it is not smooth enough to tell."""
+    direction = [_random(x[:ROWS], generator) * x[:ROWS].square().mean().sqrt() for x in point]
+    origin = [x[:ROWS].clone() for x in point]
+
+    def value(distance: float) -> Tensor:
+        for x, x0, v in zip(point, origin, direction, strict=True):
+            x[:ROWS] = x0 + distance * v
+        return _inner(call.run(_cast_all(point, dtype), dtype), weights)
+
+    step = STEPS.get(dtype, STEP_HALF_PRECISION)
+    with torch.no_grad():
+        fine, coarse = ((value(h) - value(-h)) / (2 * h) for h in (step, 2 * step))
+    for x, x0 in zip(point, origin, strict=True):
+        x[:ROWS] = x0
+    slope = (4 * fine - coarse) / 3  # Richardson: without the error of second order
+    # What a sum of as many terms of random signs is like: an error in any of them counts by its size.
+    terms = [(v * grad[:ROWS].double()).square().sum().cpu() for v, grad in zip(direction, grads, strict=True)]
+    size = torch.maximum(torch.stack(terms).sum().sqrt(), slope.abs()).clamp(min=1e-300)
+    error = (_inner([grad[:ROWS] for grad in grads], direction) - slope).abs()
+    return (error / size).item() if error > 10 * (fine - coarse).abs() else 0.0
+
+
+def _is_wide(call: _Call, start: Sequence[Tensor]) -> bool:
+    """Return whether a module can be run in float64."""
+    if sum(x.numel() for x in start) > LARGEST:
+        return False
+    try:
+        with torch.no_grad():
+            return all(x.dtype == torch.float64 for x in call.run(_cast_all(start, torch.float64), torch.float64))
+    except Exception:  # a kernel that knows no float64
+        return False
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [_cast(x.detach(), dtype) for x in tensors]
+
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of two lists of tensors, in float64."""
+    return torch.stack([(x.double() * y.double()).sum().cpu() for x, y in zip(left, right, strict=True)]).sum()
+
+
+def _random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random signs, of the shape of a tensor."""
+    signs = torch.randint(0, 2, x.shape, generator=generator, dtype=torch.int8)
+    return (2 * signs - 1).to(x.device, torch.float64)
+
+
+def _equal_rows(x: Tensor, y: Tensor) -> Tensor:
+    """Return 1 for rows equal to rounding, 0 for others: in another precision a router may choose other experts."""
+    difference = (x.detach().double() - y.double()).norm(dim=-1, keepdim=True)
+    return (difference <= rounding(x.dtype) * y.double().norm(dim=-1, keepdim=True)).double()
