@@ -1,5 +1,7 @@
 """Long contexts: a two-layer model up to 32,768 tokens, and the default model beside its estimate."""
 
+import contextlib
+import itertools
 import re
 import statistics
 import time
@@ -15,6 +17,7 @@ from posterity import attention
 from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
 from posterity.measurement.account import account
 from posterity.measurement.estimate import estimate
+from posterity.models.checkpointing import checkpoint_layers
 from posterity.models.chunked_loss import ChunkedLoss, LMHead
 from posterity.models.language_model import freeze_parameters
 
@@ -111,22 +114,25 @@ def account_seconds(query, key, value, grad, context):
 
 
 def context():
-    table = Table("context", "step: s", "peak GB", "estimate GB", "logits at once would be GB")
-    table.title = "SmolLM2-135M, one window, everything with the weights"
-    for length in (512, 2048, 8192):
-        numbers = run_alone(default_model_context, length)
+    table = Table("context", "", "step: s", "peak GB", "estimate GB", "logits at once would be GB")
+    table.title = "SmolLM2-135M, one window, everything with the weights; with --checkpoint layers run again"
+    for length, checkpoint in itertools.product((512, 2048, 8192), ("", "--checkpoint")):
+        numbers = run_alone(default_model_context, length, *[checkpoint] * bool(checkpoint))
         logits = 4 * 4 * VOCABULARY * length / 1e9
         peak, step = f"{numbers['peak'] / 1e9:.2f}", f"{numbers['step']:.0f}"
-        table.add_row(str(length), step, peak, numbers["estimate"], f"{logits:.1f}")
+        table.add_row(str(length), checkpoint, step, peak, numbers["estimate"], f"{logits:.1f}")
     console.print(table)
 
 
-def default_model_context(length):
+def default_model_context(length, checkpoint=""):
     """Seconds and peak memory of a window, and the memory that `posterity measure` estimates before it starts."""
     model, ids = default_window(int(length))
-    with freeze_parameters(model), account(model) as ledger:
+    with (
+        freeze_parameters(model),
+        account(model) as ledger,
+        checkpoint_layers(ledger.watch) if checkpoint else contextlib.nullcontext(),
+    ):
         head = LMHead.probe(model)
-        line = estimate(model, ids[0], 1, 1, True, head, 0)
-        ledger.clear()
+        line = estimate(model, ids[0], 1, 1, head, ledger, bool(checkpoint))
         step_seconds = seconds(lambda ids: ChunkedLoss.run(model, ids, head).backward(), ids)
     return {"step": step_seconds, "peak": peak_memory(), "estimate": re.search(r"and ([\d.]+) GB", line)[1]}

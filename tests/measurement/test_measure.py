@@ -15,8 +15,6 @@ from support.tiny import CONFIGS, summed_loss, tiny, tokens
 
 import posterity
 from posterity.errors import InputError
-from posterity.measurement.estimate import _extrapolate, estimate
-from posterity.models.chunked_loss import LMHead
 from posterity.results import stats
 
 KEYS = ("q_proj", "k_proj", "v_proj")
@@ -332,28 +330,6 @@ def test_progress_shows_an_estimate_and_a_bar(capsys):
     stderr = capsys.readouterr().err
     assert "2 windows of 12 tokens: about" in stderr
     assert "2/2 windows" in stderr
-
-
-@given(
-    linear=st.floats(1e-6, 1e-2), quadratic=st.floats(0, 1e-5), before=st.integers(16, 2000), extra=st.integers(1, 2000)
-)
-def test_time_that_grows_with_the_square_of_the_context_is_estimated_from_two_trials(linear, quadratic, before, extra):
-    rates = {tokens: linear + quadratic * tokens for tokens in (before, before + extra)}
-    assert _extrapolate(rates, 32768) == pytest.approx(linear + quadratic * 32768)
-    assert _extrapolate({before: linear}, 32768) == linear
-    assert _extrapolate({before: 2 * linear, before + extra: linear}, 32768) == linear  # the first was cold
-
-
-def test_long_windows_are_tried_twice(monkeypatch):
-    tried = []
-    monkeypatch.setattr(
-        "posterity.measurement.estimate._seconds_per_token", lambda model, ids, head: tried.append(len(ids)) or len(ids)
-    )
-    model = tiny("llama", max_position_embeddings=4096)
-    for length in (2047, 2048):
-        line = estimate(model, tokens(1, length)[0], 3, 1, False, LMHead.probe(model), 0)
-    assert tried == [128, 256]
-    assert "about 3495 h 15 min" in line  # 3 windows of 2048 tokens, 2048 s each
 
 
 def test_what_is_no_model_is_refused_and_one_horizon_may_stand_alone():

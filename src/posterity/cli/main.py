@@ -67,6 +67,10 @@ def measure_command(
         typer.Option(help="Bins of a quarter octave, every lag, or only self and other.  [default: octaves]"),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows in one pass.  [default: 1]")] = None,
+    checkpoint: Annotated[
+        bool | None,
+        typer.Option("--checkpoint", help="Long windows in less memory: layers run again in the backward pass."),
+    ] = None,
     weights: Annotated[
         bool | None, typer.Option("--weights/--no-weights", help="Split the weights' gradients.  [default: weights]")
     ] = None,
@@ -111,7 +115,7 @@ def measure_command(
         return
     options = drop_unset(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
-        horizons=parse_integers(horizons),
+        checkpoint=checkpoint, horizons=parse_integers(horizons),
     )  # fmt: skip
 
     def measure_model(name: str | None, texts: Any, part: str = "") -> Any:

@@ -1,30 +1,25 @@
 """Memory and time of a run, estimated before it starts from trial passes over the first tokens of the first window."""
 
+import contextlib
+import copy
 import time
-from collections.abc import Sequence
-from weakref import WeakSet
+from collections.abc import Iterator
 
 import psutil
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from posterity.decomposition.weight_gradients import projection_parameters
+from posterity.measurement.account import Ledger
+from posterity.measurement.memory_timeline import MemoryTimeline, peak_bytes
+from posterity.models.checkpointing import release_free_memory
 from posterity.models.chunked_loss import CHUNK, ChunkedLoss, LMHead
 
 TRIAL_TOKENS = 128
 LONG = 2048  # tokens: from here on attention, which is quadratic, is timed too, on these parts of a window
 PARTS = (1 / 16, 1 / 8)
-# Beside what autograd keeps: the inputs of attention modules, and what the allocator cannot use again; on the default
-# model (`bench.py context`) 0.9 times what autograd keeps at 512 tokens, 1.3 at 2048, 1.45 at 8192.
-_ALLOWANCE = 1.35
-
-
-class _SavedTensor:
-    """A tensor that autograd saves for the backward pass, for as long as it does."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
+# What the allocator cannot use again, as a factor on the tensors that are alive: it came to 1.2 to 1.38 in windows of
+# 2,048 to 8,192 tokens, who pays or not; checkpointed layers give back what they free (1.07).
+_ALLOWANCE, _ALLOWANCE_CHECKPOINTED = 1.3, 1.1
 
 
 def estimate(
@@ -32,61 +27,91 @@ def estimate(
     ids: Tensor,
     windows: int,
     batch: int,
-    weights: bool,
     head: LMHead,
-    passes: int,
+    ledger: Ledger,
+    checkpoint: bool = False,
 ) -> str:
-    """Estimate memory and time of a run over windows as long as `ids`, as one line of text.
+    """Estimate memory and time of a run over windows as long as `ids`, as one line of text; clear the ledger.
 
-    Activations are counted on a trial and grow linearly with the tokens. Time is that of the trial for every token; in
-    long windows time per token is a linear function of their length, from two more trials. Behind a sliding window it
-    is not, and less than estimated. Each of the `passes` more backward passes counts as half of the trial.
+    Trials are what is done with a window, all its backward passes included. Memory is that of two trials at every
+    operation, each extrapolated on a straight line over the tokens. Time is that of the longer trial for every token;
+    in long windows time per token is a linear function of their length, from two more trials. Behind a sliding window
+    it is not, and less than estimated.
     """
-    trial = ids[None, :TRIAL_TOKENS]
+    allowance = _ALLOWANCE_CHECKPOINTED if checkpoint else _ALLOWANCE
+    peak = allowance * _peak(model, ids, windows, batch, head, ledger)
+    ledger.clear()
     in_use = sum(x.numel() * x.element_size() for x in model.parameters())
     if all(x.device.type == "cpu" for x in model.parameters()):
+        release_free_memory()  # of the trials
         in_use = psutil.Process().memory_info().rss  # the model, and Python with its libraries
-    activations, seconds_per_token = _trial(model, trial, head)
-    rates = {trial.numel(): seconds_per_token}
-    if len(ids) >= LONG:
-        rates = {tokens: _seconds_per_token(model, ids[:tokens], head) for tokens in (int(x * len(ids)) for x in PARTS)}
-    seconds = windows * len(ids) * _extrapolate(rates, len(ids)) * (1 + passes / 2)
-    # Beside what autograd saves, the loss of a chunk holds its logits, their log-softmax and the gradients of both.
-    logits = batch * len(ids) * head.vocabulary
-    if head.separable:
-        logits = min(logits, CHUNK)
-    activations = _ALLOWANCE * batch * len(ids) * activations / trial.numel() + 4 * 4 * logits
-    sums = 2 * _projection_bytes(model) if weights else 0
-    total = in_use + activations + sums
+    lengths = [int(x * len(ids)) for x in PARTS] if len(ids) >= LONG else [min(TRIAL_TOKENS, len(ids))]
+    rates = {tokens: _seconds_per_token(model, ids[:tokens], head, ledger) for tokens in lengths}
+    seconds = windows * len(ids) * _extrapolate(rates, len(ids))
+    ledger.clear()
     return (
-        f"{windows} window{'s'[: windows - 1]} of {len(ids)} tokens: about {_clock(seconds)} and {total / 1e9:.1f} GB "
-        f"({in_use / 1e9:.1f} in use now, activations {activations / 1e9:.1f}, weight sums {sums / 1e9:.1f})"
+        f"{windows} window{'s'[: windows - 1]} of {len(ids)} tokens: about {_clock(seconds)} and "
+        f"{(in_use + peak) / 1e9:.2f} GB ({in_use / 1e9:.2f} in use now)"
     )
 
 
-def _trial(model: PreTrainedModel, ids: Tensor, head: LMHead) -> tuple[int, float]:
-    """Return the bytes that autograd saves in one pass, parameters left out, and the seconds for each token."""
-    parameters = {x.untyped_storage().data_ptr() for x in model.parameters()}
-    tensors: WeakSet[_SavedTensor] = WeakSet()
+def _peak(model: PreTrainedModel, ids: Tensor, windows: int, batch: int, head: LMHead, ledger: Ledger) -> float:
+    """Return the bytes of all tensors of the run when they are most, those that are there before left out."""
+    length = min(TRIAL_TOKENS, len(ids))
+    trials = {tokens: _trace(model, ids[:tokens], head, ledger) for tokens in {length, length // 2} if tokens > 1}
+    tokens = batch * len(ids)
+    peak = peak_bytes({trial: segments for trial, (segments, _) in trials.items()}, tokens)
+    if head.separable:
+        # The loss of a chunk holds its logits, their log-softmax and the gradients of both, beside the graph.
+        logits = 4 * 4 * min(tokens * head.vocabulary, CHUNK)
+        peak = max(peak, logits + peak_bytes({trial: [[size]] for trial, (_, size) in trials.items()}, tokens))
+    # Sums are there from the second batch on, and every window adds its rows.
+    rows = sum(x.nbytes for rows in ledger.sums.rows.values() for x in rows) / max(ledger.documents, 1)
+    sums = peak_bytes({trial: [[segments[-1][-1]]] for trial, (segments, _) in trials.items()}, tokens)
+    return peak + windows * rows + (sums if windows > batch else 0)
 
-    def pack(x: Tensor) -> _SavedTensor:
-        saved = _SavedTensor(x)
-        tensors.add(saved)
-        return saved
 
-    start = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        loss = ChunkedLoss.run(model, ids, head)
-    storages = [saved.tensor.untyped_storage() for saved in tensors]  # of the body only, if the head runs by chunks
-    size = sum({x.data_ptr(): x.nbytes() for x in storages if x.data_ptr() not in parameters}.values())
-    loss.backward()
+def _trace(model: PreTrainedModel, ids: Tensor, head: LMHead, ledger: Ledger) -> tuple[list[list[int]], int]:
+    """Return the timeline of one pass over `ids`, the head left out, and the bytes in front of the head."""
+    ledger.clear()
+    timeline = MemoryTimeline([*model.parameters(), *model.buffers()])
+    trial_head, before_head = copy.copy(head), [0]
+
+    def run_body(*args: object) -> object:
+        body = head.run_body(*args)
+        if body is not None:
+            before_head[0] = timeline.live
+            timeline.pause()
+        return body
+
+    trial_head.run_body = run_body
+    with _mark_accounts(ledger, timeline), timeline:
+        loss = ChunkedLoss.run(model, ids[None], trial_head)
+        timeline.resume()
+        ledger.backward(loss)
     model.zero_grad()
-    return size, (time.perf_counter() - start) / ids.numel()
+    return timeline.segments, before_head[0]
 
 
-def _seconds_per_token(model: PreTrainedModel, ids: Tensor, head: LMHead) -> float:
+@contextlib.contextmanager
+def _mark_accounts(ledger: Ledger, timeline: MemoryTimeline) -> Iterator[None]:
+    """Begin a segment before and after each account of a layer, whose operations vary with the tokens."""
+
+    def mark(*args: object) -> None:
+        timeline.start_segment()
+
+    observers = ledger.watch.observers
+    observers.insert(0, mark)
+    try:
+        with ledger.watch.report_to(mark):
+            yield
+    finally:
+        observers.remove(mark)
+
+
+def _seconds_per_token(model: PreTrainedModel, ids: Tensor, head: LMHead, ledger: Ledger) -> float:
     start = time.perf_counter()
-    ChunkedLoss.run(model, ids[None], head).backward()
+    ledger.backward(ChunkedLoss.run(model, ids[None], head))
     model.zero_grad()
     return (time.perf_counter() - start) / len(ids)
 
@@ -97,17 +122,6 @@ def _extrapolate(rates: dict[int, float], tokens: int) -> float:
     for fewer_tokens, lower_rate in earlier[-1:]:
         rate += max(0.0, rate - lower_rate) * (tokens - last_tokens) / (last_tokens - fewer_tokens)
     return rate
-
-
-def _projection_bytes(model: PreTrainedModel) -> int:
-    """Return the size in float32 of all attention projections."""
-    parameters = [x for module in _attention_modules(model) for x in projection_parameters(module).values()]
-    return sum({id(x): x.numel() * 4 for x in parameters}.values())
-
-
-def _attention_modules(model: PreTrainedModel) -> Sequence[nn.Module]:
-    """Return the attention modules by their class name: good enough for an estimate."""
-    return [module for module in model.modules() if "attention" in type(module).__name__.lower()]
 
 
 def _clock(seconds: float) -> str:

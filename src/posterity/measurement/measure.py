@@ -20,6 +20,7 @@ from posterity.measurement.account import Ledger, account
 from posterity.measurement.distributed import Processes
 from posterity.measurement.estimate import estimate
 from posterity.measurement.run_state import RunState, fingerprint
+from posterity.models.checkpointing import checkpoint_layers
 from posterity.models.chunked_loss import ChunkedLoss, LMHead
 from posterity.models.language_model import freeze_parameters, language_model, max_tokens, seed_rng
 from posterity.progress import progress_bar
@@ -38,6 +39,7 @@ def measure(
     horizons: Sequence[int] = (),
     parameters: bool = False,
     batch: int = 1,
+    checkpoint: bool = False,
     progress: bool = True,
     seed: int = 0,
     attrs: Mapping[str, object] | None = None,
@@ -65,6 +67,8 @@ def measure(
         parameters: Whether to split the gradient of every module's parameters by own and later losses too; implies
             `losses`, takes a batch of 1 and three times the memory of the parameters.
         batch: Windows in one pass.
+        checkpoint: Whether layers run again in the backward pass (gradient checkpointing): a window then holds the
+            inputs of its layers and the outputs of attention, and no other activations. The numbers are the same.
         progress: Whether to show an estimate and a progress bar on stderr.
         seed: For models that draw random numbers even in evaluation mode.
         attrs: Provenance to add to the result.
@@ -101,12 +105,13 @@ def measure(
         freeze_parameters(inner, parameters),
         seed_rng(seed),
         account(model, lags, weights) as ledger,
+        checkpoint_layers(ledger.watch) if checkpoint else contextlib.nullcontext(),
     ):
         if losses or parameters or horizons:
             ledger.split_losses(losses, horizons, parameters)
         head = LMHead.probe(model)
         if show_progress:
-            _print_estimate(inner, windows[0], len(remaining), batch, head, ledger)
+            _print_estimate(inner, windows[0], len(remaining), batch, head, ledger, checkpoint)
         run_state.start(ledger.sums)
         with ledger.observe_forward(), progress_bar(len(remaining), show_progress, activity) as advance:
             for start in range(0, len(remaining), batch):
@@ -149,12 +154,17 @@ def _window_name(window: Window) -> str:
 
 
 def _print_estimate(
-    model: PreTrainedModel, window: Window, windows: int, batch: int, head: LMHead, ledger: Ledger
+    model: PreTrainedModel,
+    window: Window,
+    windows: int,
+    batch: int,
+    head: LMHead,
+    ledger: Ledger,
+    checkpoint: bool,
 ) -> None:
     """Print the memory and time that so many windows like this one take, found by trial passes; clear the ledger."""
-    passes = 0 if ledger.loss_split is None else len(ledger.loss_split.extra_passes)
-    Console(stderr=True).print(estimate(model, window.ids, windows, batch, ledger.weights, head, passes))
-    ledger.clear()
+    with name_windows([window]), ledger.observe_forward():
+        Console(stderr=True).print(estimate(model, window.ids, windows, batch, head, ledger, checkpoint))
 
 
 def _run_attrs(

@@ -3,7 +3,7 @@
 In reading order: `language_model` (find it, freeze it), `masks` (masks as rules), `interception` (one attention call,
 and who answers it), `interface` (what transformers calls), `recompute` (queries, keys and values again),
 `shared_streams` (calls that read the same keys), `watch` (calls and backward passes), `recorder`, `other_paths`,
-`gradient_check` and `probe` (check()), `attach` (the watch over a model), `horizon` (horizon()), `chunked_loss`; then
-models that are changed: `patching`, `folded_heads`, `linear` (as_linear()). `transformers_logging` keeps transformers
-quiet.
+`gradient_check` and `probe` (check()), `attach` (the watch over a model), `horizon` (horizon()), `chunked_loss`,
+`checkpointing` (layers that run again); then models that are changed: `patching`, `folded_heads`, `linear`
+(as_linear()). `transformers_logging` keeps transformers quiet.
 """

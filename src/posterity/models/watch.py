@@ -1,8 +1,9 @@
 """The watch over the attention modules of a model: their inputs, their calls, their backward passes."""
 
 import contextlib
+import threading
 from collections import Counter, UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from posterity.models.interception import AttentionCall, intercept
 from posterity.models.masks import in_backward
 from posterity.models.recompute import Recomputation
 from posterity.models.shared_streams import SharingCalls, StreamOwners
-from posterity.ops.attention import Backward, attention
+from posterity.ops.attention import Backward, OutputTape, attention
 from posterity.ops.horizon_rules import Full, Rule
 
 
@@ -65,6 +66,12 @@ class Override:
     observe: Observer
 
 
+class _Checkpointed(threading.local):
+    """The checkpointed layer that runs in this thread; the backward pass on a GPU has a thread of its own."""
+
+    tape: OutputTape | None = None
+
+
 class Watch:
     """Interceptor of the attention calls of one model, which reports their backward passes to observers."""
 
@@ -82,6 +89,8 @@ class Watch:
         self.owners = StreamOwners()
         self.override: Override | None = None
         self.replacement: Replacement | None = None
+        self._checkpointed = _Checkpointed()
+        self._recomputations: dict[Layer, Recomputation] = {}  # of the checkpointed layers that have run again
 
     @contextlib.contextmanager
     def install(self) -> Iterator[None]:
@@ -135,6 +144,17 @@ class Watch:
         finally:
             self.cuts = cuts
 
+    @contextlib.contextmanager
+    def run_checkpointed(self, tape: OutputTape, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Within the block, these attention modules run, or run again in a backward pass; only `tape` is kept of it."""
+        before, self._checkpointed.tape = self._checkpointed.tape, tape
+        try:
+            yield
+        finally:
+            self._checkpointed.tape = before
+            for module in modules:
+                self.inputs.pop(module, None)
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Return the output of an attention call: a replacement, or attention with its backward pass observed."""
         mask, bias = call.edges
@@ -152,8 +172,12 @@ class Watch:
                 return output
         return attention(
             call.query, call.key, call.value, call.scale, mask=mask, softcap=call.softcap, sinks=call.sinks, bias=bias,
-            horizon=passes.rules, detached=passes.detached, observe=passes.report,
+            horizon=passes.rules, detached=passes.detached, observe=passes.report, tape=self._checkpointed.tape,
         )  # fmt: skip
+
+    def take_recomputation(self, layer: Layer) -> Recomputation | None:
+        """Return that of a checkpointed layer that has just run again, and forget it."""
+        return self._recomputations.pop(layer, None)
 
     def is_next(self, layer: Layer) -> bool:
         """Return whether this layer's call comes first in the next forward() of its module."""
@@ -193,9 +217,16 @@ class Watch:
         index = layer.call % self.entries.get(name, layer.call + 1)
         passes = _BackwardPasses(self, layer, Recomputation(call.module, args, kwargs, index))
         streams = call.query, call.key, call.value
+        checkpointed = self._checkpointed.tape is not None
+        runs_again = checkpointed and in_backward()
         if torch.is_grad_enabled() and any(x.requires_grad for x in streams):
             passes.put_cuts_in_force(streams)
-            passes.sharing = self.owners.register(layer, streams, passes.open_sharing)
+            if not runs_again:
+                passes.sharing = self.owners.register(layer, streams, passes.open_sharing)
+        if checkpointed:  # the input comes again, with the backward pass
+            if runs_again:
+                self._recomputations[layer] = passes.recomputation
+            del passes.recomputation
         return passes
 
 
@@ -203,7 +234,8 @@ class _BackwardPasses:
     """What holds for the backward passes through one attention call."""
 
     def __init__(self, watch: Watch, layer: Layer, recomputation: Recomputation):
-        self.watch, self.layer, self.recomputation = watch, layer, recomputation
+        self.watch, self.layer = watch, layer
+        self.recomputation = recomputation  # none where the layer is checkpointed
         self.observers = list(watch.observers)
         self.cuts = {
             stream: cut for cut in watch.cuts if layer in cut.layers for stream in cut.streams
@@ -246,8 +278,10 @@ class _BackwardPasses:
             self.sharing.finish(self.layer, back, self._report)
 
     def _report(self, back: Backward) -> None:
+        recomputation = self.watch.take_recomputation(self.layer) or self.recomputation
+
         def project(document: int) -> Projections:
-            return self.recomputation.project(back, document)
+            return recomputation.project(back, document)
 
         if self.watch.override is not None:
             self.watch.override.observe(self.layer, back, project)

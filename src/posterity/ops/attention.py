@@ -97,10 +97,36 @@ class Backward(Scoring):
         return grad if stream == 0 else sum_heads(grad, self.key.shape[1])
 
 
+OutputAndState = tuple[Tensor, tuple[Tensor | None, ...]]  # the state is what a backward pass needs beside the output
+
+
+class OutputTape:
+    """Outputs of attention calls in order, recorded when a layer runs and given back when it runs again."""
+
+    def __init__(self):
+        """Start empty."""
+        self._outputs: list[OutputAndState] = []
+        self._replay: Iterator[OutputAndState] | None = None
+
+    def rewind(self) -> None:
+        """Begin a run: the first is recorded, later ones get what it recorded."""
+        self._replay = iter(self._outputs) if self._outputs else None
+
+    def output(self, attend: Callable[[], OutputAndState]) -> OutputAndState:
+        """Return the output of the next call: recorded before, or computed by `attend` now."""
+        if self._replay is not None:
+            output, state = next(self._replay)
+            return output.detach(), state
+        output, state = attend()
+        self._outputs.append((output.detach(), state))  # `output` itself will hold the graph, and the graph the tape
+        return output, state
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Options(Scoring):
     horizon: Callable[[], tuple[Rule, Rule]]
     observe: Callable[[Backward], None] | None
+    tape: OutputTape | None
 
 
 def _full_horizon() -> tuple[Rule, Rule]:
@@ -120,6 +146,7 @@ def attention(
     horizon: Callable[[], tuple[Rule, Rule]] = _full_horizon,
     detached: tuple[Tensor | None, Tensor | None] = (None, None),
     observe: Callable[[Backward], None] | None = None,
+    tape: OutputTape | None = None,
 ) -> Float[Tensor, "batch head query dim_v"]:
     """Causal attention, differentiable once in query, key, value, sinks and bias, in memory linear in the length.
 
@@ -138,6 +165,7 @@ def attention(
         detached: The same key and value, computed from a detached hidden state: their numbers are not used; they
             receive the gradient that the horizon removes from `key` and `value`.
         observe: Called once per backward pass with the finished `Backward`.
+        tape: Records the output, or gives one that was recorded of the same call.
 
     Raises:
         InputError: The shapes do not fit each other.
@@ -163,6 +191,7 @@ def attention(
         bias=None if bias is None else bias.detach(),
         horizon=horizon,
         observe=observe,
+        tape=tape,
     )
     with _without_autocast(query.device.type) as dtype:
         tensors = [
@@ -186,12 +215,14 @@ def _without_autocast(device: str) -> Iterator[torch.dtype | None]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, bias, key_detached, value_detached, options):
-        kernel = _fused_kernel(query, key, value, sinks, options)
-        if kernel is None:
+        def attend():
+            kernel = _fused_kernel(query, key, value, sinks, options)
+            if kernel is not None:
+                return kernel.forward(query, key, value, options.scale)
             output, lse = block_forward(query, key, value, sinks, options)
-            state = lse, None, None
-        else:
-            output, state = kernel.forward(query, key, value, options.scale)
+            return output, (lse, None, None)
+
+        output, state = attend() if options.tape is None else options.tape.output(attend)
         ctx.save_for_backward(query, key, value, sinks, bias, output, *state)
         ctx.options = options
         ctx.detached = key_detached is not None, value_detached is not None
