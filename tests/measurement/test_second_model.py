@@ -1,6 +1,6 @@
 """A second pretrained model, Gemma 3 270M: one key head, norms on queries and keys, windows of 512 beside full layers.
 
-It comes as Python packages under the Gemma terms, which CI does not install: see docs/models.md.
+It comes as Python packages under the Gemma terms, which CI does not install: see CONTRIBUTING.md.
 """
 
 import importlib.util
