@@ -172,8 +172,9 @@ def make_tiny(folder, context):
 
 
 def make_default(folder, context):
+    from posterity.inputs.documents import default_text
     from posterity.inputs.model import load_model
-    from posterity.inputs.windows import cut_windows, default_text
+    from posterity.inputs.windows import cut_windows
 
     loaded = load_model(None)
     if not folder.exists():

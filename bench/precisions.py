@@ -4,8 +4,8 @@ import torch
 from rich.table import Table
 from timing import console, default_window, run_alone
 
+from posterity.inputs.documents import default_text
 from posterity.inputs.model import load_model
-from posterity.inputs.windows import default_text
 from posterity.measurement.measure import measure
 from posterity.models.attach import observe_model
 from posterity.models.chunked_loss import ChunkedLoss, LMHead

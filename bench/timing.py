@@ -12,8 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from posterity.inputs.documents import default_text
 from posterity.inputs.model import load_model
-from posterity.inputs.windows import cut_windows, default_text
+from posterity.inputs.windows import cut_windows
 
 ROUNDS = 5
 ENTRY = Path(__file__).with_name("bench.py")

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import posterity
 from posterity.cli.main import app
 from posterity.errors import InputError
+from posterity.inputs.documents import default_text
 from posterity.inputs.model import LoadedModel
-from posterity.inputs.windows import default_text
 from posterity.measurement.distributed import Processes
 
 SOURCE = str(Path(__file__).parents[2] / "src")

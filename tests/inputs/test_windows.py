@@ -18,8 +18,9 @@ from transformers.utils import logging
 
 from posterity.errors import InputError
 from posterity.inputs import text_sources
+from posterity.inputs.documents import TextStream, default_text, document_ids
 from posterity.inputs.text_sources import open_documents
-from posterity.inputs.windows import TextStream, Window, cut_windows, default_text, token_digest
+from posterity.inputs.windows import Window, cut_windows, read_corpus, token_digest
 
 
 def unigram_tokenizer():
@@ -92,6 +93,65 @@ def test_tokens_much_longer_than_expected_and_cuts_inside_a_word_change_no_windo
         whole = cut_windows(text, TOKENIZERS[kind], 8)
         for limit in range(1, 13):
             assert token_digest(cut_windows(text, TOKENIZERS[kind], 8, limit)) == token_digest(whole[:limit])
+
+
+@given(ids_lists, st.integers(2, 12), st.one_of(st.none(), st.integers(1, 9)))
+def test_every_token_that_was_read_is_in_a_window_or_counted_as_left_out(documents, context, limit):
+    try:
+        corpus = read_corpus(documents, None, context, limit)
+    except InputError:
+        return
+    windows, coverage = corpus.windows, corpus.coverage
+    whole = [len(document) // context for document in documents]
+    taken = len(windows)
+    last = next((n for n in range(len(whole)) if sum(whole[: n + 1]) >= taken), None) if taken == limit else len(whole)
+    rests = [len(document) % context for document in documents[:last]]
+    assert coverage.tokens_left_out == sum(rests)
+    assert coverage.tokens_read == taken * context + sum(rests)
+    assert coverage.documents_read == min(last + 1, len(documents))
+    assert coverage.documents_left_out == sum(number == 0 for number in whole[:last])
+    assert coverage.limit == (limit if taken == limit else None)
+
+
+def test_what_is_left_out_is_said_in_one_line():
+    short, full = [list(range(1, 21))] * 200, list(range(1, 65))
+    assert str(read_corpus([*short, full], None, 64).coverage) == (
+        "left out: 200 of 201 documents, 4,000 of 4,064 tokens"
+    )
+    assert str(read_corpus([*short, full, full], None, 64, 1).coverage) == (
+        "left out: 200 of 201 documents, 4,000 of 4,064 tokens; reading ended at the limit of 1 window"
+    )
+    assert str(read_corpus([full * 2], None, 64).coverage) == ""
+    assert str(read_corpus([[*full, 1, 2]], None, 64).coverage) == "left out: 0 of 1 documents, 2 of 66 tokens"
+
+
+BOS = byte_tokenizer(begin=True)
+
+
+def test_a_text_that_begins_with_the_tokenizers_prefix_has_it_once():
+    """As when a chat template was rendered to text: the windows are those of the text without it."""
+    for text in (WORDS * 5, WORDS, "the"):
+        alone = read_corpus([text, WORDS * 3], BOS, 6)
+        behind = read_corpus(["<s>" + text, WORDS * 3], BOS, 6)
+        assert token_digest(behind.windows) == token_digest(alone.windows)
+        assert joined(behind.windows).count(0) == len(behind.windows)
+    assert document_ids("<s>" + WORDS, BOS).tolist() == document_ids(WORDS, BOS).tolist()
+    assert BOS(WORDS).input_ids == document_ids(WORDS, BOS).tolist()
+
+
+def test_a_window_in_the_middle_of_a_text_that_begins_with_the_prefix_has_it_once():
+    text = "<s>" + "cat" * 3 + "<s>" + "cat" * 3
+    ids = BOS(text, add_special_tokens=False).input_ids
+    half = len(ids) // 2
+    assert ids[half] == 0
+    assert [window.ids.tolist() for window in cut_windows(text, BOS, half)] == [ids[:half], ids[half:]]
+
+
+def test_a_tokenizer_without_a_prefix_keeps_every_token_of_a_text():
+    text = "<s>" + WORDS * 4
+    windows = cut_windows(text, PLAIN, 6)
+    assert joined(windows) == PLAIN(text, add_special_tokens=False, verbose=False).input_ids[: 6 * len(windows)]
+    assert windows[0].ids[0] == 0
 
 
 @given(ids_lists, ids_lists)

@@ -11,7 +11,8 @@ from support.spy import spy_on
 
 import posterity
 from posterity.inputs import model as loading
-from posterity.inputs.windows import cut_windows, default_text
+from posterity.inputs.documents import default_text
+from posterity.inputs.windows import cut_windows
 from posterity.models.chunked_loss import window_losses
 from posterity.models.language_model import freeze_parameters
 from posterity.results import stats

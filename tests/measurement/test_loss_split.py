@@ -13,7 +13,8 @@ from transformers import AttentionInterface
 import posterity
 from posterity import Discount, EdgeWindow, Full, InputError, Myopic
 from posterity.inputs import model as loading
-from posterity.inputs.windows import cut_windows, default_text
+from posterity.inputs.documents import default_text
+from posterity.inputs.windows import cut_windows
 from posterity.models.attach import observe_model
 from posterity.models.interception import interceptions
 from posterity.reporting.result_table import summary_rows

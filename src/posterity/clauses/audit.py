@@ -19,7 +19,8 @@ from posterity.clauses.dataset import assemble
 from posterity.clauses.saved_findings import SavedFindings
 from posterity.clauses.subject import Plan, Subject
 from posterity.errors import InputError
-from posterity.inputs.windows import TextStream, name_documents
+from posterity.inputs.documents import TextStream, name_documents
+from posterity.inputs.windows import read_corpus
 from posterity.measurement.distributed import Processes
 from posterity.measurement.provenance import provenance
 from posterity.measurement.run_state import fingerprint
@@ -98,8 +99,10 @@ def audit(
             title = f"{name}: " if len(models) > 1 else ""
             findings[name] = _measure_clauses(subject, assigned, title, saved, index, seconds)
     findings = _gather_findings(findings, clauses, processes)
-    run_attrs = _run_attrs(seconds, processes, plan)
-    first_model = next(iter(models.values()))
+    first_name, first_model = next(iter(models.items()))
+    run_attrs = _run_attrs(seconds, processes, plan) | _coverage_attrs(
+        texts, _tokenizer_of(first_name, tokenizer), plan
+    )
     return processes.broadcast(
         lambda: assemble(findings, clauses, provenance(first_model) | run_attrs | dict(attrs or {}))
     )
@@ -262,6 +265,14 @@ def _gather_findings(
         if all(finding.verdict == REFUSED for finding in by_clause.values()):
             raise InputError(next(iter(by_clause.values())).reason)
     return merged
+
+
+def _coverage_attrs(texts: Texts, tokenizer: Any, plan: Plan) -> dict[str, int]:
+    """Return what the windows of the plan's context leave out of the texts; nothing if there are none."""
+    try:
+        return read_corpus(texts, tokenizer, plan.context, plan.limit).coverage.attrs()
+    except InputError:
+        return {}
 
 
 def _run_attrs(seconds: Mapping[int, float], processes: Processes, plan: Plan) -> dict[str, object]:

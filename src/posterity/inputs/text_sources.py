@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, BinaryIO
 
 from posterity.errors import InputError, first_line
-from posterity.inputs.windows import TextStream, check_unicode, default_text, document_kind
+from posterity.inputs.documents import TextStream, check_unicode, default_text, document_kind
 
 CHUNK_BYTES = 1 << 20  # read at a time
 LONGEST_LINE = 1 << 26  # bytes of a line of a .jsonl file

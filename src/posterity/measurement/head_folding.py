@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from posterity.errors import InputError
-from posterity.inputs.windows import cut_windows, token_digest
+from posterity.inputs.windows import read_corpus, token_digest
 from posterity.models.attach import watch_model
 from posterity.models.chunked_loss import window_losses
 from posterity.models.folded_heads import HeadIndex, fold_heads, foldable_head_counts, heads_by_layer
@@ -78,6 +78,7 @@ class FoldedHeads:
     joint: dict[int, float]  # change of the loss by the number of folded heads, where it was measured
     text_digest: str  # of all windows
     windows: Windows = field(repr=False, default=())  # those of `selection`
+    left_out: str = ""  # which part of the documents is in no window, in words
 
     @property
     def by_layer(self) -> dict[int, list[int]]:
@@ -95,7 +96,7 @@ class FoldedHeads:
                 f"there it is more than the budget of {self.budget:g}: on little text heads seem cheaper than they "
                 "are; give more of it (--documents, --context)"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.left_out] if self.left_out else lines)
 
     def record(self) -> dict[str, Any]:
         """Return what the folder of the folded model holds beside the heads."""
@@ -154,7 +155,8 @@ def fold(
     if not budget >= 0:
         raise InputError(f"expected a budget of at least 0 nats per token; got {budget}")
     inner = language_model(model)
-    windows = cut_windows(documents, tokenizer, context, 5 * limit)
+    corpus = read_corpus(documents, tokenizer, context, 5 * limit)
+    windows = corpus.windows
     if len(windows) < 3:
         raise InputError(
             f"fold expects three windows of {context} tokens at least (to price heads, choose how many, judge); "
@@ -173,8 +175,9 @@ def fold(
         held_out_change = LossChange.of(mean_losses(inner, held_out), mean_losses(inner, held_out, heads))
     selection_change = LossChange.of(losses.before, losses.after(number))
     return FoldedHeads(
-        heads, budget, selection_change, held_out_change, costs, losses.joint, token_digest(windows), selection
-    )
+        heads, budget, selection_change, held_out_change, costs, losses.joint, token_digest(windows), selection,
+        str(corpus.coverage),
+    )  # fmt: skip
 
 
 def split_windows(windows: Windows, limit: int) -> tuple[Windows, Windows, Windows]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from posterity.decomposition.credit import check_finite
 from posterity.errors import InputError
-from posterity.inputs.windows import document_ids
+from posterity.inputs.documents import document_ids
 from posterity.measurement.measure import measure
 from posterity.models.attach import refuse_other_paths, watch_model
 from posterity.models.chunked_loss import token_losses, window_losses

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from posterity._version import __version__
 from posterity.errors import InputError, NotFiniteError
-from posterity.inputs.windows import Window, cut_windows, token_digest
+from posterity.inputs.windows import Window, read_corpus, token_digest
 from posterity.measurement.account import Ledger, account
 from posterity.measurement.distributed import Processes
 from posterity.measurement.estimate import estimate
@@ -55,7 +55,7 @@ def measure(
         model: A causal language model of transformers.
         tokenizer: Its tokenizer; None if `documents` are token ids.
         documents: str, token ids, a list of either, or pairs (name, document); see
-            `posterity.inputs.windows.cut_windows`.
+            `posterity.inputs.windows.read_corpus`. What they leave out is counted in the result's attributes.
         context: Tokens in a window.
         limit: The largest number of windows; None means all.
         lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep:
@@ -88,7 +88,8 @@ def measure(
     inner = language_model(model)
     check_context(inner, context)
     processes = processes or Processes()
-    windows = processes.broadcast(lambda: cut_windows(documents, tokenizer, context, limit))
+    corpus = processes.broadcast(lambda: read_corpus(documents, tokenizer, context, limit))
+    windows = corpus.windows
     check_tokens(inner, windows)
     settings = {
         "version": __version__, "dtype": str(inner.dtype), "context": context, "documents": len(windows),
@@ -122,7 +123,7 @@ def measure(
                 advance(len(numbers), len(numbers) * context)
         run_state.finish(ledger.sums)
         texts = [window.text for window in windows]
-        run_attrs = _run_attrs(texts, context, settings, run_state) | dict(attrs or {})
+        run_attrs = _run_attrs(texts, context, settings, run_state) | corpus.coverage.attrs() | dict(attrs or {})
         return processes.broadcast(lambda: ledger.result(texts, **run_attrs))
 
 

@@ -9,7 +9,7 @@ from plotly.basedatatypes import BaseTraceType
 from posterity.clauses.all_clauses import CLAUSES
 from posterity.clauses.drawing import Chart, View
 from posterity.errors import InputError
-from posterity.reporting.audit_table import NOTE, figure_rows
+from posterity.reporting.audit_table import figure_rows, reading_note
 from posterity.reporting.html import figure_text, render_page
 from posterity.reporting.page_figures import page_figures
 from posterity.reporting.panel_grid import Panel, PanelGrid
@@ -48,8 +48,8 @@ def render_audit(audit: xr.Dataset) -> str:
         )
     provenance = [(str(name).replace("_", " "), str(portable_value(value))) for name, value in audit.attrs.items()]
     return render_page(
-        "audit.html.j2", page_figures(grids), styles=["audit.css"], models=models, clauses=clauses, note=NOTE,
-        provenance=[pair for pair in provenance if pair[1]],
+        "audit.html.j2", page_figures(grids), styles=["audit.css"], models=models, clauses=clauses,
+        note=reading_note(audit), provenance=[pair for pair in provenance if pair[1]],
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from posterity.results.audit_schema import AUDIT, FAILS, HOLDS, MIXED, REFUSED
-from posterity.results.formatting import value_with_error
+from posterity.results.formatting import left_out_text, value_with_error
+from posterity.results.netcdf import portable_value
 
 NAME_COLUMNS, NUMBER_COLUMNS = 36, 22  # of a terminal: names of measures; numbers of a model
 COLOURS = {HOLDS: "green", FAILS: "red", MIXED: "yellow", REFUSED: "dim"}
@@ -66,7 +67,13 @@ def print_audit(audit: xr.Dataset, console: Console) -> None:
         for model, reason in zip(models, audit.reason.values[:, index], strict=True):
             subject = f" ({model})" if len(models) > 1 else ""
             console.print(Text(f"{number}{subject}: {reason}."))
-    console.print(Text(NOTE, style="dim"))
+    console.print(Text(reading_note(audit), style="dim"))
+
+
+def reading_note(audit: xr.Dataset) -> str:
+    """Return what a reader must know to judge the table, and what the windows leave out of the text."""
+    left_out = left_out_text({str(name): portable_value(value) for name, value in audit.attrs.items()})
+    return f"{NOTE} Windows of the context {left_out}." if left_out else NOTE
 
 
 def figure_rows(audit: xr.Dataset, number: int) -> Iterator[FigureRow]:

@@ -6,14 +6,14 @@ import xarray as xr
 
 from posterity.axes import STREAMS, WRITTEN
 from posterity.results import stats
-from posterity.results.formatting import percent
+from posterity.results.formatting import left_out_text, percent
 from posterity.results.netcdf import portable_value
 
 TRUSTED = 1e-3  # accounts that disagree by more than this are reported as broken (float32 gives about 1e-6)
 
 
 def heading(result: xr.Dataset) -> tuple[str, ...]:
-    """Return model, text and amounts in three short lines."""
+    """Return model, text and amounts in three short lines, and what was left out of the text."""
     attrs = {name: str(portable_value(value)) for name, value in result.attrs.items()}
     parameters = f"{int(attrs['parameters']):,} parameters" if attrs.get("parameters", "").isdecimal() else ""
     windows, context = result.sizes["document"], result.sizes["position"]
@@ -21,7 +21,9 @@ def heading(result: xr.Dataset) -> tuple[str, ...]:
     model = (attrs.get("architecture"), parameters, attrs.get("dtype"), step)
     amount = f"{windows} window{'s' * (windows != 1)} of {attrs.get('context') or context} tokens"
     text = (text_name(result), amount, f"loss {mean_loss(result)}")
-    return model_name(result), *(" · ".join(part for part in line if part) for line in (model, text) if any(line))
+    left_out = (left_out_text({str(name): portable_value(value) for name, value in result.attrs.items()}),)
+    lines = (model, text, left_out)
+    return model_name(result), *(" · ".join(part for part in line if part) for line in lines if any(line))
 
 
 def model_name(result: xr.Dataset) -> str:

@@ -1,6 +1,7 @@
 """Values as text and as JSON: numbers with their standard errors, shares in percent, tokens, lists of layers."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,21 @@ def tokens_text(number: float) -> str:
 def number_text(value: float) -> str:
     """Format a number to three decimals."""
     return UNKNOWN if math.isnan(value) else f"{value:.3f}"
+
+
+def left_out_text(attrs: Mapping[str, Any]) -> str:
+    """Say which part of the documents is in no window: "left out: 2 of 9 documents, 31 of 4,064 tokens"; "" for none.
+
+    Args:
+        attrs: The counts of `posterity.inputs.windows.Coverage`, as attributes of a result.
+    """
+    counts = [attrs.get(f"{unit}_{part}") for unit in ("documents", "tokens") for part in ("left_out", "read")]
+    if not all(type(count) is int for count in counts) or (not counts[0] and not counts[2]):
+        return ""
+    documents, tokens = (f"{left_out:,} of {read:,}" for left_out, read in (counts[:2], counts[2:]))
+    windows = attrs.get("limit")
+    end = f"; reading ended at the limit of {windows:,} window{'s' * (windows != 1)}" if type(windows) is int else ""
+    return f"left out: {documents} documents, {tokens} tokens{end}"
 
 
 def list_parts(mask: np.ndarray, noun: str = "layer", most: int = 8) -> str:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from posterity.inputs.documents import TextStream
 from posterity.inputs.text_sources import SkippedLines, open_documents
-from posterity.inputs.windows import TextStream, cut_windows
+from posterity.inputs.windows import Coverage, read_corpus
 from posterity.training.settings import Settings
 
 HELD_OUT = 0.1  # every tenth of many texts; of few texts the end of each
@@ -31,6 +32,7 @@ class Data:
     context: int
     tokenizer: Any = None
     skipped: SkippedLines | None = None
+    coverage: tuple[Coverage, ...] = ()  # of training rows and held-out rows, for text
 
     @property
     def digest(self) -> str:
@@ -81,11 +83,10 @@ def prepare_data(settings: Settings, tokenizer: Any = None) -> Data:
     texts = [(name, _read_text(document)) for name, document in open_documents(names, skipped=skipped)]
     train_texts, held_out_texts = _split_texts(texts)
     tokenizer = tokenizer or _train_tokenizer([text for _, text in train_texts])
-    rows = []
-    for part in (train_texts, held_out_texts):
-        ids = torch.stack([window.ids for window in cut_windows(part, tokenizer, settings.context)])
-        rows.append((ids, ids))
-    return Data(rows[0], rows[1], len(tokenizer), settings.context, tokenizer, skipped)
+    corpora = [read_corpus(part, tokenizer, settings.context) for part in (train_texts, held_out_texts)]
+    train, held_out = (torch.stack([window.ids for window in corpus.windows]) for corpus in corpora)
+    coverage = tuple(corpus.coverage for corpus in corpora)
+    return Data((train, train), (held_out, held_out), len(tokenizer), settings.context, tokenizer, skipped, coverage)
 
 
 def _split_texts(texts: Texts) -> tuple[Texts, Texts]:

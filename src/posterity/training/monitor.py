@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback
 
 from posterity.atomic_files import check_output_path
 from posterity.errors import InputError
-from posterity.inputs.windows import cut_windows, default_text
+from posterity.inputs.documents import default_text
+from posterity.inputs.windows import read_corpus
 from posterity.measurement.measure import measure
 from posterity.models.attach import watch_model
 from posterity.models.language_model import language_model
@@ -73,8 +74,8 @@ class Monitor(TrainerCallback):
     def attach(self, trainer: Trainer) -> "Monitor":
         """Become a callback of this Trainer: cut the probe into windows, log through the Trainer. Returns itself."""
         tokenizer = self.tokenizer or trainer.processing_class
-        windows = cut_windows(self.documents, tokenizer, self.context, self.limit)
-        self.probe = torch.stack([window.ids for window in windows])
+        corpus = read_corpus(self.documents, tokenizer, self.context, self.limit)
+        self.probe, self._coverage = torch.stack([window.ids for window in corpus.windows]), corpus.coverage
         self.trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
@@ -130,7 +131,7 @@ class Monitor(TrainerCallback):
         with watch_model(inner) as watch, watch.suspend_cuts():
             result = measure(
                 inner, None, self.probe, context=self.probe.shape[1], losses=not watch.other_paths,
-                horizons=() if watch.other_paths else horizons, progress=False,
+                horizons=() if watch.other_paths else horizons, progress=False, attrs=self._coverage.attrs(),
             )  # fmt: skip
         self.results[step] = result
         control = self.trainer.control

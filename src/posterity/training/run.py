@@ -106,7 +106,7 @@ def train(
         keep: Number of checkpoints to keep; the oldest are deleted first.
         monitor: Optimizer steps between measurements of held-out rows, by `posterity.Monitor`, into `monitor.nc` and
             its page.
-        progress: Show a progress bar and the number of skipped lines on standard error.
+        progress: Show a progress bar, the number of skipped lines and what no row holds on standard error.
 
     Returns:
         The folder.
@@ -122,6 +122,9 @@ def train(
     data = prepare_data(settings, None if pretrained is None else pretrained.tokenizer)
     if progress and data.skipped is not None:
         print(one_line(str(data.skipped)), file=sys.stderr)
+    for rows, coverage in zip(("training", "held-out"), data.coverage if progress else (), strict=False):
+        if str(coverage):
+            print(f"{rows} rows, {coverage}", file=sys.stderr)
     record = _identity(settings, data)
     _claim_folder(folder, record)
     if (folder / METRICS_FILE).exists():

@@ -1,0 +1,176 @@
+"""Documents in the forms that a caller may pass, and their tokens: texts, streams of text, token ids."""
+
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from posterity.errors import InputError
+from posterity.inputs.tokenization import encode_text, special_prefix
+
+MARGIN = 64  # tokens dropped before a cut in a text: cutting at white space can change the few tokens before it
+
+
+@dataclass(frozen=True, eq=False)
+class TextStream:
+    """A long text that is read in pieces; each call of `pieces` starts again at its beginning (a pipe cannot)."""
+
+    pieces: Callable[[], Iterator[str]]
+
+
+def default_text() -> tuple[str, str]:
+    """Return name and text of the default: the language topics of Python's own help, real English and Python."""
+    from pydoc_data.topics import topics  # here, for it is slow to import
+
+    return f"pydoc topics of Python {platform.python_version()}", "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def name_documents(documents: Any) -> Iterator[tuple[str, Any]]:
+    """Yield `(name, document)` for every document; one without a name is `document N`, a single text is `text`."""
+    if isinstance(documents, str | TextStream):
+        documents = [("text", documents)]
+    elif isinstance(documents, Tensor | np.ndarray):
+        documents = [documents] if documents.ndim < 2 else documents
+    elif isinstance(documents, bytes | Mapping) or not isinstance(documents, Iterable):
+        raise InputError(
+            f"expected text or token ids; got {document_kind(documents)}: pass a str, token ids, or a list of them"
+        )
+    items = iter(documents)
+    first = list(islice(items, 1))
+    if not first:
+        raise InputError("expected at least one document; got none: give a text or token ids")
+    items = chain(first, items)
+    if _is_token_id(first[0]):
+        items = iter([list(items)])
+    for number, item in enumerate(items):
+        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+            yield item[0], item[1]
+        else:
+            yield f"document {number}", item
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
+
+
+def document_kind(value: Any) -> str:
+    """Return the type of a value, and a mapping's fields, for messages."""
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the fields {', '.join(map(str, value))}"
+    return type(value).__name__
+
+
+def _check_ids(name: str, document: Any, size: int | None) -> Int64[Tensor, "tokens"]:
+    """Check token ids and return the first `size` of them."""
+    if not isinstance(document, Tensor | np.ndarray | list | tuple | range):
+        raise InputError(f"{name}: expected text or token ids; got {document_kind(document)}")
+    if isinstance(document, Tensor | np.ndarray) and document.ndim != 1:
+        raise InputError(f"{name}: expected token ids in one dimension; got the shape {tuple(document.shape)}")
+    values = document[:size]
+    try:
+        ids = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: expected token ids, whole numbers in one dimension; got other values") from None
+    if len(ids) == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if ids.ndim != 1 or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise InputError(
+            f"{name}: expected token ids, whole numbers in one dimension; got {ids.dtype} {tuple(ids.shape)}"
+        )
+    ids = ids.detach().to("cpu", torch.int64)
+    if ids.min() < 0:
+        raise InputError(f"{name}: expected token ids of at least 0; got {int(ids.min())}: leave padding out")
+    return ids
+
+
+# Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The token ids of a document as it stands, and what belongs in front of its windows, which it may have itself."""
+
+    ids: Int64[Tensor, "tokens"]
+    prefix: list[int]
+
+    def has_prefix(self, start: int) -> bool:
+        """Return whether the tokens from `start` on are the prefix already."""
+        return self.ids[start : start + len(self.prefix)].tolist() == self.prefix
+
+
+@dataclass
+class TokenReader:
+    """Turns documents into tokens, with one tokenizer; it is asked only for texts."""
+
+    tokenizer: Any
+
+    def read(self, name: str, document: Any, size: int | None = None) -> Tokens:
+        """Return the first `size` tokens of a document, all for None."""
+        if not isinstance(document, str | TextStream):
+            return Tokens(_check_ids(name, document, size), [])
+        prefix = self.prefix  # refuses what is no tokenizer
+        return Tokens(_text_ids(name, document, self.tokenizer, size), prefix)
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts in front of a text."""
+        return special_prefix(self.tokenizer)
+
+
+def document_ids(document: Any, tokenizer: Any) -> Int64[Tensor, "tokens"]:
+    """Return all token ids of one document; those of a text begin with the tokenizer's special tokens, once."""
+    tokens = TokenReader(tokenizer).read("the text", document)
+    prefix = [] if tokens.has_prefix(0) else tokens.prefix
+    return torch.cat((torch.tensor(prefix, dtype=torch.int64), tokens.ids))
+
+
+def _text_ids(name: str, document: str | TextStream, tokenizer: Any, size: int | None) -> Int64[Tensor, "tokens"]:
+    """Return the first `size` tokens of a text, all for None, and read little more text than that takes.
+
+    The tokens of a text's beginning are the beginning of its tokens, but for a few at the cut, which are dropped.
+    """
+    pieces = iter([document]) if isinstance(document, str) else document.pieces()
+    text, length = "", sys.maxsize if size is None else 6 * (size + MARGIN)
+    while True:
+        text, is_complete = _extend_text(text, pieces, length)
+        head = text if is_complete else text[: _cut_position(text, length)]
+        check_unicode(head, name)
+        ids = encode_text(tokenizer, head) if head else []
+        if is_complete or (size is not None and len(ids) >= size + MARGIN):
+            return torch.tensor(ids[:size], dtype=torch.int64)
+        length *= 2
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Raise InputError if a text cannot be written in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: expected Unicode text; character {error.start} is half of a pair") from None
+
+
+def _extend_text(text: str, pieces: Iterator[str], length: int) -> tuple[str, bool]:
+    """Append pieces to a text until it has `length` characters; also return True if there are no more pieces."""
+    parts, total = [text], len(text)
+    while total < length:
+        piece = next(pieces, None)
+        if piece is None:
+            return "".join(parts), True
+        parts.append(piece)
+        total += len(piece)
+    return "".join(parts), False
+
+
+def _cut_position(text: str, length: int) -> int:
+    """Return where to cut: at the last white space before `length`, or at `length` if there is none near."""
+    low = max(0, length - 1000)
+    position = max(text.rfind(" ", low, length), text.rfind("\n", low, length))
+    return length if position < 0 else position
