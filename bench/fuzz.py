@@ -49,6 +49,9 @@ def fuzz_by_coverage(name: str, seconds: float) -> None:
         include=[
             "posterity.inputs.windows",
             "posterity.inputs.text_sources",
+            "posterity.inputs.text_files",
+            "posterity.inputs.row_files",
+            "posterity.inputs.documents",
             "posterity.results.netcdf",
             "posterity.inputs.model_files",
             "json",

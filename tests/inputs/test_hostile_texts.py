@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import posterity
 from posterity.cli.main import app
 from posterity.errors import InputError
-from posterity.inputs import text_sources
+from posterity.inputs import row_files
 from posterity.inputs.model import LoadedModel
 from posterity.inputs.text_sources import SkippedLines, open_documents
 from posterity.inputs.windows import cut_windows
@@ -47,7 +47,7 @@ def test_a_broken_line_is_named_or_skipped_and_counted(tmp_path, name):
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sources, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(row_files, "LONGEST_LINE", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * 2000)
     for skipped in (None, SkippedLines()):

@@ -74,7 +74,7 @@ def measure_command(
     weights: Annotated[
         bool | None, typer.Option("--weights/--no-weights", help="Split the weights' gradients.  [default: weights]")
     ] = None,
-    field: Field = "text",
+    field: Field = None,
     skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -192,7 +192,7 @@ def audit_command(
     beside: Annotated[
         list[str] | None, typer.Option(metavar="MODEL", help="Another model, side by side; may be repeated.")
     ] = None,
-    field: Field = "text",
+    field: Field = None,
     skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,

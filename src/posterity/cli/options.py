@@ -14,7 +14,8 @@ Model = Annotated[
 Texts = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="TEXT", help="Files, '-', .jsonl files, dataset names (name:config:split); nothing: default text."
+        metavar="TEXT",
+        help="Text files, '-', rows of .jsonl, .json, .csv, .tsv, dataset names (name:config:split); nothing: default text.",
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored unless given.")]
@@ -23,9 +24,12 @@ Device = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
-Field = Annotated[str, typer.Option(help="Field of .jsonl lines and dataset rows that holds the text.")]
+Field = Annotated[
+    str | None,
+    typer.Option(help="Field of JSON objects, tables and dataset rows that holds the text.  [default: text]"),
+]
 SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken", help="Leave out broken lines of .jsonl files, and say how many.")
+    bool, typer.Option("--skip-broken", help="Leave out broken lines of .jsonl, .csv and .tsv files, and say how many.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")]
 OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]

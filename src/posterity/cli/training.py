@@ -123,7 +123,7 @@ def fold_command(
         typer.Option(min=1, help="Windows on which every head is tried; four times as many judge.  [default: 4]"),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
-    field: Field = "text",
+    field: Field = None,
     skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,

@@ -34,7 +34,7 @@ class Settings:
     heads: int = 4
     seed: int = 0
     task: dict[str, float] = field(default_factory=dict)  # numbers of a built-in task, such as {"chance": 0.1}
-    skip_broken: bool = False  # leave out broken lines of .jsonl files
+    skip_broken: bool = False  # leave out broken lines of .jsonl, .csv and .tsv files
 
     def __post_init__(self):
         """Check all that needs neither model nor data."""
