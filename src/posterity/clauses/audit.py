@@ -19,7 +19,7 @@ from posterity.clauses.dataset import assemble
 from posterity.clauses.saved_findings import SavedFindings
 from posterity.clauses.subject import Plan, Subject
 from posterity.errors import InputError
-from posterity.inputs.documents import TextStream, name_documents
+from posterity.inputs.documents import TextStream, name_documents, refuse_conversation
 from posterity.inputs.windows import read_corpus
 from posterity.measurement.distributed import Processes
 from posterity.measurement.provenance import provenance
@@ -158,6 +158,7 @@ def _read_texts(documents: Any) -> Texts:
     texts: Texts = []
     remaining = MAX_CHARACTERS
     for name, document in name_documents(documents):
+        refuse_conversation(name, document)
         if isinstance(document, TextStream):
             pieces: list[str] = []
             for piece in document.pieces():

@@ -62,6 +62,10 @@ def measure_command(
     text: Texts = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 512]")] = None,
     documents: Annotated[int, typer.Option(min=1, help="Windows to measure.")] = DOCUMENTS,
+    pack: Annotated[
+        bool | None,
+        typer.Option("--pack", help="Measure documents shorter than a window too: several in one, each seeing itself."),
+    ] = None,
     lags: Annotated[
         Literal["octaves", "all", "self"] | None,
         typer.Option(help="Bins of a quarter octave, every lag, or only self and other.  [default: octaves]"),
@@ -115,7 +119,7 @@ def measure_command(
         return
     options = drop_unset(
         context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
-        checkpoint=checkpoint, horizons=parse_integers(horizons),
+        checkpoint=checkpoint, pack=pack, horizons=parse_integers(horizons),
     )  # fmt: skip
 
     def measure_model(name: str | None, texts: Any, part: str = "") -> Any:

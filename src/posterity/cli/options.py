@@ -15,7 +15,7 @@ Texts = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="TEXT",
-        help="Text files, '-', rows of .jsonl, .json, .csv, .tsv, dataset names (name:config:split); nothing: default text.",
+        help="Text files, '-', .jsonl, .json, .csv, .tsv, dataset names (name:config:split); nothing: default text.",
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored unless given.")]
@@ -26,7 +26,10 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
 Field = Annotated[
     str | None,
-    typer.Option(help="Field of JSON objects, tables and dataset rows that holds the text.  [default: text]"),
+    typer.Option(
+        help="Field of JSON objects, tables and dataset rows that holds the text.  [default: text; without it measure "
+        "reads messages, or prompt and completion, with the loss on the answers only]"
+    ),
 ]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out broken lines of .jsonl, .csv and .tsv files, and say how many.")

@@ -14,6 +14,7 @@ all edges therefore add up to the squared norms of the gradients that autograd c
 The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are swept, block by block (lag_sums.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,6 +29,7 @@ from posterity.ops.mask import Tile
 from posterity.ops.precision import dot, working_dtype
 from posterity.ops.scores import self_edges, single_edge
 
+Spans = Sequence[Sequence[slice]]  # of the documents in each row
 EXACT_LAGS = 16  # lags below this have a bin each; beyond, four bins an octave
 
 
@@ -134,8 +136,17 @@ def self_edge_gradients(back: Backward) -> SelfEdgeGradients:
     return SelfEdgeGradients(attention, grad_score, back)
 
 
-def pass_credit(back: Backward, self_part: SelfEdgeGradients, bins: Bins, scratch: Scratch | None = None) -> PassCredit:
-    """Sum credit, mass and attention of every edge by lag and by position."""
+def pass_credit(
+    back: Backward,
+    self_part: SelfEdgeGradients,
+    bins: Bins,
+    scratch: Scratch | None = None,
+    spans: Spans | None = None,
+) -> PassCredit:
+    """Sum credit, mass and attention of every edge by lag and by position.
+
+    `spans`: of the documents packed into each row, whose positions are then counted from each document's first token.
+    """
     batch, length = len(back.lse), back.lse.shape[2]
     query, key, value = back.total_gradients()
     self_credits = (
@@ -158,7 +169,8 @@ def pass_credit(back: Backward, self_part: SelfEdgeGradients, bins: Bins, scratc
     else:
         credit, mass, attention = _self_and_other(back, self_part, by_position)
         credit, mass, attention = (x[..., : len(bins.first)] for x in (credit, mass, attention))
-    return PassCredit(credit, mass, attention, edges, _shift_to_first_token(by_position, back), _attention_first(back))
+    positions = _shift_to_first_token(by_position, back) if spans is None else restart_positions(by_position, spans)
+    return PassCredit(credit, mass, attention, edges, positions, _attention_first(back, spans))
 
 
 def _self_and_other(back: Backward, self_part: SelfEdgeGradients, by_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,19 +190,36 @@ def _self_and_other(back: Backward, self_part: SelfEdgeGradients, by_position: T
     return by_position.sum(-1), mass, attention
 
 
-def _attention_first(back: Backward) -> Float[Tensor, "batch head"]:
-    """Return the attention on the first key, padding left aside, summed over queries."""
-    length = back.lse.shape[2]
-    columns = back.mask.first_columns(length) or [0] * len(back.lse)
-    key = torch.stack([x[:, column, None] for x, column in zip(back.key, columns, strict=True)])
+def restart_positions(x: Float[Tensor, "batch *rest position"], spans: Spans) -> Float[Tensor, "batch *rest position"]:
+    """Add up what stands at the same position of each document that is packed into a row."""
+    sums = torch.zeros_like(x)
+    for row_sums, row, row_spans in zip(sums, x, spans, strict=True):
+        for span in row_spans:
+            row_sums[..., : span.stop - span.start] += row[..., span]
+    return sums
+
+
+def _attention_first(back: Backward, spans: Spans | None) -> Float[Tensor, "batch head"]:
+    """Return the attention on the first key of each document, padding left aside, summed over queries."""
+    length, device = back.lse.shape[2], back.lse.device
+    if spans is None:
+        columns = back.mask.first_columns(length) or [0] * len(back.lse)
+        tiles = [[(slice(0, length), column)] for column in columns]
+        first = torch.tensor(columns, device=device)[:, None]
+    else:
+        tiles = [[(span, span.start) for span in row] for row in spans]
+        first = torch.cat([torch.full((span.stop - span.start,), span.start) for row in spans for span in row])
+        first = first.view(len(spans), length).to(device)
+    key = torch.stack([x[:, columns] for x, columns in zip(back.key, first, strict=True)])
     bias = back.bias
     if bias is not None:
-        bias = bias.expand(len(columns), -1, -1, length)
-        bias = torch.stack([x[:, :, column] for x, column in zip(bias, columns, strict=True)])
+        bias = bias.expand(len(first), -1, length, length)
+        bias = bias.gather(-1, first[:, None, :, None].expand(*bias.shape[:3], 1)).squeeze(-1)
     weight, _ = single_edge(back.query, back.repeat(key), back.lse, back, bias)
-    for document, column in enumerate(columns):
-        first = Tile(slice(0, length), slice(column, column + 1), 0, back.mask.plain)
-        back.mask.fill_(weight[document, ..., None], first, 0.0, document)
+    for document, row in enumerate(tiles):
+        for rows, column in row:
+            tile = Tile(rows, slice(column, column + 1), 0, back.mask.plain)
+            back.mask.fill_(weight[document, :, rows, None], tile, 0.0, document)
     return _reader_weights(weight, back).sum(-1, dtype=torch.float64)
 
 

@@ -1,6 +1,6 @@
 """The inputs that a user names, as objects: texts as windows of tokens, names as loaded models.
 
-In reading order: `windows` (read_corpus()), `documents`, `tokenization`, `text_sources`, `row_files`, `text_files`,
-`model` (load_model()), `model_source` (a name to a folder or a commit), `pretrained` (weights and tokenizer),
-`model_files`, `folded_folder`, `checkpoints`.
+In reading order: `windows` (read_corpus()), `packing`, `documents`, `conversations`, `tokenization`, `text_sources`,
+`row_files`, `text_files`, `model` (load_model()), `model_source` (a name to a folder or a commit), `pretrained`
+(weights and tokenizer), `model_files`, `folded_folder`, `checkpoints`.
 """

@@ -1,19 +1,20 @@
-"""Documents in the forms that a caller may pass, and their tokens: texts, streams of text, token ids."""
+"""Documents in the forms that a caller may pass, and their tokens: texts, streams of text, conversations, token ids."""
 
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from posterity.errors import InputError
+from posterity.inputs.conversations import Completion, Conversation, answer_tokens, find_conversation
 from posterity.inputs.tokenization import encode_text, special_prefix
 
 MARGIN = 64  # tokens dropped before a cut in a text: cutting at white space can change the few tokens before it
@@ -34,7 +35,10 @@ def default_text() -> tuple[str, str]:
 
 
 def name_documents(documents: Any) -> Iterator[tuple[str, Any]]:
-    """Yield `(name, document)` for every document; one without a name is `document N`, a single text is `text`."""
+    """Yield `(name, document)` for every document; one without a name is `document N`, a single text is `text`.
+
+    A row of a data set with the fields of a conversation becomes one.
+    """
     if isinstance(documents, str | TextStream):
         documents = [("text", documents)]
     elif isinstance(documents, Tensor | np.ndarray):
@@ -51,10 +55,11 @@ def name_documents(documents: Any) -> Iterator[tuple[str, Any]]:
     if _is_token_id(first[0]):
         items = iter([list(items)])
     for number, item in enumerate(items):
+        name, document = f"document {number}", item
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            yield item[0], item[1]
-        else:
-            yield f"document {number}", item
+            name, document = item
+        conversation = find_conversation(document, name) if isinstance(document, Mapping) else None
+        yield name, document if conversation is None else conversation
 
 
 def _is_token_id(value: Any) -> bool:
@@ -100,10 +105,15 @@ class Tokens:
 
     ids: Int64[Tensor, "tokens"]
     prefix: list[int]
+    answers: Bool[Tensor, "tokens"] | None = None  # the tokens whose prediction is asked for; None: all
 
     def has_prefix(self, start: int) -> bool:
         """Return whether the tokens from `start` on are the prefix already."""
         return self.ids[start : start + len(self.prefix)].tolist() == self.prefix
+
+    def front(self, start: int) -> Int64[Tensor, "prefix"]:
+        """Return what belongs in front of a window that begins at `start`: the prefix, unless it is there."""
+        return self.ids.new_tensor([] if self.has_prefix(start) else self.prefix)
 
 
 @dataclass
@@ -114,10 +124,19 @@ class TokenReader:
 
     def read(self, name: str, document: Any, size: int | None = None) -> Tokens:
         """Return the first `size` tokens of a document, all for None."""
+        if isinstance(document, Conversation | Completion):
+            return self._read_answers(name, document)
         if not isinstance(document, str | TextStream):
             return Tokens(_check_ids(name, document, size), [])
         prefix = self.prefix  # refuses what is no tokenizer
         return Tokens(_text_ids(name, document, self.tokenizer, size), prefix)
+
+    def _read_answers(self, name: str, document: Conversation | Completion) -> Tokens:
+        """Return all tokens of a conversation; what begins it is up to the chat template."""
+        prefix = self.prefix
+        ids, answers = answer_tokens(document, self.tokenizer, name)
+        tokens = Tokens(torch.tensor(ids, dtype=torch.int64), prefix, torch.tensor(answers, dtype=torch.bool))
+        return tokens if isinstance(document, Completion) or tokens.has_prefix(0) else replace(tokens, prefix=[])
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -128,8 +147,16 @@ class TokenReader:
 def document_ids(document: Any, tokenizer: Any) -> Int64[Tensor, "tokens"]:
     """Return all token ids of one document; those of a text begin with the tokenizer's special tokens, once."""
     tokens = TokenReader(tokenizer).read("the text", document)
-    prefix = [] if tokens.has_prefix(0) else tokens.prefix
-    return torch.cat((torch.tensor(prefix, dtype=torch.int64), tokens.ids))
+    return torch.cat((tokens.front(0), tokens.ids))
+
+
+def refuse_conversation(name: str, document: Any) -> None:
+    """Raise InputError for a document whose loss is on its answers only."""
+    if isinstance(document, Conversation | Completion):
+        raise InputError(
+            f"{name}: expected text or token ids; got a conversation, whose loss is on its answers only, which only "
+            "`measure` takes: name a field that holds text (--field)"
+        )
 
 
 def _text_ids(name: str, document: str | TextStream, tokenizer: Any, size: int | None) -> Int64[Tensor, "tokens"]:

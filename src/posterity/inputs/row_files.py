@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posterity.errors import InputError
+from posterity.inputs.conversations import Completion, Conversation, find_conversation
 from posterity.inputs.documents import check_unicode, document_kind
 from posterity.inputs.text_files import read_text
 
@@ -49,8 +50,13 @@ def row_reader(path: str) -> Callable[[str, str | None, SkippedLines | None], Do
     return readers.get(Path(path).suffix.lower())
 
 
-def row_document(row: Any, field: str | None, place: str) -> str:
-    """Return the document of a row.
+def row_document(row: Any, field: str | None, place: str) -> str | Conversation | Completion:
+    """Return the document of a row: the text in a field, or without one a conversation or a completion.
+
+    Args:
+        row: The row, by fields.
+        field: The field that was asked for; None: "text", and where there is none, the fields of a conversation.
+        place: Where the row is.
 
     Raises:
         InputError: It has none; the message begins with `place`.
@@ -58,8 +64,14 @@ def row_document(row: Any, field: str | None, place: str) -> str:
     name = field or FIELD
     if not isinstance(row, Mapping):
         raise InputError(f"{place}: expected a JSON object with the field {name!r}; got {document_kind(row)}")
+    if field is None and row.get(name) is None and (conversation := find_conversation(row, place)) is not None:
+        return conversation
     if name not in row:
         raise InputError(f"{place}: expected the field {name!r}; got {', '.join(map(str, row))}: choose with --field")
+    if isinstance(row[name], list) and row[name] and all(isinstance(turn, Mapping) for turn in row[name]):
+        conversation = find_conversation({"messages": row[name], "tools": row.get("tools")}, place)
+        assert conversation is not None
+        return conversation
     if not isinstance(row[name], str):
         raise InputError(
             f"{place}: expected text in the field {name!r}; got {document_kind(row[name])}: choose with --field"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from posterity.decomposition.accumulator import Accumulator, stack_layers
-from posterity.decomposition.credit import Bins, check_finite, pass_credit, self_edge_gradients
+from posterity.decomposition.credit import Bins, Spans, check_finite, pass_credit, self_edge_gradients
 from posterity.decomposition.lag_sums import Scratch
 from posterity.decomposition.weight_gradients import Projections, WeightSplit
 from posterity.errors import InputError
@@ -59,6 +59,7 @@ class Ledger:
         self.loss_split: LossSplit | None = None
         self._weights = {layer: WeightSplit(self.sums, str(layer)) for layer in watch.layers} if weights else {}
         self._scratch = Scratch()
+        self._spans: Spans | None = None
 
     def split_losses(self, losses: bool, horizons: Sequence[int], parameters: bool) -> LossSplit:
         """Make the loss split of the same documents a part of the ledger."""
@@ -69,12 +70,19 @@ class Ledger:
         """Within the block, forward passes can be sent back by `backward`."""
         return contextlib.nullcontext() if self.loss_split is None else self.loss_split.observe_forward()
 
-    def backward(self, loss: ChunkedLoss) -> None:
-        """Send back one forward pass: once, or as often as the loss split needs."""
-        if self.loss_split is None:
-            loss.backward()
-        else:
-            self.loss_split.backward(loss)
+    def backward(self, loss: ChunkedLoss, spans: Spans | None = None) -> None:
+        """Send back one forward pass: once, or as often as the loss split needs.
+
+        `spans`: of the documents packed into each row, whose positions then start again.
+        """
+        self._spans = spans
+        try:
+            if self.loss_split is None:
+                loss.backward()
+            else:
+                self.loss_split.backward(loss, spans)
+        finally:
+            self._spans = None
 
     def clear(self) -> None:
         """Forget every document."""
@@ -87,7 +95,7 @@ class Ledger:
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
             )
         self_edge = self_edge_gradients(back)
-        credit = pass_credit(back, self_edge, Bins.of(self.lags, back.lse.shape[2]), self._scratch)
+        credit = pass_credit(back, self_edge, Bins.of(self.lags, back.lse.shape[2]), self._scratch, self._spans)
         check_finite(credit.credit_by_position, f"the gradient of layer {layer}")
         if self.weights:
             self._weights[layer].add(back, self_edge, project)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from posterity.decomposition.accumulator import Accumulator
-from posterity.decomposition.credit import check_finite
+from posterity.decomposition.credit import Spans, check_finite, restart_positions
 from posterity.models.language_model import enclosing_layer
 from posterity.models.watch import Layer, Watch
 from posterity.ops.precision import working_dtype
@@ -48,8 +48,11 @@ class HiddenGradients:
         finally:
             self._part = None
 
-    def add(self, windows: int, positions: int) -> None:
-        """Accumulate |own|², |later|² and their inner product by position; NaN for a layer without a gradient."""
+    def add(self, windows: int, positions: int, spans: Spans | None = None) -> None:
+        """Accumulate |own|², |later|² and their inner product by position; NaN for a layer without a gradient.
+
+        `spans`: of the documents packed into each window, whose positions start again.
+        """
         rows = []
         for layer in self.watch.layers:
             total, own = (self._grads[part].get(layer) for part in ("total", "own"))
@@ -62,6 +65,8 @@ class HiddenGradients:
             row = torch.stack(terms, 1).double()
             rows.append(check_finite(row, f"the gradient of the hidden states of layer {layer}").cpu())
         by_position = torch.stack(rows, 1)  # window, layer, term, position
+        if spans is not None:
+            by_position = restart_positions(by_position, spans)
         self.sums.add((None, "hidden"), by_position.sum(0))
         self.sums.append_rows((None, "hidden"), by_position.sum(-1))
         for grads in self._grads.values():

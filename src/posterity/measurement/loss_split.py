@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity.decomposition.accumulator import Accumulator, stack_layers
-from posterity.decomposition.credit import check_finite, self_edge_gradients
+from posterity.decomposition.credit import Spans, check_finite, restart_positions, self_edge_gradients
 from posterity.decomposition.weight_gradients import Projections, gram_terms
 from posterity.errors import InputError
 from posterity.measurement.hidden_gradients import HiddenGradients
@@ -51,6 +51,7 @@ class LossSplit:
         self.sums = sums
         self._hidden = HiddenGradients(self.model, watch, sums)
         self._total_passes: dict[Layer, Backward] = {}  # the ordinary pass
+        self._spans: Spans | None = None  # of the present windows
         self._curve: dict[Layer, list[Tensor]] = {}  # remaining credit of the present windows, by horizon
 
     @property
@@ -66,12 +67,17 @@ class LossSplit:
             stack.enter_context(self._hidden.hook_inputs())
         return stack
 
-    def backward(self, loss: ChunkedLoss) -> None:
+    def backward(self, loss: ChunkedLoss, spans: Spans | None = None) -> None:
         """Run all backward passes of one forward pass; the first is the ordinary one, which every observer gets.
+
+        Args:
+            loss: Of the forward pass.
+            spans: Of the documents packed into each window, whose positions start again.
 
         Raises:
             NotFiniteError: A gradient is not finite; the message names the layer.
         """
+        self._spans = spans
         head = self._parameter_gradients()  # of the parameters behind its input, which the later passes do not reach
         with self._hidden.collect("total"):
             loss.backward(retain_graph=True)
@@ -88,7 +94,7 @@ class LossSplit:
                 self.sums.append_rows((None, "parameters"), [check_finite(row, "the gradient of the parameters")])
         if self.losses:
             windows, _, positions = next(iter(self._total_passes.values())).lse.shape
-            self._hidden.add(windows, positions)
+            self._hidden.add(windows, positions, spans)
         for layer, credits in self._curve.items() if self.horizons else ():
             self.sums.append_rows((str(layer), "horizon_by_document"), torch.stack(credits, -1))
         self._set_parameter_gradients({})
@@ -149,6 +155,8 @@ class LossSplit:
         )
         products = torch.stack([_products(*(x.to(working_dtype(x.dtype)) for x in stream)) for stream in streams], 2)
         check_finite(products, f"what the own losses send to layer {layer}")
+        if self._spans is not None:
+            products = restart_positions(products, self._spans)
         self.sums.add((str(layer), "loss_products"), products.sum(0))  # head, written, nine, position
         self.sums.append_rows((str(layer), "loss_credit_by_document"), products[..., :3, :].sum(-1))
 

@@ -20,10 +20,15 @@ from posterity.measurement.account import Ledger, account
 from posterity.measurement.distributed import Processes
 from posterity.measurement.estimate import estimate
 from posterity.measurement.run_state import RunState, fingerprint
+from posterity.measurement.window_batch import WindowBatch, equal_lengths
 from posterity.models.checkpointing import checkpoint_layers
 from posterity.models.chunked_loss import ChunkedLoss, LMHead
 from posterity.models.language_model import freeze_parameters, language_model, max_tokens, seed_rng
+from posterity.models.packed_rows import refuse_shared_rows
 from posterity.progress import progress_bar
+
+ANSWERS = "the answers only"
+SOME_ANSWERS = "the answers only, in conversations; every token of the other texts"
 
 
 def measure(
@@ -33,6 +38,7 @@ def measure(
     *,
     context: int = 512,
     limit: int | None = None,
+    pack: bool = False,
     lags: str = "octaves",
     weights: bool = True,
     losses: bool = False,
@@ -49,15 +55,20 @@ def measure(
     """Measure where the gradients of queries, keys and values come from, on windows of text.
 
     The loss of a window is the sum over its positions of the negative log-likelihood of the next token, in nats; the
-    last position has none. The model runs in evaluation mode with frozen parameters and is restored afterwards.
+    last position has none. In conversations, and in prompts with a completion, only the tokens of the answers have a
+    loss; the keys and values of all others are measured too. The model runs in evaluation mode with frozen parameters
+    and is restored afterwards.
 
     Args:
         model: A causal language model of transformers.
         tokenizer: Its tokenizer; None if `documents` are token ids.
-        documents: str, token ids, a list of either, or pairs (name, document); see
+        documents: str, token ids, rows of a chat data set (`messages`, or `prompt` and `completion`), a list of these,
+            or pairs (name, document); see
             `posterity.inputs.windows.read_corpus`. What they leave out is counted in the result's attributes.
         context: Tokens in a window.
         limit: The largest number of windows; None means all.
+        pack: Whether to measure documents shorter than a window too, several in one window, where they do not see each
+            other; their positions are counted from each one's first token.
         lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep:
             mass and attention of the others are NaN).
         weights: Whether to split the gradients of W_Q, W_K and W_V.
@@ -88,11 +99,13 @@ def measure(
     inner = language_model(model)
     check_context(inner, context)
     processes = processes or Processes()
-    corpus = processes.broadcast(lambda: read_corpus(documents, tokenizer, context, limit))
+    corpus = processes.broadcast(
+        lambda: read_corpus(documents, tokenizer, context, limit, pack=pack, conversations=True)
+    )
     windows = corpus.windows
     check_tokens(inner, windows)
     settings = {
-        "version": __version__, "dtype": str(inner.dtype), "context": context, "documents": len(windows),
+        "version": __version__, "dtype": str(inner.dtype), "context": context, "pack": pack, "documents": len(windows),
         "lags": lags, "weights": weights, "losses": losses, "horizons": horizons, "parameters": parameters,
         "batch": batch, "seed": seed, "text": token_digest(windows),
         "model": "" if state is None else fingerprint(inner),
@@ -111,34 +124,36 @@ def measure(
         if losses or parameters or horizons:
             ledger.split_losses(losses, horizons, parameters)
         head = LMHead.probe(model)
+        if any(window.lengths for window in windows):
+            refuse_shared_rows(inner, head, context)
         if show_progress:
-            _print_estimate(inner, windows[0], len(remaining), batch, head, ledger, checkpoint)
+            longest = max(windows, key=lambda window: window.size)
+            _print_estimate(inner, longest, len(remaining), batch, head, ledger, checkpoint)
         run_state.start(ledger.sums)
         with ledger.observe_forward(), progress_bar(len(remaining), show_progress, activity) as advance:
             for start in range(0, len(remaining), batch):
                 numbers = remaining[start : start + batch]
                 torch.manual_seed(seed + numbers[0])  # the same, however the windows are shared out
-                _measure_batch([windows[number] for number in numbers], model, head, ledger)
+                for window_batch in equal_lengths([windows[number] for number in numbers]):
+                    _measure_batch(window_batch, model, head, ledger)
                 run_state.add_windows(ledger.sums, numbers)
-                advance(len(numbers), len(numbers) * context)
+                advance(len(numbers), sum(windows[number].size for number in numbers))
         run_state.finish(ledger.sums)
         texts = [window.text for window in windows]
-        run_attrs = _run_attrs(texts, context, settings, run_state) | corpus.coverage.attrs() | dict(attrs or {})
+        run_attrs = _run_attrs(windows, settings, run_state) | corpus.coverage.attrs() | dict(attrs or {})
         return processes.broadcast(lambda: ledger.result(texts, **run_attrs))
 
 
-def _measure_batch(windows: Sequence[Window], model: nn.Module, head: LMHead, ledger: Ledger) -> None:
+def _measure_batch(batch: WindowBatch, model: nn.Module, head: LMHead, ledger: Ledger) -> None:
     """Run the model on the windows of one batch, and enter their losses and gradients in the ledger."""
-    ids = torch.stack([window.ids for window in windows])
-    loss = ChunkedLoss.run(model, ids, head)
-    for window, window_loss in zip(windows, loss.losses, strict=True):
+    loss = ChunkedLoss.run(model, batch.ids, head, batch.targets, batch.positions)
+    for window, window_loss in zip(batch.windows, loss.losses, strict=True):
         if not window_loss.isfinite():
             raise NotFiniteError(f"the loss of window {_window_name(window)}")
-    predictions = ids.shape[1] - 1
-    ledger.sums.append_rows((None, "loss"), loss.losses.cpu().double() / predictions)
-    ledger.sums.append_rows((None, "tokens"), torch.full((len(windows),), predictions))
-    with name_windows(windows):
-        ledger.backward(loss)
+    ledger.sums.append_rows((None, "loss"), loss.losses.cpu().double() / batch.predictions)
+    ledger.sums.append_rows((None, "tokens"), batch.predictions)
+    with name_windows(batch.windows):
+        ledger.backward(loss, batch.spans)
 
 
 @contextlib.contextmanager
@@ -168,15 +183,18 @@ def _print_estimate(
         Console(stderr=True).print(estimate(model, window.ids, windows, batch, head, ledger, checkpoint))
 
 
-def _run_attrs(
-    texts: Sequence[str], context: int, settings: Mapping[str, object], run_state: RunState
-) -> dict[str, object]:
+def _run_attrs(windows: Sequence[Window], settings: Mapping[str, object], run_state: RunState) -> dict[str, object]:
     """Return the provenance that the run adds to that of the model and the ledger."""
-    tokens = len(texts) * context
+    tokens = sum(window.size for window in windows)
+    packing = {"packed": "documents in one window do not see each other"} if settings["pack"] else {}
+    with_answers = sum(window.answers is not None for window in windows)
+    answers = {"loss_on": ANSWERS if with_answers == len(windows) else SOME_ANSWERS} if with_answers else {}
     return {
         "tokens": tokens,
         "text_digest": settings["text"],
-        "text_name": "; ".join(dict.fromkeys(texts)),
+        "text_name": "; ".join(dict.fromkeys(window.text for window in windows)),
+        **packing,
+        **answers,
         "seed": settings["seed"],
         "processes": run_state.processes.count,
         "command": "posterity.measure",

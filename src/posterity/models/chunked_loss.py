@@ -25,7 +25,7 @@ from posterity.ops.precision import working_dtype
 # Logits in a chunk: 64 MB in float32, and as much for each of the loss, its gradient and the logits' gradient. The
 # default model's chunks are then 341 positions, enough for the products with the head to run at full speed.
 CHUNK = 2**24
-_NO_TARGET = -100
+NO_TARGET = -100  # at a position that predicts nothing
 _PROBE = (2, 16)  # windows, tokens
 _PROBE_POSITIONS = (1, 5, 16)  # where a chunk of the probe ends
 ModuleOutput = tuple[nn.Module, Any]
@@ -40,10 +40,21 @@ def token_losses(
     return losses.view(targets.shape)
 
 
-def window_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the sum of the losses of each window, in nats, with its graph; all logits at once."""
+def window_losses(
+    model: nn.Module, ids: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """Return the sum of the losses of each window, in nats, with its graph; all logits at once.
+
+    `targets` and `positions`: as of `ChunkedLoss.run`.
+    """
     ids = ids.to(input_device(language_model(model)))
-    return token_losses(model(input_ids=ids, use_cache=False).logits, _next_tokens(ids)).sum(1)
+    targets = _next_tokens(ids) if targets is None else targets
+    return token_losses(model(input_ids=ids, use_cache=False, **_position_ids(positions, ids)).logits, targets).sum(1)
+
+
+def _position_ids(positions: Tensor | None, ids: Tensor) -> dict[str, Tensor]:
+    """Return the argument of a model that says where its tokens stand; nothing if they are counted from 0."""
+    return {} if positions is None else {"position_ids": positions.to(ids.device)}
 
 
 class ChunkedLoss:
@@ -54,18 +65,33 @@ class ChunkedLoss:
         self.losses, self._end, self._gradient = losses, end, gradient
 
     @classmethod
-    def run(cls, model: nn.Module, ids: Tensor, head: "LMHead") -> "ChunkedLoss":
+    def run(
+        cls,
+        model: nn.Module,
+        ids: Tensor,
+        head: "LMHead",
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> "ChunkedLoss":
         """Run the model forward, and its head backward.
 
         The head's own parameters get their gradients here, if they require any: backward passes begin at its input.
+
+        Args:
+            model: The head's model or a wrapper around it.
+            ids: Token ids, (window, position).
+            head: Its head.
+            targets: The token that each position has to predict, -100 for none; the next one by default.
+            positions: Position ids; those of packed documents start again at 0.
         """
         ids = ids.to(input_device(head.model))
-        body = head.run_body(model, ids)
+        body = head.run_body(model, ids, **_position_ids(positions, ids))
         if body is None:
-            losses = window_losses(model, ids)
+            losses = window_losses(model, ids, targets, positions)
             return cls(losses.detach(), losses.sum(), None)
         hidden, outputs = body
-        losses, gradient = _run_head(head, ids, hidden.detach(), outputs)
+        targets = _next_tokens(ids) if targets is None else targets.to(ids.device)
+        losses, gradient = _run_head(head, ids, targets, hidden.detach(), outputs)
         return cls(losses, hidden, gradient)
 
     def backward(self, retain_graph: bool = False) -> None:
@@ -76,9 +102,11 @@ class ChunkedLoss:
         torch.autograd.backward(self._end, self._gradient, retain_graph=retain_graph)
 
 
-def _run_head(head: "LMHead", ids: Tensor, hidden: Tensor, outputs: Sequence[ModuleOutput]) -> tuple[Tensor, Tensor]:
+def _run_head(
+    head: "LMHead", ids: Tensor, targets: Tensor, hidden: Tensor, outputs: Sequence[ModuleOutput]
+) -> tuple[Tensor, Tensor]:
     """Return the losses of each window, and their gradient at the input of the head."""
-    targets, gradient = _next_tokens(ids), torch.empty_like(hidden)
+    gradient = torch.empty_like(hidden)
     losses = []
     for start in range(0, ids.shape[1], length := head.chunk_length(len(ids))):
         chunk = slice(start, start + length)
@@ -93,7 +121,7 @@ def _run_head(head: "LMHead", ids: Tensor, hidden: Tensor, outputs: Sequence[Mod
 
 def _next_tokens(ids: Tensor) -> Tensor:
     """Return the token that each position has to predict; none at the last."""
-    return torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), _NO_TARGET)), 1)
+    return torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), NO_TARGET)), 1)
 
 
 class LMHead:
@@ -122,16 +150,17 @@ class LMHead:
         """Return how many positions of so many windows make a chunk."""
         return max(1, CHUNK // (windows * self.vocabulary))
 
-    def run_body(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[ModuleOutput]] | None:
+    def run_body(self, model: nn.Module, ids: Tensor, **options: Tensor) -> tuple[Tensor, list[ModuleOutput]] | None:
         """Run a model up to its head: the head's input with its graph, and the outputs of the modules before it.
 
-        `model` is the head's model or a wrapper around it. None if the head is not separable.
+        `model` is the head's model or a wrapper around it; `options` are what else it gets. None if the head is not
+        separable.
         """
         if not self.separable:
             return None
         trace = _Trace(self.module, self._body, slice(0, 1))
         with trace.record():
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False, **options)
         return None if len(trace.inputs) != 1 else (trace.inputs[0], _detach(trace.before))
 
     def logits(self, hidden: Tensor, ids: Tensor, outputs: Sequence[ModuleOutput]) -> Tensor:

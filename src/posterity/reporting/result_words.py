@@ -19,8 +19,11 @@ def heading(result: xr.Dataset) -> tuple[str, ...]:
     windows, context = result.sizes["document"], result.sizes["position"]
     step = f"after {int(attrs['step']):,} steps" if attrs.get("step", "").isdecimal() else ""
     model = (attrs.get("architecture"), parameters, attrs.get("dtype"), step)
-    amount = f"{windows} window{'s' * (windows != 1)} of {attrs.get('context') or context} tokens"
-    text = (text_name(result), amount, f"loss {mean_loss(result)}")
+    most = "at most " if attrs.get("packed") else ""
+    amount = f"{windows} window{'s' * (windows != 1)} of {most}{attrs.get('context') or context} tokens"
+    answers = f"loss on {attrs['loss_on']}" if attrs.get("loss_on") else ""
+    packed = f"packed: {attrs['packed']}" if attrs.get("packed") else ""
+    text = (text_name(result), amount, f"loss {mean_loss(result)}", answers, packed)
     left_out = (left_out_text({str(name): portable_value(value) for name, value in result.attrs.items()}),)
     lines = (model, text, left_out)
     return model_name(result), *(" · ".join(part for part in line if part) for line in lines if any(line))

@@ -76,9 +76,11 @@ def left_out_text(attrs: Mapping[str, Any]) -> str:
     if not all(type(count) is int for count in counts) or (not counts[0] and not counts[2]):
         return ""
     documents, tokens = (f"{left_out:,} of {read:,}" for left_out, read in (counts[:2], counts[2:]))
+    without = attrs.get("windows_without_answers")
+    answers = f", {without:,} window{'s' * (without != 1)} without an answer among them" if without else ""
     windows = attrs.get("limit")
     end = f"; reading ended at the limit of {windows:,} window{'s' * (windows != 1)}" if type(windows) is int else ""
-    return f"left out: {documents} documents, {tokens} tokens{end}"
+    return f"left out: {documents} documents, {tokens} tokens{answers}{end}"
 
 
 def list_parts(mask: np.ndarray, noun: str = "layer", most: int = 8) -> str:

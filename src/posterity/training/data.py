@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from posterity.inputs.documents import TextStream
+from posterity.inputs.documents import TextStream, refuse_conversation
 from posterity.inputs.text_sources import SkippedLines, open_documents
 from posterity.inputs.windows import Coverage, read_corpus
 from posterity.training.settings import Settings
@@ -80,7 +80,7 @@ def prepare_data(settings: Settings, tokenizer: Any = None) -> Data:
         return Data(*rows, getattr(task, "vocabulary", REGRESSOR_VOCABULARY), task.length)
     names = () if settings.data == ("text",) else settings.data
     skipped = SkippedLines() if settings.skip_broken else None
-    texts = [(name, _read_text(document)) for name, document in open_documents(names, skipped=skipped)]
+    texts = [(name, _read_text(name, document)) for name, document in open_documents(names, skipped=skipped)]
     train_texts, held_out_texts = _split_texts(texts)
     tokenizer = tokenizer or _train_tokenizer([text for _, text in train_texts])
     corpora = [read_corpus(part, tokenizer, settings.context) for part in (train_texts, held_out_texts)]
@@ -100,7 +100,8 @@ def _split_texts(texts: Texts) -> tuple[Texts, Texts]:
     return train, [(name, text[end:]) for (name, text), end in zip(texts, ends, strict=True)]
 
 
-def _read_text(document: Any) -> str:
+def _read_text(name: str, document: Any) -> str:
+    refuse_conversation(name, document)
     return "".join(document.pieces()) if isinstance(document, TextStream) else document
 
 
