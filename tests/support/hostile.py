@@ -72,12 +72,15 @@ def read_text_file(data: bytes) -> bool:
 
 
 def read_json_lines(data: bytes) -> bool:
-    """Read a .jsonl file, with and without its broken lines."""
+    """Read a .jsonl file, with and without its broken lines; and as the other files of rows."""
     path, skipped = WORK / "a.jsonl", SkippedLines()
     path.write_bytes(data)
     accepted = accepts(lambda: list(open_documents([str(path)])))
     accepts(lambda: list(open_documents([str(path)], skipped=skipped)))
     assert not (accepted and skipped.total)
+    for ending in (".json", ".csv", ".tsv"):
+        path.with_suffix(ending).write_bytes(data)
+        accepts(lambda ending=ending: list(open_documents([str(path.with_suffix(ending))])))
     return accepted
 
 

@@ -64,7 +64,9 @@ def measure_command(
     documents: Annotated[int, typer.Option(min=1, help="Windows to measure.")] = DOCUMENTS,
     pack: Annotated[
         bool | None,
-        typer.Option("--pack", help="Measure documents shorter than a window too: several in one, each seeing itself."),
+        typer.Option(
+            "--pack", help="Measure documents shorter than a window too: several in one, unseen by each other."
+        ),
     ] = None,
     lags: Annotated[
         Literal["octaves", "all", "self"] | None,

@@ -146,6 +146,7 @@ class TokenReader:
 
 def document_ids(document: Any, tokenizer: Any) -> Int64[Tensor, "tokens"]:
     """Return all token ids of one document; those of a text begin with the tokenizer's special tokens, once."""
+    refuse_conversation("the text", document)
     tokens = TokenReader(tokenizer).read("the text", document)
     return torch.cat((tokens.front(0), tokens.ids))
 

@@ -25,7 +25,7 @@ W = TypeVar("W", bound=Sized)
 
 
 @dataclass(eq=False)
-class Rows(Generic[W]):
+class PackedRows(Generic[W]):
     """Rows of at most `context` tokens, of which `limit` are asked for; each window has the number of its document."""
 
     context: int

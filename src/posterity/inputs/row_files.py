@@ -44,7 +44,7 @@ class SkippedLines:
 def row_reader(path: str) -> Callable[[str, str | None, SkippedLines | None], Documents] | None:
     """Return what reads a file's rows as documents, by the ending of its name; None if it is a text itself."""
     readers = {
-        ".jsonl": read_json_lines, ".json": read_json, ".csv": partial(read_table, delimiter=","),
+        ".jsonl": read_json_lines, ".json": read_json_file, ".csv": partial(read_table, delimiter=","),
         ".tsv": partial(read_table, delimiter="\t"),
     }  # fmt: skip
     return readers.get(Path(path).suffix.lower())
@@ -94,7 +94,7 @@ def read_json_lines(path: str, field: str | None, skipped: SkippedLines | None) 
         yield f"{path}:{number}", document
 
 
-def read_json(path: str, field: str | None, skipped: SkippedLines | None) -> Documents:
+def read_json_file(path: str, field: str | None, skipped: SkippedLines | None) -> Documents:
     """Yield the documents of an array of texts or objects, of one object, or of lines of JSON, as some call .json."""
     first = next((line for _, line in _read_lines(path)), b"")
     try:

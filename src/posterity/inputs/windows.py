@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posterity.errors import InputError
 from posterity.inputs.documents import TokenReader, Tokens, name_documents, refuse_conversation
-from posterity.inputs.packing import SHORTEST, Rows, document_numbers
+from posterity.inputs.packing import SHORTEST, PackedRows, document_numbers
 from posterity.results.formatting import left_out_text
 
 
@@ -130,7 +130,7 @@ def read_corpus(
     _check_count("context", context, 2)
     if limit is not None:
         _check_count("limit", limit, 1)
-    reader, rows, left_out = TokenReader(tokenizer), Rows[Window](context, limit, pack), _LeftOut()
+    reader, rows, left_out = TokenReader(tokenizer), PackedRows[Window](context, limit, pack), _LeftOut()
     for number, (name, document) in enumerate(name_documents(documents)):
         if not conversations:
             refuse_conversation(name, document)
@@ -221,7 +221,7 @@ class _LeftOut:
             f"give a longer text, or lower the context (--context){advice}"
         )
 
-    def coverage(self, rows: Rows[Window]) -> Coverage:
+    def coverage(self, rows: PackedRows[Window]) -> Coverage:
         """Count what is in the rows that were asked for, and what was left out before the last of their documents."""
         measured = rows.rows[: rows.limit]
         used, parts = document_numbers(measured), self.parts

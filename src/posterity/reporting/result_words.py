@@ -37,8 +37,12 @@ def model_name(result: xr.Dataset) -> str:
 def text_name(result: xr.Dataset) -> str:
     """Return the name of the text: the attribute, or the names of the windows' texts; their number if that is long."""
     names = sorted(set(map(str, result.text.values)))
+    read, left_out = (portable_value(result.attrs.get(f"documents_{part}")) for part in ("read", "left_out"))
+    number = len(names)
+    if result.attrs.get("packed") and isinstance(read, int) and isinstance(left_out, int):
+        number = read - left_out  # a window is named after the first of its texts
     name = str(portable_value(result.attrs.get("text_name"))) or "; ".join(names)
-    return name if len(names) == 1 or len(name) <= 80 else f"{len(names)} texts"
+    return name if len(names) == 1 or len(name) <= 80 else f"{number} texts"
 
 
 def mean_loss(result: xr.Dataset) -> str:
