@@ -28,7 +28,7 @@ OUTSIDE = {
     "ops": TORCH,
     "decomposition": TORCH,
     "models": TORCH | HUGGING_FACE,
-    "inputs": TORCH | HUGGING_FACE | {"numpy", "datasets", "safetensors", "gguf", "rich"},
+    "inputs": TORCH | HUGGING_FACE | {"numpy", "datasets", "safetensors", "gguf", "rich", "peft"},
     "results": {"numpy", "xarray", "h5py"},
     "measurement": TORCH
     | HUGGING_FACE

@@ -2,5 +2,5 @@
 
 In reading order: `windows` (read_corpus()), `packing`, `documents`, `conversations`, `tokenization`, `text_sources`,
 `row_files`, `text_files`, `model` (load_model()), `model_source` (a name to a folder or a commit), `pretrained`
-(weights and tokenizer), `model_files`, `folded_folder`, `checkpoints`.
+(weights and tokenizer), `model_files`, `adapter_folder`, `folded_folder`, `checkpoints`.
 """

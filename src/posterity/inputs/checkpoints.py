@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posterity.errors import InputError
+from posterity.inputs.model_files import ADAPTER_CONFIG
 
 
 def find_checkpoints(names: Sequence[str]) -> tuple[dict[int, str], list[str]]:
@@ -39,7 +40,7 @@ def find_checkpoints(names: Sequence[str]) -> tuple[dict[int, str], list[str]]:
 
 
 def _holds_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
 def _read_step(folder: Path) -> int:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from posterity.errors import InputError, first_line
+from posterity.inputs.adapter_folder import fit_vocabulary, load_adapter
 from posterity.inputs.folded_folder import FOLDED_FILE, apply_folded_heads
 from posterity.inputs.model_source import find_model
 from posterity.inputs.pretrained import (
@@ -44,7 +45,8 @@ def load_model(
 
     Args:
         name: a hub id, a folder (that of a folded model gives it folded), a `.gguf` file, or None or "default" for the
-            embedded SmolLM2-135M-Instruct.
+            embedded SmolLM2-135M-Instruct. A hub id or folder of a peft adapter is loaded over the base model that it
+            names, which needs peft (`posterity[peft]`).
         dtype: such as "float32" or torch.bfloat16; None keeps the type that the weights are stored in.
         device: such as "cpu" or "cuda:1"; None takes the CUDA device of this process, or the CPU when there is none;
             "auto" spreads a model that is larger than one device over all of them.
@@ -58,15 +60,24 @@ def load_model(
     target = None if device == "auto" else select_device(device)
     with silence_transformers():
         source = find_model(name, revision)
-        with explain_loading_errors(source.name, trust_remote_code):
+        adapter = source.adapter
+        if adapter is not None and trust_remote_code:
+            raise adapter.error("no code of a base model runs that an adapter names (--trust-remote-code)")
+        with explain_loading_errors(source.name if adapter is None else adapter.base, trust_remote_code):
             options = {"revision": source.commit, "trust_remote_code": trust_remote_code}
             check_architecture(source.path, source.name, **options)
-            tokenizer = load_tokenizer(source.path, source.name, **options)
+            if adapter is not None and (adapter.folder / "tokenizer_config.json").is_file():
+                tokenizer = load_tokenizer(str(adapter.folder), source.name)
+            else:
+                tokenizer = load_tokenizer(source.path, source.name, **options)
             if target is None:
                 model = load_over_devices(source.path, dtype=weights_dtype, **options).eval()
             else:
                 model = load_weights(source.path, dtype=weights_dtype, **options).to(target).eval()
         apply_folded_heads(model, source.path)
+        if adapter is not None:
+            fit_vocabulary(model, tokenizer, adapter)
+            model = load_adapter(model, adapter, keep_dtype=dtype is not None)
     return LoadedModel(model, tokenizer, source.name, source.revision)
 
 

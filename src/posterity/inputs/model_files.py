@@ -9,6 +9,7 @@ from typing import Any
 
 from posterity.errors import InputError
 
+ADAPTER_CONFIG = "adapter_config.json"  # of a peft adapter, in place of a model's config.json
 TO_SAFETENSORS = (
     "load it once with AutoModelForCausalLM.from_pretrained(..., use_safetensors=False) where you trust the file, "
     "then save_pretrained(folder)"
@@ -107,10 +108,10 @@ def _count_weights(folder: Path) -> tuple[int | None, int]:
         if not os.path.lexists(index):
             return None, 0
         files = check_index(read_json(index), index)
-    return sum(_count_arrays(folder / file) for file in files), sum((folder / file).stat().st_size for file in files)
+    return sum(count_arrays(folder / file) for file in files), sum((folder / file).stat().st_size for file in files)
 
 
-def _count_arrays(file: Path) -> int:
+def count_arrays(file: Path) -> int:
     """Return the number of arrays that the header of a safetensors file lists."""
     damaged = f"cannot load {file.parent}: its weights are damaged (the header of {file.name}): get the files again"
     try:

@@ -24,7 +24,8 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from posterity.errors import InputError, first_line, readable
-from posterity.inputs.model_files import check_model_folder
+from posterity.inputs.adapter_folder import ADAPTER_WEIGHTS, Adapter, check_adapter_folder
+from posterity.inputs.model_files import ADAPTER_CONFIG, check_model_folder
 from posterity.inputs.pretrained import load_weights
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -37,13 +38,15 @@ CONVERSION = 1  # raise it when what `_convert` writes changes
 class ModelSource:
     """The folder or hub id to read a model from, with the commit that pins a hub id.
 
-    `name` is the user's, and `revision` says exactly which model it is; that of a folder is empty.
+    `name` is the user's, and `revision` says exactly which model it is; that of a folder is empty. Of an adapter, path
+    and commit are those of its base model.
     """
 
     path: str
     name: str
     revision: str
     commit: str | None = None
+    adapter: Adapter | None = None  # to be put on the model of `path`
 
 
 def find_model(name: str | None, revision: str | None) -> ModelSource:
@@ -67,14 +70,47 @@ def find_model(name: str | None, revision: str | None) -> ModelSource:
         source = ModelSource(str(_converted_folder(file, name, digest)), name, f"sha256:{digest}")
     elif os.path.lexists(os.path.expanduser(name)):
         folder = Path(os.path.expanduser(name))
-        check_model_folder(folder)
-        source = ModelSource(str(folder), name, "")
+        if (folder / ADAPTER_CONFIG).is_file():
+            source = _find_base(check_adapter_folder(folder, name), "")
+        else:
+            check_model_folder(folder)
+            source = ModelSource(str(folder), name, "")
     else:
+        if (file := _hub_file(name, ADAPTER_CONFIG, revision)) is not None:
+            commit = extract_commit_hash(str(file), None)
+            _hub_file(name, ADAPTER_WEIGHTS, commit or revision)
+            return _find_base(check_adapter_folder(file.parent, name), commit or revision or "")
         commit = _find_commit(name, revision)
         return ModelSource(name, name, commit or revision or "", commit or revision)
     if revision is not None:
         raise InputError(f"expected a hub id for a revision; {source.name} is a local model: leave --revision out")
     return source
+
+
+def _find_base(adapter: Adapter, revision: str) -> ModelSource:
+    """Return the source of an adapter's base model, with the adapter."""
+    try:
+        is_local = os.path.lexists(os.path.expanduser(adapter.base))
+        base = find_model(adapter.base, None if is_local else adapter.base_revision)
+    except InputError as error:
+        raise adapter.error(str(error)) from error
+    if base.adapter is not None:
+        raise adapter.error("its base model is an adapter itself")
+    return ModelSource(base.path, adapter.name, revision, base.commit, adapter)
+
+
+def _hub_file(name: str, file: str, revision: str | None) -> Path | None:
+    """Return a file of a hub model, downloaded now if need be; None if there is none, or no way to it."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return None
+    options = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+    try:
+        path = cached_file(
+            name, file, revision=revision, **{f"_raise_exceptions_for_{x}": y for x, y in options.items()}
+        )
+    except (OSError, ValueError):  # which of them, `_find_commit` says
+        return None
+    return None if path is None else Path(path)
 
 
 def default_gguf_file() -> Path:
