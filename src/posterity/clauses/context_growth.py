@@ -77,7 +77,9 @@ def _part_and_whole(result: xr.Dataset, curve: str) -> tuple[float, float]:
         heads, self_weight = float(stats.existing_heads(result).sum()), result.attention.isel(lag=0)
         return float(self_weight.sum()), heads * result.sizes["document"] * result.sizes["position"]
     if curve.startswith("W_"):
-        norms = result.weight_by_document.sel(stream={"W_K": "key", "W_V": "value"}[curve]).sum(("document", "layer"))
+        norms = result.weight_by_document.sel(stream={"W_K": "key", "W_V": "value"}[curve]).sum(
+            ("document", "layer"), skipna=False
+        )
         own, other, inner = (float(norms.sel(term=term)) for term in ("self", "other", "inner"))
         return own + inner, own + other + 2 * inner
     credit = result.credit_by_document.sel(stream=curve.split()[0]).sum(("document", "layer", "head"))

@@ -1,5 +1,6 @@
 """Gradients as sums of terms: which edges, lags and positions they come from. Imports torch only.
 
 In reading order: `credit` (one backward pass), `lag_sums` (the sums along the diagonals of all blocks),
-`weight_gradients` (W_Q, W_K, W_V), `participation` (how many readers a key has), `accumulator` (sums over documents).
+`projections` (which matrices, adapters and packed weights a module has), `gram`, `weight_gradients` (W_Q, W_K, W_V),
+`adapter_gradients`, `participation` (how many readers a key has), `accumulator` (sums over documents).
 """

@@ -5,15 +5,17 @@ through them. What lies between weights and queries (norms, rotary embedding, a 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from posterity.axes import SIDES, STREAMS, TERMS
+from posterity.axes import SIDES, STREAMS
 from posterity.decomposition.accumulator import Accumulator
+from posterity.decomposition.adapter_gradients import AdapterSplit
 from posterity.decomposition.credit import SelfEdgeGradients, self_edge_gradients
+from posterity.decomposition.gram import gram_terms
 from posterity.ops.attention import Backward
 from posterity.ops.heads import sum_heads
 from posterity.ops.precision import working_dtype
@@ -25,14 +27,16 @@ class Projections:
 
     streams: tuple[Tensor, Tensor, Tensor]
     parameters: list[Tensor]
+    adapters: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # each parameter, and what stands for it
+    packed: list[Tensor] = field(default_factory=list)  # a zero added to the output of each projection without gradient
 
 
 class WeightSplit:
     """Squared norms and inner product of the two sides for one layer: of each document, and of their mean."""
 
-    def __init__(self, sums: Accumulator, layer: str):
+    def __init__(self, sums: Accumulator, layer: str, adapters: AdapterSplit):
         """Accumulate rows "weight_by_document" (stream, term) and the gradients' sums into `sums`, under `layer`."""
-        self.sums, self.layer = sums, layer
+        self.sums, self.layer, self.adapters = sums, layer, adapters
         self._dependencies: list[list[int]] = [[], [], []]  # of each stream, the parameters that it depends on
 
     def add(self, back: Backward, self_part: SelfEdgeGradients, project: Callable[[int], Projections]) -> None:
@@ -42,13 +46,14 @@ class WeightSplit:
         """
         totals = [back.stream_gradient(stream) for stream in range(3)]
         parts = _self_gradients(back, self_part)
+        self.adapters.start_layer(self.layer, len(back.query))
         for document in range(len(back.query)):
             with torch.enable_grad():
                 projections = project(document)
             row = [
                 gram_terms((), ()).to(total.device)  # in the row of the call that the tensor was made for
                 if _is_borrowed(back, stream)
-                else self._add_stream(stream, projections, part[document, None], total[document, None])
+                else self._add_stream(stream, document, projections, part[document, None], total[document, None])
                 for stream, (part, total) in enumerate(zip(parts, totals, strict=True))
             ]
             self.sums.append_rows((self.layer, "weight_by_document"), [torch.stack(row)])
@@ -63,20 +68,28 @@ class WeightSplit:
         return torch.stack(rows) / max(self.sums.count((self.layer, "weight_by_document")), 1) ** 2
 
     def _add_stream(
-        self, stream: int, projections: Projections, self_grad: Tensor, total_grad: Tensor
+        self, stream: int, document: int, projections: Projections, self_grad: Tensor, total_grad: Tensor
     ) -> Float[Tensor, " term"]:
         output, parameters = projections.streams[stream], projections.parameters
-        if not output.requires_grad or not parameters:
+        if not output.requires_grad:
             return gram_terms((), ()).to(output.device)
         # The parameters that a stream depends on are found once: all of them are tried the first time.
         numbers = self._dependencies[stream] or range(len(parameters))
-        candidates = [parameters[number] for number in numbers]
+        leaves = [leaf for _, leaf in projections.adapters]
+        candidates = [*(parameters[number] for number in numbers), *projections.packed, *leaves]
         self_grad, total_grad = self_grad.to(output.dtype), total_grad.to(output.dtype)
         sides = [
             torch.autograd.grad(output, candidates, grad, retain_graph=True, allow_unused=True)
             for grad in (self_grad, total_grad - self_grad)
         ]
-        gradients = {number: pair for number, *pair in zip(numbers, *sides, strict=True) if pair[0] is not None}
+        count, marked = len(numbers), len(numbers) + len(projections.packed)
+        for (parameter, _), *pair in zip(projections.adapters, *(side[marked:] for side in sides), strict=True):
+            if pair[0] is not None:
+                self.adapters.add(document, parameter, (pair[0], pair[1]))
+        if any(mark is not None for mark in sides[0][count:marked]):  # a part of its weights is not known
+            return gram_terms((), ()).to(output.device)
+        pairs_by_number = zip(numbers, *(side[:count] for side in sides), strict=True)
+        gradients = {number: pair for number, *pair in pairs_by_number if pair[0] is not None}
         self._dependencies[stream] = list(gradients)
         pairs = []
         for number, pair in gradients.items():
@@ -102,28 +115,3 @@ def _self_gradients(back: Backward, self_part: SelfEdgeGradients) -> list[Tensor
             part = edge.query if stream == 0 else sum_heads((edge.key, edge.value)[stream - 1], groups)
             parts[stream] = parts[stream] + part.to(parts[stream].device)
     return parts
-
-
-def gram_terms(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Float[Tensor, " term"]:
-    """Return |left|^2, |right|^2 and their inner product, for two parts of a gradient over all parameters.
-
-    NaN without any parameter.
-    """
-    if not left:
-        return torch.full((len(TERMS),), torch.nan, dtype=torch.float64)
-
-    def inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
-        products = (torch.dot(x.flatten(), y.flatten()).double() for x, y in zip(left, right, strict=True))
-        return torch.stack(list(products)).sum()
-
-    return torch.stack((inner(left, left), inner(right, right), inner(left, right)))
-
-
-def projection_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Return weights and biases of all projections inside an attention module, by name; norms and vectors left out."""
-    parameters = {}
-    for prefix, child in module.named_modules():
-        direct = dict(child.named_parameters(recurse=False))
-        if any(parameter.dim() > 1 for parameter in direct.values()):
-            parameters |= {f"{prefix}.{name}".lstrip("."): parameter for name, parameter in direct.items()}
-    return parameters

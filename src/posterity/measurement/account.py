@@ -9,9 +9,12 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from posterity.axes import STREAMS
 from posterity.decomposition.accumulator import Accumulator, stack_layers
+from posterity.decomposition.adapter_gradients import AdapterSplit
 from posterity.decomposition.credit import Bins, Spans, check_finite, pass_credit, self_edge_gradients
 from posterity.decomposition.lag_sums import Scratch
+from posterity.decomposition.projections import find_projections
 from posterity.decomposition.weight_gradients import Projections, WeightSplit
 from posterity.errors import InputError
 from posterity.measurement.loss_split import LossSplit
@@ -57,7 +60,9 @@ class Ledger:
         self.model, self.watch, self.lags, self.weights = model, watch, lags, weights
         self.sums = Accumulator()  # for the whole model: "loss" and "tokens" of each document, if known
         self.loss_split: LossSplit | None = None
-        self._weights = {layer: WeightSplit(self.sums, str(layer)) for layer in watch.layers} if weights else {}
+        self._adapters = AdapterSplit(watch.model, self.sums)
+        layers = watch.layers if weights else ()
+        self._weights = {layer: WeightSplit(self.sums, str(layer), self._adapters) for layer in layers}
         self._scratch = Scratch()
         self._spans: Spans | None = None
 
@@ -81,12 +86,14 @@ class Ledger:
                 loss.backward()
             else:
                 self.loss_split.backward(loss, spans)
+            self._adapters.finish_pass()
         finally:
             self._spans = None
 
     def clear(self) -> None:
         """Forget every document."""
         self.sums.clear()
+        self._adapters.clear()
 
     def observe(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
         """Account for one backward pass of one layer."""
@@ -119,8 +126,9 @@ class Ledger:
             attrs: Provenance to add.
 
         Raises:
-            InputError: No backward pass has been seen, or not by every layer.
+            InputError: No backward pass has been seen, or not by every layer; all gradients are zero.
         """
+        self._adapters.finish_pass()
         self._check_complete(texts)
         context = max(self.sums.total[str(layer), "credit_by_position"].shape[-1] for layer in self.watch.layers)
         bins = Bins.of(self.lags, context)
@@ -136,6 +144,9 @@ class Ledger:
             "other_paths": "; ".join(self.watch.other_paths),
             "wrong_gradients": "; ".join(self.watch.wrong_gradients),
         }
+        if self.weights:
+            coordinates["adapter"] = self._adapters.names()
+            ledger_attrs["weights_left_out"] = self._packed_weights(variables["weight_mean"])
         return build_result(
             variables,
             modules=[str(layer) for layer in self.watch.layers],
@@ -156,10 +167,19 @@ class Ledger:
             raise InputError("no backward pass has been seen: call .backward() on a loss inside the `with`")
         for layer, count in counts.items():
             if count < documents:
-                raise InputError(
-                    f"layer {layer} has seen {count} of {documents} documents: no gradient reaches it (are its inputs "
-                    "detached?)"
-                )
+                seen = f"layer {layer} has seen {count} of {documents} documents"
+                if layer in self.watch.without_gradient:
+                    raise InputError(
+                        f"{seen}: no gradient reaches it, for what it reads requires none (embeddings and layers below "
+                        "are frozen): call model.enable_input_require_grads() before the forward pass"
+                    )
+                raise InputError(f"{seen}: no gradient reaches it (are its inputs detached?)")
+        credit = [self.sums.total[str(layer), "credit_by_position"] for layer in counts]
+        if not any(bool(x.any()) for x in credit):
+            raise InputError(
+                "all gradients of queries, keys and values are exactly 0, so nothing can be said of them: check that "
+                "the loss depends on the model, and that each of its modules has a backward pass"
+            )
         if texts is not None and len(texts) != documents:
             raise InputError(f"expected one text for each of {documents} documents; got {len(texts)}")
 
@@ -179,7 +199,24 @@ class Ledger:
             terms = [torch.stack(rows[layer, "weight_by_document"]).cpu() for layer in layers]
             variables["weight_by_document"] = torch.stack(terms, 1)
             variables["weight_mean"] = torch.stack([self._weights[layer].mean() for layer in self.watch.layers])
+            variables |= self._adapters.variables()
         return {name: x.numpy() for name, x in variables.items()}
+
+    def _packed_weights(self, weight_mean: np.ndarray) -> str:
+        """Return which weights have no split because they are packed; "" for none."""
+        kinds = [
+            set(find_projections(self.watch.model.get_submodule(x.name)).packed.values()) for x in self.watch.layers
+        ]
+        missing = np.isnan(weight_mean).any(-1) & np.array([bool(kind) for kind in kinds])[:, None]
+        if not missing.any():
+            return ""
+        streams = [
+            f"W_{stream[0].upper()} of {count} layers"
+            for stream, count in zip(STREAMS, missing.sum(0), strict=True)
+            if count
+        ]
+        names = ", ".join(sorted(set().union(*kinds)))
+        return f"{', '.join(streams)}: {names} keeps them packed, and packed weights get no gradient"
 
     def _document_variables(self) -> dict[str, np.ndarray]:
         """Return loss and tokens of each document, where they are known."""

@@ -9,6 +9,7 @@ import psutil
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posterity.decomposition.projections import plain_tensors
 from posterity.measurement.account import Ledger
 from posterity.measurement.memory_timeline import MemoryTimeline, peak_bytes
 from posterity.models.checkpointing import release_free_memory
@@ -74,7 +75,8 @@ def _peak(model: PreTrainedModel, ids: Tensor, windows: int, batch: int, head: L
 def _trace(model: PreTrainedModel, ids: Tensor, head: LMHead, ledger: Ledger) -> tuple[list[list[int]], int]:
     """Return the timeline of one pass over `ids`, the head left out, and the bytes in front of the head."""
     ledger.clear()
-    timeline = MemoryTimeline([*model.parameters(), *model.buffers()])
+    existing = (plain for x in (*model.parameters(), *model.buffers()) for plain in plain_tensors(x))
+    timeline = MemoryTimeline(existing)
     trial_head, before_head = copy.copy(head), [0]
 
     def run_body(*args: object) -> object:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from posterity.decomposition.accumulator import Accumulator, stack_layers
 from posterity.decomposition.credit import Spans, check_finite, restart_positions, self_edge_gradients
-from posterity.decomposition.weight_gradients import Projections, gram_terms
+from posterity.decomposition.gram import gram_terms
+from posterity.decomposition.projections import is_packed
+from posterity.decomposition.weight_gradients import Projections
 from posterity.errors import InputError
 from posterity.measurement.hidden_gradients import HiddenGradients
 from posterity.models.attach import refuse_other_paths
@@ -41,12 +43,15 @@ class LossSplit:
         """Start empty; accumulate into `sums`.
 
         Raises:
-            InputError: The model has other paths between positions; a horizon is in force.
+            InputError: The model has other paths between positions; a horizon is in force; weights that are asked for
+                are offloaded.
         """
         refuse_other_paths(watch, "to say who pays")
         if watch.cuts:
             raise InputError("who pays is a question to the whole gradient: leave the `with` of the horizon first")
         self.model, self.watch, self.parameters = language_model(model), watch, parameters
+        if parameters and any(x.is_meta for x in self.model.parameters()):
+            raise InputError("parameters=True needs all weights in memory; some are offloaded: leave it out")
         self.horizons, self.losses = tuple(horizons), losses or parameters
         self.sums = sums
         self._hidden = HiddenGradients(self.model, watch, sums)
@@ -188,9 +193,12 @@ def _products(
 
 
 def _parameters_by_module(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of the parameters that each module owns; a shared parameter counts where it comes first."""
+    """Return the names of the parameters that each module owns; a shared parameter counts where it comes first.
+
+    Packed parameters, which get no gradient, are left out.
+    """
     names: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters():
+    for name in (name for name, x in model.named_parameters() if not is_packed(x)):
         names.setdefault(name.rpartition(".")[0], []).append(name)
     return names
 

@@ -12,13 +12,15 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from posterity.decomposition.accumulator import Accumulator
+from posterity.decomposition.projections import plain_tensors
 from posterity.errors import InputError
 from posterity.measurement.distributed import Processes
 from posterity.measurement.state_folder import FolderLock, check_settings, write_state_file
@@ -151,6 +153,17 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, x in model.state_dict(keep_vars=True).items():
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        if not x.is_meta:
-            digest.update(x.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+        for plain in plain_tensors(_offloaded(model, name) if x.is_meta else x):
+            numbers = plain.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy()
+            digest.update(numbers)  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def _offloaded(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter that accelerate keeps elsewhere until it is used."""
+    prefix, _, leaf = name.rpartition(".")
+    hook: Any = getattr(model.get_submodule(prefix), "_hf_hook", None)
+    maps = [x.weights_map for x in getattr(hook, "hooks", [hook]) if getattr(x, "weights_map", None) is not None]
+    if not maps:
+        raise InputError(f"expected a model with weights; {name} is on the meta device, without numbers: load it")
+    return maps[0][leaf]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from posterity.decomposition.projections import is_packed
 from posterity.errors import InputError
 
 # What reordered sums move, relative to the largest number; models compute norms and softmax in float32 at most.
@@ -20,10 +21,16 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside wrappers such as torch.compile's or DDP's.
 
     Raises:
-        InputError: There is none, or it is no causal language model by its own account.
+        InputError: There is none, it is no causal language model by its own account, or a wrapper puts a learned prompt
+            in front of every text.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    inner = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    inner = None
+    for module in modules:
+        if isinstance(module, PreTrainedModel):
+            inner = module
+            break
+        _refuse_prompts(module)
     if inner is None:
         raise InputError(
             f"expected a causal language model of transformers; got {type(model).__name__}: load it with "
@@ -38,9 +45,34 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def _refuse_prompts(wrapper: nn.Module) -> None:
+    """Raise InputError for a model of peft that learns a prompt: virtual tokens, or keys and values of no token."""
+    config: Any = getattr(wrapper, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise InputError(
+            f"{type(wrapper).__name__} with {kind} puts a learned prompt in front of every text, whose positions have "
+            "no tokens and no losses, so that it is not measured: measure the base model by itself, or another adapter"
+        )
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device that the model takes its tokens on."""
-    return next(model.get_input_embeddings().parameters()).device
+    """Return the device that the model takes its tokens on.
+
+    Raises:
+        InputError: Its weights hold no numbers, and nothing brings them when they are needed.
+    """
+    embeddings = model.get_input_embeddings()
+    device = next(embeddings.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's, which brings offloaded weights
+    device = next((x.execution_device for x in getattr(hook, "hooks", [hook]) if hasattr(x, "execution_device")), None)
+    if device is None:
+        raise InputError(
+            "expected a model with weights; its embeddings are on the meta device, without numbers: load it"
+        )
+    return torch.device(device)
 
 
 def max_tokens(model: PreTrainedModel) -> int:
@@ -66,12 +98,29 @@ def max_difference(x: Tensor, y: Tensor) -> float:
 
 
 @contextlib.contextmanager
+def keep_packing(model: nn.Module) -> Iterator[None]:
+    """Within the block, let bitsandbytes not pack 4-bit weights anew for CPUs, for good and without a backward pass.
+
+    It does so in the first forward pass of an evaluation without gradients.
+    """
+    modules: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    try:
+        for module in modules:
+            module.support_avx512bf16_for_cpu = False
+        yield
+    finally:
+        for module in modules:
+            module.support_avx512bf16_for_cpu = True
+
+
+@contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode; restore the mode of each of its modules on exit."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
-        yield
+        with keep_packing(module):
+            yield
     finally:
         for part, mode in modes:
             part.training = mode
@@ -91,8 +140,8 @@ def freeze_parameters(model: PreTrainedModel, parameters: bool = False) -> Itera
     hook = model.get_input_embeddings().register_forward_hook(start_graph)
     try:
         with evaluation_mode(model), torch.enable_grad():
-            model.requires_grad_(parameters)
             for parameter, _, _ in states:
+                parameter.requires_grad_(parameters and not is_packed(parameter))
                 parameter.grad = None
             yield
     finally:

@@ -21,6 +21,7 @@ from posterity.models.interface import NAME, switch_attention
 from posterity.models.language_model import evaluation_mode, input_device, language_model, max_difference, rounding
 from posterity.models.masks import EXPLICIT
 from posterity.models.other_paths import find_other_paths
+from posterity.models.packed_weights import check_backward
 from posterity.models.recorder import Recorder
 from posterity.models.watch import Layer
 
@@ -85,6 +86,7 @@ def _probe(model: PreTrainedModel) -> Check:
             f"under the operator its logits move by {difference:.1e} (at most {tolerance:.1e} is rounding): "
             "its attention does something the operator does not know"
         )
+    check_backward(model, ids)
     with Recorder(model, silence=True).record() as silence, switch_attention(model, name):
         other_paths = find_other_paths(model, silence, ids, other_first, tolerance)
     right_only = _right_only(model, name, lambda padding: logits(attention_mask=padding), tolerance)

@@ -3,14 +3,16 @@
 The module runs again on its saved input and stops at its attention call, where its queries, keys and values are taken.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from posterity.decomposition.weight_gradients import Projections, projection_parameters
+from posterity.decomposition.projections import ProjectionSet, add_zero_matrix, find_projections, zero_leaves
+from posterity.decomposition.weight_gradients import Projections
 from posterity.errors import InputError
 from posterity.models.interception import AttentionCall, intercept
 from posterity.models.language_model import max_difference, rounding
@@ -25,7 +27,8 @@ class Recomputation:
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict, index: int):
         """`args` and `kwargs`: its input, without a graph; `index`: which of the attention calls of this entry."""
         self.module, self.args, self.kwargs, self.index = module, args, kwargs, index
-        device = next((x.device.type for x in module.parameters()), "cpu")
+        tensors = (x for x in (*tree_leaves((args, kwargs)), *module.parameters()) if isinstance(x, Tensor))
+        device = next((x.device.type for x in tensors if x.is_floating_point()), "cpu")
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def project(self, back: Backward, document: int) -> Projections:
@@ -40,21 +43,24 @@ class Recomputation:
             return x[document, None] if isinstance(x, Tensor) and x.dim() and len(x) == batch > 1 else x
 
         args, kwargs = self._inputs(select)
-        leaves = {name: weight.detach().requires_grad_() for name, weight in projection_parameters(self.module).items()}
-        weights = {f"module.{name}": leaf for name, leaf in leaves.items()}
+        leaves = _Leaves(find_projections(self.module))
+        if not leaves.found.parameters:
+            return Projections((back.query[document, None], back.key[document, None], back.value[document, None]), [])
         device, dtype, enabled = self.autocast
-        with torch.autocast(device, dtype, enabled):
+        with torch.autocast(device, dtype, enabled), leaves.insert():
             streams, mask = self._capture(
-                lambda: torch.func.functional_call(BareModule(self.module), weights, args, kwargs),
+                lambda: torch.func.functional_call(BareModule(self.module), leaves.by_name, args, kwargs),
                 [x[document, None] for x in (back.query, back.key, back.value)],
                 f"its weights' gradient cannot be split: {_WITHOUT}",
             )
-        if _share_leaves(streams, mask, list(leaves.values())):
+        projections = leaves.projections(streams)
+        every_leaf = [*projections.parameters, *projections.packed, *(leaf for _, leaf in projections.adapters)]
+        if _share_leaves(streams, mask, every_leaf):
             raise InputError(
                 f"{type(self.module).__name__} makes the bias of its scores with the weights of its queries, keys or "
                 f"values too, so that their gradient cannot be split: {_WITHOUT}"
             )
-        return Projections(streams, list(leaves.values()))
+        return projections
 
     def detach_input(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Key and value as a function of the module's own weights, but not of its input.
@@ -94,6 +100,55 @@ class Recomputation:
                 f"{advice}"
             )
         return capture.streams, capture.mask
+
+
+class _Leaves:
+    """What stands for the weights of one attention module in a recomputation, to be differentiated by."""
+
+    def __init__(self, found: ProjectionSet):
+        """Make a leaf for each parameter that is not packed.
+
+        Raises:
+            InputError: A parameter of an adapter is elsewhere until it is used.
+        """
+        if any(x.is_meta for x in found.adapters.values()):
+            raise InputError(f"expected adapters in memory; these are offloaded: load the model whole, or {_WITHOUT}")
+        self.found = found
+        self.dense = {name: weight.detach().requires_grad_() for name, weight in found.dense.items()}
+        self.adapters = {name: weight.detach().requires_grad_() for name, weight in found.adapters.items()}
+        self.by_name = {f"module.{name}": leaf for name, leaf in (self.dense | self.adapters).items()}
+        self.beside: dict[nn.Module, tuple[Tensor, ...]] = {}  # a zero matrix, perhaps a bias
+        self.packed: dict[nn.Module, Tensor] = {}  # a zero
+
+    @contextlib.contextmanager
+    def insert(self) -> Iterator[None]:
+        """Within the block, add zeros to the outputs of the modules whose own weights are no leaves."""
+        hooks = [
+            *(module.register_forward_hook(self._add_matrix) for module in self.found.replaceable),
+            *(module.register_forward_hook(self._add_zero) for module in self.found.packed),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def projections(self, streams: tuple[Tensor, Tensor, Tensor]) -> Projections:
+        """Return the leaves with the streams that were computed from them."""
+        matrices = [leaf for module in self.found.replaceable for leaf in self.beside.get(module, ())]
+        adapters = list(zip(self.found.adapters.values(), self.adapters.values(), strict=True))
+        return Projections(streams, [*self.dense.values(), *matrices], adapters, list(self.packed.values()))
+
+    def _add_matrix(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        base = self.found.replaceable[module]
+        if module not in self.beside:
+            self.beside[module] = zero_leaves(args[0], base)
+        return output + add_zero_matrix(args[0], base, self.beside[module]).to(output.dtype)
+
+    def _add_zero(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if module not in self.packed:
+            self.packed[module] = output.new_zeros(()).requires_grad_()
+        return output + self.packed[module]
 
 
 def _share_leaves(streams: Sequence[Tensor], mask: Any, leaves: Sequence[Tensor]) -> bool:

@@ -87,6 +87,7 @@ class Watch:
         self.inputs: dict[nn.Module, tuple[tuple, dict]] = {}
         self.calls: Counter[str] = Counter()
         self.owners = StreamOwners()
+        self.without_gradient: set[Layer] = set()  # called while gradients are on, with inputs that require none
         self.override: Override | None = None
         self.replacement: Replacement | None = None
         self._checkpointed = _Checkpointed()
@@ -223,6 +224,8 @@ class Watch:
             passes.put_cuts_in_force(streams)
             if not runs_again:
                 passes.sharing = self.owners.register(layer, streams, passes.open_sharing)
+        elif torch.is_grad_enabled():
+            self.without_gradient.add(layer)
         if checkpointed:  # the input comes again, with the backward pass
             if runs_again:
                 self._recomputations[layer] = passes.recomputation

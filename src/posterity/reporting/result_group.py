@@ -44,8 +44,9 @@ class ResultGroup:
         return len(self.members) == 1
 
     def having(self, variable: str) -> list[NamedResult]:
-        """Return the results that hold a variable."""
-        return [member for member in self.members if variable in member.result]
+        """Return the results that hold numbers of a variable."""
+        results = [(member, member.result.get(variable)) for member in self.members]
+        return [member for member, values in results if values is not None and bool(values.notnull().any())]
 
     def over_training(self, variable: str) -> list[NamedResult]:
         """Return the results of several steps that hold a variable."""

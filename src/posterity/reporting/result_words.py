@@ -96,6 +96,16 @@ def _verdict(share: float, error: float) -> str:
     return "mostly for later readers" if share > 0.5 else "mostly for their own position"
 
 
+def _adapter_words(result: xr.Dataset) -> str:
+    """Return one sentence on the gradients of the adapters' parameters, all together."""
+    shares, number = stats.adapter_shares(result), result.sizes["adapter"]
+    share = percent(float(shares.share), float(shares.error))
+    return (
+        f"Gradient of the adapters at queries, keys and values ({number} parameters; weights above are those of the "
+        f"merged model): self share {share} in one window, {percent(float(shares.share_mean))} in the mean."
+    )
+
+
 def reading_notes(result: xr.Dataset) -> list[str]:
     """Return what a reader must know to judge the table, and warnings."""
     windows = result.sizes["document"]
@@ -110,6 +120,10 @@ def reading_notes(result: xr.Dataset) -> list[str]:
     if unknown:
         layers = result.sizes["layer"] * len(STREAMS)
         notes.append(f"{unknown} of {layers} layers x streams have no share: credit zero or not known.")
+    if left_out := portable_value(result.attrs.get("weights_left_out")):
+        notes.append(f"Gradients of weights that are not split: {left_out}.")
+    if "adapter_mean" in result:
+        notes.append(_adapter_words(result))
     imbalance = float(stats.balance(result).max())
     if imbalance > TRUSTED:
         notes.append(f"Warning: the accounts of the credit disagree by up to {imbalance:.1g} of a layer's credit.")

@@ -11,7 +11,7 @@ from posterity.reporting.bins import bin_names, position_bins
 from posterity.reporting.module_kinds import shares_by_kind
 from posterity.reporting.result_table import LOSS_PARTS
 from posterity.results import stats
-from posterity.results.formatting import UNKNOWN, horizon_text, percent
+from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, value_with_error
 from posterity.results.steps import latest_step
 
 ROUNDING = 1e-5  # of the largest part: the direction of a smaller one is rounding
@@ -39,6 +39,8 @@ def chart_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
         tables["loss_parts"] = [_loss_parts(result, written) for written in WRITTEN]
         tables["inputs"] = [_inputs(result)]
         tables["loss_positions"] = [_loss_positions(result)]
+    if "adapter_mean" in result:
+        tables["adapters"] = [_adapters(result)]
     if "parameter_by_document" in result:
         tables |= _modules(result)
     if "horizon_by_document" in result:
@@ -50,6 +52,24 @@ def chart_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
 def _self_shares(result: xr.Dataset) -> NumberTable:
     shares = stats.shares(result, ("layer",)).sel(side="self")
     return NumberTable("Self share by layer", ("layer", *STREAMS), _by_layer(result, _percents(shares)))
+
+
+def _adapters(result: xr.Dataset) -> NumberTable:
+    """Return the self share in the gradient of each parameter of an adapter, beside the size of that gradient."""
+    shares = stats.adapter_shares(result, ("adapter",))
+    terms = result.adapter_by_document.mean("document")
+    norm = (terms.sel(term="self") + terms.sel(term="other") + 2 * terms.sel(term="inner")).clip(min=0) ** 0.5
+    columns = [
+        _percents(shares),
+        format_cells(percent, shares.share_mean.values),
+        format_cells(number_text, shares.agreement.sel(part="whole").values),
+        format_cells(value_with_error, norm.values),
+    ]
+    rows = [
+        (str(name), "", row) for name, row in zip(result.adapter.values, np.stack(columns, -1).tolist(), strict=True)
+    ]
+    head = ("parameter", "self share, one window", "in the mean", "agreement of windows", "norm, nats")
+    return NumberTable("Gradient of the adapters", head, rows)
 
 
 def _training(result: xr.Dataset) -> NumberTable:

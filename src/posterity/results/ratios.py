@@ -13,6 +13,8 @@ _LOSSES = "losses=True (--losses)"
 OPTIONS = {  # of `posterity.measure`, by the variable that needs it
     "weight_by_document": "weights=True (--weights)",
     "weight_mean": "weights=True (--weights)",
+    "adapter_by_document": "weights=True (--weights) a model with adapters",
+    "adapter_mean": "weights=True (--weights) a model with adapters",
     "loss_credit": _LOSSES,
     "loss_gram": _LOSSES,
     "loss_credit_by_document": _LOSSES,

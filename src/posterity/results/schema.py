@@ -53,6 +53,7 @@ COORDINATES = {
     "pair": Entry(("pair",), "", "squared norm of a part, or inner product of two", "str", required=False),
     "loss_term": Entry(("loss_term",), "", "term of a squared norm: own loss, later losses", "str", required=False),
     "parameter": Entry(("parameter",), "", "module whose parameters are meant", "str", required=False),
+    "adapter": Entry(("adapter",), "", "parameter of an adapter", "str", required=False),
     "horizon": Entry(("horizon",), "tokens", "horizon h of the discount rate 1 - 1/h", "int", required=False),
     "loss_position": Entry(("loss_position",), "tokens", "position of the loss", "int", required=False),
     "token": Entry(("position",), "", "token at this position", "str", required=False),
@@ -77,6 +78,10 @@ SCHEMA = {
     "weight_mean": Entry(
         ("layer", "stream", "term"), "nats^2", "mean weight gradient, squared norm", required=False
     ),
+    "adapter_by_document": Entry(
+        ("document", "adapter", "term"), "nats^2", "gradient of an adapter, one window, squared norm", required=False
+    ),
+    "adapter_mean": Entry(("adapter", "term"), "nats^2", "mean gradient of an adapter, squared norm", required=False),
     "loss_credit": Entry(
         ("layer", "head", "written", "part", "position"), "nats^2", "credit by who pays", required=False
     ),
@@ -107,6 +112,7 @@ SCHEMA = {
 }  # fmt: skip
 GROUPS = (  # optional variables that a result has all of, or none
     ("weight_by_document", "weight_mean"),
+    ("adapter_by_document", "adapter_mean"),
     ("loss_credit", "loss_gram", "loss_credit_by_document", "hidden", "hidden_by_document"),
     ("inspect_credit", "inspect_norm", "token"),
 )
@@ -132,7 +138,7 @@ def build_result(
         lag_end: Last lag of each bin, inclusive.
         texts: For each window the name of the text it came from.
         attrs: Provenance; None becomes "".
-        coordinates: Those that only some results have: `parameter`, `horizon`, `token`.
+        coordinates: Those that only some results have: `adapter`, `parameter`, `horizon`, `token`.
     """
     head, position = np.shape(variables["credit"])[1], np.shape(variables["credit_by_position"])[-1]
     values = {

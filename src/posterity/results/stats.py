@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from posterity.axes import TERMS
+from posterity.errors import InputError
 from posterity.results.loss_stats import (
     angles,
     effective_horizon,
@@ -38,6 +39,7 @@ from posterity.results.ratios import (
 )
 
 __all__ = [
+    "adapter_shares",
     "angles",
     "attention_first",
     "attention_profile",
@@ -218,7 +220,32 @@ def weight_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     single, mean = (
         sum_over_heads(result, required_variable(result, name), by) for name in ("weight_by_document", "weight_mean")
     )
-    documents = result.sizes["document"]
+    return _gradient_shares(single, mean)
+
+
+def adapter_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+    """Return the share of the self part in the gradients of the adapters' own parameters, and how well windows agree.
+
+    Args:
+        result: A result of `posterity.measure` for a model with adapters at its queries, keys or values.
+        by: () for all adapters together, or ("adapter",) for each parameter.
+
+    Returns:
+        `share`, `error`, `share_mean`, `agreement` as in `weight_shares`; dims (*by) and (*by, part). NaN for a
+        parameter whose gradient is zero.
+
+    Raises:
+        InputError: The result has no gradients of adapters.
+    """
+    arrays = [required_variable(result, name) for name in ("adapter_by_document", "adapter_mean")]
+    if tuple(by) not in ((), ("adapter",)):
+        raise InputError(f"by expects () or ('adapter',); got {by!r}")
+    return _gradient_shares(*(array if by else array.sum("adapter", skipna=False) for array in arrays))
+
+
+def _gradient_shares(single: xr.DataArray, mean: xr.DataArray) -> xr.Dataset:
+    """Return shares and agreement from the terms of each window's gradient and of their mean."""
+    documents = single.sizes["document"]
     single_parts, mean_parts = _weight_parts(single), _weight_parts(mean)
     norms = single_parts.sum("document", skipna=False)
     agreement = (documents**2 * mean_parts - norms) / ((documents - 1 if documents > 1 else math.nan) * norms)
