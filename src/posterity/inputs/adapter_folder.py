@@ -99,9 +99,12 @@ def load_adapter(base: nn.Module, adapter: Adapter, keep_dtype: bool) -> Any:
         raise
     except Exception as error:  # an adapter that does not fit can fail anywhere inside peft
         raise adapter.error(first_line(error)) from error
-    for count, words in ((keys.missing_keys, "lacks"), (keys.unexpected_keys, "has, and its config has no place for,")):
-        if count:
-            raise adapter.error(f"{ADAPTER_WEIGHTS} {words} {len(count)} arrays, such as {sorted(count)[0]}")
+    # Beside those of the adapter the file may hold embeddings twice.
+    prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    unexpected = [key for key in keys.unexpected_keys if prefix in key]
+    for arrays, words in ((keys.missing_keys, "lacks"), (unexpected, "has, and its config has no place for,")):
+        if arrays:
+            raise adapter.error(f"{ADAPTER_WEIGHTS} {words} {len(arrays)} arrays, such as {min(arrays)}")
     return model.eval()
 
 

@@ -57,6 +57,9 @@ def find_model(name: str | None, revision: str | None) -> ModelSource:
     """
     if name is not None and (not name.strip() or "\0" in name):
         raise InputError(f"expected a model (hub id, folder or .gguf file); got {name!r}: check the name")
+    if name is not None and (folder := _adapter_folder(name, revision)) is not None:
+        commit = extract_commit_hash(str(folder / ADAPTER_CONFIG), None)
+        return _find_base(check_adapter_folder(folder, name), commit or revision or "")
     if name is None or name == "default":
         file = default_gguf_file()
         folder = _converted_folder(file, DEFAULT_MODEL, _sha256(file))
@@ -70,16 +73,9 @@ def find_model(name: str | None, revision: str | None) -> ModelSource:
         source = ModelSource(str(_converted_folder(file, name, digest)), name, f"sha256:{digest}")
     elif os.path.lexists(os.path.expanduser(name)):
         folder = Path(os.path.expanduser(name))
-        if (folder / ADAPTER_CONFIG).is_file():
-            source = _find_base(check_adapter_folder(folder, name), "")
-        else:
-            check_model_folder(folder)
-            source = ModelSource(str(folder), name, "")
+        check_model_folder(folder)
+        source = ModelSource(str(folder), name, "")
     else:
-        if (file := _hub_file(name, ADAPTER_CONFIG, revision)) is not None:
-            commit = extract_commit_hash(str(file), None)
-            _hub_file(name, ADAPTER_WEIGHTS, commit or revision)
-            return _find_base(check_adapter_folder(file.parent, name), commit or revision or "")
         commit = _find_commit(name, revision)
         return ModelSource(name, name, commit or revision or "", commit or revision)
     if revision is not None:
@@ -89,19 +85,36 @@ def find_model(name: str | None, revision: str | None) -> ModelSource:
 
 def _find_base(adapter: Adapter, revision: str) -> ModelSource:
     """Return the source of an adapter's base model, with the adapter."""
+    is_local = os.path.lexists(os.path.expanduser(adapter.base))
+    base_revision = None if is_local else adapter.base_revision
+    if _adapter_folder(adapter.base, base_revision) is not None:
+        raise adapter.error("its base model is an adapter itself")
     try:
-        is_local = os.path.lexists(os.path.expanduser(adapter.base))
-        base = find_model(adapter.base, None if is_local else adapter.base_revision)
+        base = find_model(adapter.base, base_revision)
     except InputError as error:
         raise adapter.error(str(error)) from error
-    if base.adapter is not None:
-        raise adapter.error("its base model is an adapter itself")
     return ModelSource(base.path, adapter.name, revision, base.commit, adapter)
+
+
+def _adapter_folder(name: str, revision: str | None) -> Path | None:
+    """Return the folder of an adapter, its files downloaded now if need be; None if it is no adapter's name."""
+    folder = Path(os.path.expanduser(name))
+    if os.path.lexists(folder):
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return None
+        if revision is not None:
+            raise InputError(f"expected a hub id for a revision; {name} is a local adapter: leave --revision out")
+        return folder
+    file = _hub_file(name, ADAPTER_CONFIG, revision)
+    if file is None:
+        return None
+    _hub_file(name, ADAPTER_WEIGHTS, extract_commit_hash(str(file), None) or revision)
+    return file.parent
 
 
 def _hub_file(name: str, file: str, revision: str | None) -> Path | None:
     """Return a file of a hub model, downloaded now if need be; None if there is none, or no way to it."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name == "default" or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         return None
     options = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
     try:
