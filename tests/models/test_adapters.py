@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from support.adapted import PEFT_WARNING, adapt, adapter_parameters, configs, randomise, squared_norm
+from support.adapted import PEFT_WARNING, TARGETS, adapt, adapter_parameters, configs, randomise, squared_norm
 from support.loss_oracles import exact
+from support.pages import tables
 from support.reference import dense_attention
 from support.spy import spy_on, use_attention
 from support.tiny import summed_loss, tokens
@@ -15,6 +16,8 @@ from support.tiny import summed_loss, tokens
 import posterity
 from posterity import stats
 from posterity.errors import InputError
+from posterity.results.formatting import percent
+from posterity.results.steps import join_steps
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 ROWS = {  # the rows of the merged matrices that make query, key and value
@@ -22,7 +25,9 @@ ROWS = {  # the rows of the merged matrices that make query, key and value
     "gpt2": [{f"c_attn.{n}": (..., slice(24 * s, 24 * s + 24)) for n in ("weight", "bias")} for s in range(3)],
     "phi3": [{"qkv_proj.weight": rows} for rows in (slice(0, 24), slice(24, 36), slice(36, 48))],
 }
-MATRICES = [(name, kind) for name in ROWS for kind in configs("llama") if not (name, kind) == ("gpt2", "vera")]
+KINDS = [(name, kind) for name in TARGETS for kind in configs("llama") if (name, kind) != ("gpt2", "vera")]
+QUICK = {("llama", "lora"), ("phi3", "dora"), ("gpt2", "lora"), ("deepseek_v3", "ia3"), ("llama", "ia3")}
+CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in KINDS]
 
 
 def measure(model, ids, **options):
@@ -38,7 +43,7 @@ def gradients(model, row):
     return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
 
 
-@pytest.mark.parametrize(("name", "kind"), MATRICES)
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case.values[0] in ROWS])
 def test_the_weights_of_an_adapted_projection_are_those_of_the_merged_model(name, kind):
     model, ids = adapt(name, configs(name)[kind]), tokens(2)
     result = measure(model, ids)
@@ -54,12 +59,10 @@ def test_the_weights_of_an_adapted_projection_are_those_of_the_merged_model(name
             np.testing.assert_allclose(squared_norm(terms.weight_mean), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "deepseek_v3"])
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "ia3"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_two_parts_of_an_adapters_gradient_add_up_to_autograds_own(name, kind, batch):
-    model, ids = adapt(name, configs(name)[kind]), tokens(2)
-    result = measure(model, ids, batch=batch)
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_the_two_parts_of_an_adapters_gradient_add_up_to_autograds_own(name, kind):
+    model, ids = adapt(name, configs(name)[kind]), tokens(3)
+    result = measure(model, ids, batch=2)
     assert list(result.adapter.values) == list(adapter_parameters(model))
     by_document = [gradients(model.get_base_model(), row) for row in ids]
     for adapter in result.adapter.values:
@@ -101,17 +104,15 @@ def test_the_self_part_of_an_adapters_gradient_is_the_gradient_with_all_other_ed
             assert actual == pytest.approx(parameter.grad.square().sum().item(), rel=1e-10), name
 
 
-def test_credit_losses_and_horizons_of_an_adapted_model_are_those_of_the_merged_one():
+@pytest.mark.parametrize("kind", ["dora", *(pytest.param(x, marks=pytest.mark.slow) for x in ("lora", "ia3", "vera"))])
+def test_credit_losses_and_horizons_of_an_adapted_model_are_those_of_the_merged_one(kind):
     options = {"losses": True, "horizons": (1, 4), "lags": "all"}
-    for kind, config in configs("llama").items():
-        model, ids = adapt("llama", config), tokens(2)
-        result = measure(model, ids, **options)
-        merged = measure(copy.deepcopy(model).merge_and_unload(), ids, **options)
-        for name in merged.data_vars:
-            scale = float(abs(merged[name]).max())
-            np.testing.assert_allclose(
-                result[name], merged[name], rtol=1e-9, atol=1e-11 * scale, err_msg=f"{kind} {name}"
-            )
+    model, ids = adapt("llama", configs("llama")[kind], num_hidden_layers=2), tokens(2)
+    result = measure(model, ids, **options)
+    merged = measure(copy.deepcopy(model).merge_and_unload(), ids, **options)
+    for name in merged.data_vars:
+        scale = float(abs(merged[name]).max())
+        np.testing.assert_allclose(result[name], merged[name], rtol=1e-9, atol=1e-11 * scale, err_msg=name)
 
 
 def test_of_several_adapters_the_active_ones_count_and_the_weights_are_those_of_both_merged():
@@ -188,6 +189,17 @@ def test_an_adapter_that_is_switched_on_later_has_no_gradient_in_the_documents_b
     np.testing.assert_allclose(squared_norm(result.adapter_mean), whole.isel(document=1) / 9, rtol=1e-10)
 
 
+def test_dropout_inside_an_adapter_is_refused_with_the_split_and_measured_without():
+    model = adapt("llama", LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False))
+    model.train()
+    model.enable_input_require_grads()
+    with posterity.account(model), pytest.raises(InputError, match="weights=False"):
+        summed_loss(model, tokens(1)).backward()
+    with posterity.account(model, weights=False) as ledger:
+        summed_loss(model, tokens(1)).backward()
+    assert float(ledger.result().credit.sum()) > 0
+
+
 def test_a_layer_below_which_all_is_frozen_is_named_with_the_remedy():
     model = adapt("llama", LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False))
     ids = tokens(1)
@@ -214,14 +226,16 @@ def test_check_measure_and_account_refuse_a_learned_prompt_alike(kind):
         pass
 
 
-def test_shares_of_adapters_follow_from_their_terms_and_go_with_the_result_into_files_states_and_steps(tmp_path):
+def test_shares_of_adapters_follow_from_their_terms_and_go_with_the_result_into_files_states_and_steps(
+    tmp_path, capsys
+):
     model, ids = adapt("llama", configs("llama")["lora"]), tokens(3)
     result = measure(model, ids, state=tmp_path / "state")
     shares = stats.adapter_shares(result, ("adapter",))
     terms = result.adapter_by_document.sum("document")
     own = terms.sel(term="self") + terms.sel(term="inner")
     np.testing.assert_allclose(shares.share, own / squared_norm(terms), rtol=1e-12)
-    pooled = float((own.sum() / squared_norm(terms).sum()))
+    pooled = float(own.sum() / squared_norm(terms).sum())
     assert float(stats.adapter_shares(result).share) == pytest.approx(pooled, rel=1e-12)
     assert np.isfinite(shares.error).all()
     with pytest.raises(InputError, match="by expects"):
@@ -230,9 +244,13 @@ def test_shares_of_adapters_follow_from_their_terms_and_go_with_the_result_into_
     assert posterity.load(tmp_path / "a.nc").identical(result)
     again = measure(model, ids, state=tmp_path / "state")
     assert again.drop_attrs().identical(result.drop_attrs())
-    joined = posterity.join_steps({1: result, 2: again}) if hasattr(posterity, "join_steps") else None
-    if joined is not None:
-        assert joined.adapter_mean.dims == ("step", "adapter", "term")
+    joined = join_steps({1: result, 2: again})
+    assert joined.adapter_mean.dims == ("step", "adapter", "term")
+    posterity.summary(joined)
+    assert "Gradient of the adapters at queries, keys and values (12 parameters" in capsys.readouterr().out
+    rows = {row[0]: row[1:] for row in tables(posterity.report(result).html)["Gradient of the adapters"]}
+    name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert rows[name][0] == percent(*(float(shares[x].sel(adapter=name)) for x in ("share", "error")))
     plain = measure(exact("llama"), ids)
     with pytest.raises(InputError, match="a model with adapters"):
         stats.adapter_shares(plain)

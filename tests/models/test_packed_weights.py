@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.adapted import PEFT_WARNING, adapter_parameters, squared_norm
 from support.loss_oracles import exact
-from support.tiny import summed_loss, tokens
+from support.tiny import summed_loss, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -100,7 +100,7 @@ def test_a_model_with_packed_weights_is_measured_as_the_dense_one_it_stands_for(
 
 
 def test_eight_bit_weights_are_measured_by_default(tmp_path):
-    """Its forward pass rounds activations, so no dense model is the same; autograd at its own projections is the oracle."""
+    """Its forward pass rounds activations, so no dense model is the same: against autograd at its own projections."""
     model = bitsandbytes(tmp_path, load_in_8bit=True)
     result = measure(model)
     assert "Linear8bitLt keeps them packed" in result.attrs["weights_left_out"]
@@ -153,6 +153,17 @@ def test_a_stream_of_dense_weights_beside_packed_ones_keeps_its_split():
         actual, other = (x.weight_mean.sel(stream=stream) for x in (result, expected))
         np.testing.assert_allclose(actual, other, rtol=1e-4)
     assert result.weight_mean.sel(stream="key").isnull().all()
+
+
+def test_a_stream_of_which_one_of_two_factors_is_packed_has_no_split():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, ids = tiny("deepseek_v3", torch.float32), tokens(1)
+    quantize_(model, Int8WeightOnlyConfig(), lambda _module, name: name.endswith("kv_a_proj_with_mqa"))
+    result = posterity.measure(model, None, ids, context=12, progress=False)
+    assert result.weight_mean.sel(stream=["key", "value"]).isnull().all()
+    assert result.weight_mean.sel(stream="query").notnull().all()
+    assert result.attrs["weights_left_out"].startswith("W_K of 2 layers, W_V of 2 layers: Int8Tensor")
 
 
 def test_quanto_keeps_its_split_for_autograd_sends_gradients_to_its_weights():
