@@ -102,6 +102,7 @@ def test_the_self_part_of_an_adapters_gradient_is_the_gradient_with_all_other_ed
         if "layers.2." in name:
             actual = result.adapter_by_document.sel(adapter=name, term="self").item()
             assert actual == pytest.approx(parameter.grad.square().sum().item(), rel=1e-10), name
+    np.testing.assert_allclose(result.adapter_mean, result.adapter_by_document[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["dora", *(pytest.param(x, marks=pytest.mark.slow) for x in ("lora", "ia3", "vera"))])
