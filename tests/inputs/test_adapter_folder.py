@@ -17,7 +17,9 @@ from support.tiny import tokens
 from transformers import AutoModelForCausalLM
 
 import posterity
+from posterity.errors import InputError
 from posterity.inputs.checkpoints import find_checkpoints
+from posterity.inputs.folded_folder import save_folded
 from posterity.inputs.model import load_model
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -180,6 +182,13 @@ def test_an_adapter_that_names_itself_as_its_base_is_refused(adapter):
 def test_a_learned_prompt_is_refused_when_it_is_loaded(folder, tmp_path, kind):
     place = save_adapter(folder, tmp_path / "adapter", kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     assert "puts a learned prompt in front of every text" in refusal(str(place))
+
+
+def test_a_model_with_adapters_is_not_written_as_a_folded_one(adapter, tmp_path):
+    loaded = load_model(str(adapter))
+    with pytest.raises(InputError, match="merge them first"):
+        save_folded(loaded.model, loaded.tokenizer, {0: [0]}, tmp_path / "folded", {})
+    assert not (tmp_path / "folded").exists()
 
 
 def test_checkpoints_of_adapters_are_found_by_step(adapter, tmp_path):

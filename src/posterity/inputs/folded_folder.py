@@ -32,9 +32,12 @@ def save_folded(model: nn.Module, tokenizer: Any, heads: Heads, folder: Path, at
         attrs: Further entries of `folded.json`: losses, budget, text.
 
     Raises:
-        InputError: The folder holds something else; it cannot be written; the model cannot be folded for good.
+        InputError: The folder holds something else; it cannot be written; the model has adapters, or cannot be folded
+            for good.
     """
     inner = language_model(model)
+    if getattr(inner, "peft_config", None):
+        raise InputError("a folder of a folded model has no place for adapters: merge them first (merge_and_unload())")
     target = check_folder(folder)
     all_heads = {layer: sorted({*heads.get(layer, ()), *own}) for layer, own in folded_heads_by_layer(inner).items()}
     data = {"version": VERSION, "heads": {str(layer): numbers for layer, numbers in all_heads.items() if numbers}}
