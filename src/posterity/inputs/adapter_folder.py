@@ -85,7 +85,7 @@ def load_adapter(base: nn.Module, adapter: Adapter, keep_dtype: bool) -> Any:
     import peft  # an optional library
 
     try:
-        config = peft.PeftConfig.from_pretrained(str(adapter.folder))
+        config: Any = peft.PeftConfig.from_pretrained(str(adapter.folder))
         config.inference_mode = True
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
