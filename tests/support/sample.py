@@ -38,7 +38,7 @@ def bins(context: int, lags: str = "octaves") -> tuple[np.ndarray, np.ndarray]:
 
 def sample(
     layers=4, heads=3, context=64, documents=5, seed=0, *, lags="octaves", with_weights=True, missing_heads=0,
-    modules=None, texts=None, losses=False, horizons=(), tokens=None, parameters=(), **changes,
+    modules=None, texts=None, losses=False, horizons=(), tokens=None, parameters=(), adapters=(), **changes,
 ) -> xr.Dataset:  # fmt: skip
     """Build a result; `changes` are attributes; the last layer lacks `missing_heads` heads."""
     random = np.random.default_rng(seed)
@@ -73,6 +73,10 @@ def sample(
     if parameters:
         coordinates["parameter"] = list(parameters)
         variables["parameter_by_document"] = _terms(random.normal(size=(documents, len(parameters), 2, 40)))
+    if adapters:
+        coordinates["adapter"] = list(adapters)
+        gradient = random.normal(size=(documents, len(adapters), 2, 40)) + 0.3
+        variables |= {"adapter_by_document": _terms(gradient), "adapter_mean": _terms(gradient.mean(0))}
     if horizons:
         coordinates["horizon"] = list(horizons)
         reach = random.uniform(5, 60, (layers, heads, 3, 1))
