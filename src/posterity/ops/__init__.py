@@ -2,5 +2,6 @@
 
 In reading order: `attention` (the operator), `blockwise` (its two passes, block by block), `scores` (of edges), `mask`,
 `mask_mods` and `intervals` (which pairs are edges, block by block), `horizon_rules` (a factor on the gradient of every
-edge), `fused_kernels` (torch's own, where they apply), `heads` (grouped-query attention), `precision` (of sums).
+edge), `recurrence` (the same for states and convolutions), `fused_kernels` (torch's own, where they apply), `heads`
+(grouped-query attention), `precision` (of sums).
 """

@@ -126,6 +126,21 @@ def parse(text: str) -> Rule:
     return RULES[name](*args)
 
 
+def discount_rate(rule: Rule) -> float:
+    """Return the rate of a rule whose factors are rate^lag.
+
+    Raises:
+        InputError: It is another rule.
+    """
+    if isinstance(rule, (Full, Myopic)):
+        return float(isinstance(rule, Full))
+    if isinstance(rule, Discount):
+        return float(rule.rate)
+    raise InputError(
+        f"a horizon on a state expects Full(), Myopic() or Discount(rate), whose factors are rate^lag; got {rule!r}"
+    )
+
+
 def factors_by_lag(rule: Rule, length: int, like: Tensor) -> Float[Tensor, " lag"] | None:
     """Return the rule's factors for lags below `length`, with the dtype and device of `like`; None if all are 1.
 
