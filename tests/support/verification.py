@@ -306,9 +306,7 @@ def verify(name):
         answer = posterity.check(model)
         if not answer.ok:
             return Verdict("refused", answer.reason, uses_interface=calls_interface(model))
-        verdict = Verdict("ledger only" if answer.other_paths else "exact")
-        if answer.other_paths:
-            verdict.reason = answer.reason.partition("through ")[2].partition(", so that")[0]
+        verdict = Verdict("ledger only" if answer.uncut_paths else "exact", ", ".join(answer.other_paths))
         batches = inputs(model.config.get_text_config().vocab_size)
         eager = {what: eager_pass(model, batch, weights=what == "plain") for what, batch in batches.items()}
         verdict.traits = traits(model, eager["plain"].calls)
@@ -317,7 +315,7 @@ def verify(name):
         if not isolates(model, batches["packed documents"], eager["packed documents"].logits):
             verdict.traits.append("packed documents see each other")
         ids = batches["plain"]["input_ids"][:1]
-        eager_credit = None if answer.other_paths else eager_own_loss(model, ids)
+        eager_credit = None if answer.uncut_paths else eager_own_loss(model, ids)
         errors = {}
         with posterity.account(model, weights=False):  # one probe for all that follows
             for what, batch in batches.items():

@@ -143,6 +143,7 @@ class Ledger:
             "lags": self.lags,
             "other_paths": "; ".join(self.watch.other_paths),
             "wrong_gradients": "; ".join(self.watch.wrong_gradients),
+            "uncut_paths": "; ".join(self.watch.uncut_paths),
         }
         if self.weights:
             coordinates["adapter"] = self._adapters.names()

@@ -12,7 +12,7 @@ from posterity.decomposition.credit import check_finite
 from posterity.errors import InputError
 from posterity.inputs.documents import document_ids
 from posterity.measurement.measure import measure
-from posterity.models.attach import refuse_other_paths, watch_model
+from posterity.models.attach import refuse_uncut_paths, watch_model
 from posterity.models.chunked_loss import token_losses, window_losses
 from posterity.models.language_model import freeze_parameters, input_device, language_model, seed_rng
 from posterity.models.watch import Layer
@@ -68,7 +68,7 @@ def inspect(
     matrices = _LossMatrices(len(ids))
     inner = language_model(model)
     with freeze_parameters(inner), seed_rng(seed), watch_model(model) as watch:
-        refuse_other_paths(watch, "inspect")
+        refuse_uncut_paths(watch, "inspect")
         with watch.report_to(matrices.observe_total):
             window_losses(model, ids[None]).sum().backward()
         with (

@@ -23,7 +23,7 @@ from posterity.decomposition.projections import is_packed
 from posterity.decomposition.weight_gradients import Projections
 from posterity.errors import InputError
 from posterity.measurement.hidden_gradients import HiddenGradients
-from posterity.models.attach import refuse_other_paths
+from posterity.models.attach import refuse_uncut_paths
 from posterity.models.chunked_loss import ChunkedLoss
 from posterity.models.language_model import language_model
 from posterity.models.watch import Layer, Observer, Watch
@@ -46,7 +46,7 @@ class LossSplit:
             InputError: The model has other paths between positions; a horizon is in force; weights that are asked for
                 are offloaded.
         """
-        refuse_other_paths(watch, "to say who pays")
+        refuse_uncut_paths(watch, "to say who pays")
         if watch.cuts:
             raise InputError("who pays is a question to the whole gradient: leave the `with` of the horizon first")
         self.model, self.watch, self.parameters = language_model(model), watch, parameters
@@ -68,6 +68,7 @@ class LossSplit:
         """Within the block, forward passes can be split by `backward`."""
         stack = contextlib.ExitStack()
         stack.enter_context(self.watch.report_to(self._observe_total))
+        stack.enter_context(self.watch.discount_states())
         if self.losses:
             stack.enter_context(self._hidden.hook_inputs())
         return stack

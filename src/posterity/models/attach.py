@@ -44,6 +44,7 @@ def watch_model(model: nn.Module) -> Iterator[Watch]:
         raise InputError(f"this model {result}")
     watch = Watch(inner, result.layers, result.other_paths, result.entries)
     watch.right_only, watch.wrong_gradients = result.right_only, result.wrong_gradients
+    watch.uncut_paths = result.uncut_paths
     with watch.install(), switch_attention(inner, result.name):
         yield watch
 
@@ -77,3 +78,9 @@ def refuse_other_paths(watch: Watch, what: str) -> None:
             f"{what} needs every path between positions to go through attention, but {', '.join(watch.other_paths)} "
             "carries information between them too; only the ledger by lag is exact for this model"
         )
+
+
+def refuse_uncut_paths(watch: Watch, what: str) -> None:
+    """Raise InputError if losses reach keys and values by paths that neither attention nor a horizon on states sees."""
+    if watch.uncut_paths:
+        refuse_other_paths(watch, what)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from posterity.errors import InputError
-from posterity.models.attach import refuse_other_paths, watch_model
-from posterity.models.watch import Cut, Layer
-from posterity.ops.horizon_rules import Rule, factors_by_lag
+from posterity.models.attach import refuse_uncut_paths, watch_model
+from posterity.models.watch import Cut, Layer, Watch
+from posterity.ops.horizon_rules import Rule, discount_rate, factors_by_lag
 
 
 @contextlib.contextmanager
@@ -35,8 +35,9 @@ def horizon(
         layers: Numbers of attention layers, from 0; negative ones count from the end. All by default.
 
     Raises:
-        InputError: A wrong argument; a model that cannot be measured or whose positions also communicate outside
-            attention; a horizon that contradicts an outer one; no forward pass with gradients inside the `with`.
+        InputError: A wrong argument; a model that cannot be measured, or whose positions also communicate where no
+            horizon holds (where one does: another rule than rate^lag, `layers`, one stream or cut="hidden"); a horizon
+            that contradicts an outer one; no forward pass with gradients inside the `with`.
     """
     factors_by_lag(rule, 2, torch.empty(0))
     if cut not in ("kv", "hidden"):
@@ -45,8 +46,10 @@ def horizon(
     if not names or not set(names) <= {"key", "value"}:
         raise InputError(f'streams expects "key", "value" or both; got {streams!r}')
     with watch_model(model) as watch:
-        refuse_other_paths(watch, "a horizon")
+        refuse_uncut_paths(watch, "a horizon")
         inner = Cut(rule, cut, frozenset(names), _select_layers(watch.layers, layers))
+        if watch.other_paths:
+            _check_states(inner, watch)
         for outer in watch.cuts:
             if (
                 outer.streams & inner.streams
@@ -59,7 +62,8 @@ def horizon(
                 )
         watch.cuts.append(inner)
         try:
-            yield
+            with watch.discount_states():
+                yield
         finally:
             watch.cuts.remove(inner)
             inner.active = False
@@ -68,6 +72,16 @@ def horizon(
                 "a horizon changes gradients, but no forward pass with gradients came inside its `with`: call the "
                 "model inside it, without torch.no_grad(), and let its parameters or inputs require gradients"
             )
+
+
+def _check_states(cut: Cut, watch: Watch) -> None:
+    """Raise InputError unless a horizon can hold outside attention too, where positions communicate."""
+    discount_rate(cut.rule)
+    if cut.kind != "kv" or len(cut.streams) < 2 or cut.layers != frozenset(watch.layers):
+        raise InputError(
+            f"{', '.join(watch.other_paths)} carries information between positions beside attention: a horizon on this "
+            'model expects cut="kv", keys and values, and all layers'
+        )
 
 
 def _select_layers(layers: tuple[Layer, ...], numbers: Sequence[int] | None) -> frozenset[Layer]:

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from posterity.errors import InputError, first_line
 from posterity.models.gradient_check import describe_wrong_gradients, find_wrong_gradients
+from posterity.models.horizon_check import horizons_hold
 from posterity.models.interface import NAME, switch_attention
 from posterity.models.language_model import evaluation_mode, input_device, language_model, max_difference, rounding
 from posterity.models.masks import EXPLICIT
 from posterity.models.other_paths import find_other_paths
 from posterity.models.packed_weights import check_backward
 from posterity.models.recorder import Recorder
-from posterity.models.watch import Layer
+from posterity.models.watch import Layer, Watch
 
 _PROBE_TOKENS = 16
 
@@ -36,6 +37,7 @@ class Check:
     reason: str
     layers: tuple[Layer, ...] = ()
     other_paths: tuple[str, ...] = ()  # modules that carry information between positions outside attention
+    uncut_paths: tuple[str, ...] = ()  # the same if horizons do not hold there: who pays is refused
     name: str = NAME  # under which transformers knows the operator for this model
     # Attention calls in one forward() of a module, for modules whose forward() runs several times in one pass.
     entries: Mapping[str, int] = field(default_factory=dict)
@@ -52,7 +54,8 @@ def check(model: nn.Module) -> Check:
 
     Returns:
         `ok` and, in one line, the `reason`; the attention `layers`; `other_paths`, the modules that carry information
-        between positions outside attention, for which only the ledger by lag is exact.
+        between positions outside attention; `uncut_paths`, the same modules if horizons do not hold there, so that
+        only the ledger by lag is exact.
     """
     try:
         model = language_model(model)
@@ -93,9 +96,13 @@ def _probe(model: PreTrainedModel) -> Check:
     layers = tuple(recorder.differentiable)
     with switch_attention(model, name):
         wrong_gradients = find_wrong_gradients(model, (ids, ids.flip(1), other_first.roll(3, 1)))
-    reason = _describe(len(layers), name, other_paths, wrong_gradients)
-    entries = _calls_per_entry(recorder)
-    return Check(True, reason, layers, other_paths, name, entries, right_only, wrong_gradients)
+    entries, uncut_paths = _calls_per_entry(recorder), other_paths
+    if other_paths:
+        watch = Watch(model, layers, other_paths, entries)
+        with watch.install(), switch_attention(model, name):
+            uncut_paths = () if horizons_hold(watch, ids) else other_paths
+    reason = _describe(len(layers), name, other_paths, uncut_paths, wrong_gradients)
+    return Check(True, reason, layers, other_paths, uncut_paths, name, entries, right_only, wrong_gradients)
 
 
 def _plain_logits(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:
@@ -113,16 +120,16 @@ def _plain_logits(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:
     return logits
 
 
-def _describe(layers: int, name: str, other_paths: tuple[str, ...], wrong_gradients: tuple[str, ...]) -> str:
+def _describe(
+    layers: int, name: str, other_paths: tuple[str, ...], uncut_paths: tuple[str, ...], wrong_gradients: tuple[str, ...]
+) -> str:
     """Say what was found, in one line."""
     reason = f"{layers} attention layer{'s' if layers > 1 else ''}"
     if name == EXPLICIT:
         reason += "; it computes with its mask, which is therefore written out, N x N"
     if other_paths:
-        reason += (
-            f"; positions also communicate through {', '.join(other_paths)}, so that only the ledger by lag is exact, "
-            "not who pays"
-        )
+        reason += f"; positions also communicate through {', '.join(other_paths)}"
+        reason += ", so that only the ledger by lag is exact, not who pays" if uncut_paths else ", under a horizon too"
     if wrong_gradients:
         reason += f"; {describe_wrong_gradients(wrong_gradients)}"
     return reason

@@ -18,8 +18,9 @@ from posterity.models.interception import AttentionCall, intercept
 from posterity.models.masks import in_backward
 from posterity.models.recompute import Recomputation
 from posterity.models.shared_streams import SharingCalls, StreamOwners
+from posterity.models.state_horizon import Rate, discount_states
 from posterity.ops.attention import Backward, OutputTape, attention
-from posterity.ops.horizon_rules import Full, Rule
+from posterity.ops.horizon_rules import Full, Rule, discount_rate
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Watch:
         self.model = model
         self.names = {model.get_submodule(layer.name): layer.name for layer in layers}
         self.layers, self.other_paths, self.entries = layers, other_paths, entries
+        self.uncut_paths = other_paths  # those that no horizon reaches
         self.right_only = False  # whether padding on the left reaches the tokens after it
         self.wrong_gradients: tuple[str, ...] = ()  # modules whose backward pass is not the derivative of the forward
         self.observers: list[Observer] = []
@@ -126,6 +128,12 @@ class Watch:
             yield
         finally:
             self.override = None
+
+    @contextlib.contextmanager
+    def discount_states(self) -> Iterator[None]:
+        """Put the paths outside attention of the forward passes of the block under the rules in force too."""
+        with discount_states(self.model, self._state_rate):
+            yield
 
     @contextlib.contextmanager
     def replace_outputs(self, replacement: Replacement) -> Iterator[None]:
@@ -207,6 +215,18 @@ class Watch:
                 "call model.gradient_checkpointing_disable()"
             )
         self.inputs[module] = tree_map(copy, (args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
+
+    def _state_rate(self) -> Rate:
+        """Return what says the rate of a backward pass through the states of this forward pass."""
+        cuts = list(self.cuts)
+
+        def rate() -> float:
+            rules = [cut.rule for cut in cuts] if self.override is None else list(self.override.rules)
+            if self.override is None and not all(cut.active for cut in cuts):
+                raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
+            return discount_rate(rules[0]) if rules else 1.0
+
+        return rate
 
     def _register(self, call: AttentionCall) -> "_BackwardPasses":
         """Count a call, and prepare for its backward passes."""

@@ -130,8 +130,8 @@ class Monitor(TrainerCallback):
         inner = language_model(model)
         with watch_model(inner) as watch, watch.suspend_cuts():
             result = measure(
-                inner, None, self.probe, context=self.probe.shape[1], losses=not watch.other_paths,
-                horizons=() if watch.other_paths else horizons, progress=False, attrs=self._coverage.attrs(),
+                inner, None, self.probe, context=self.probe.shape[1], losses=not watch.uncut_paths,
+                horizons=() if watch.uncut_paths else horizons, progress=False, attrs=self._coverage.attrs(),
             )  # fmt: skip
         self.results[step] = result
         control = self.trainer.control
