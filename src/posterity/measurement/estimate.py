@@ -1,9 +1,9 @@
 """Memory and time of a run, estimated before it starts from trial passes over the first tokens of the first window."""
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 from torch import Tensor
@@ -14,6 +14,8 @@ from posterity.measurement.account import Ledger
 from posterity.measurement.memory_timeline import MemoryTimeline, peak_bytes
 from posterity.models.checkpointing import release_free_memory
 from posterity.models.chunked_loss import CHUNK, ChunkedLoss, LMHead
+from posterity.models.watch import Layer
+from posterity.ops.attention import Backward
 
 TRIAL_TOKENS = 128
 LONG = 2048  # tokens: from here on attention, which is quadratic, is timed too, on these parts of a window
@@ -77,29 +79,36 @@ def _trace(model: PreTrainedModel, ids: Tensor, head: LMHead, ledger: Ledger) ->
     ledger.clear()
     existing = (plain for x in (*model.parameters(), *model.buffers()) for plain in plain_tensors(x))
     timeline = MemoryTimeline(existing)
-    trial_head, before_head = copy.copy(head), [0]
-
-    def run_body(*args: object) -> object:
-        body = head.run_body(*args)
-        if body is not None:
-            before_head[0] = timeline.live
-            timeline.pause()
-        return body
-
-    trial_head.run_body = run_body
+    trial_head = _TracedHead(head, timeline)
     with _mark_accounts(ledger, timeline), timeline:
         loss = ChunkedLoss.run(model, ids[None], trial_head)
         timeline.resume()
         ledger.backward(loss)
     model.zero_grad()
-    return timeline.segments, before_head[0]
+    return timeline.segments, trial_head.bytes_before
+
+
+class _TracedHead(LMHead):
+    """An LM head whose own operations are left out of a timeline."""
+
+    def __init__(self, head: LMHead, timeline: MemoryTimeline):
+        super().__init__(head.model)
+        vars(self).update(vars(head))
+        self.timeline, self.bytes_before = timeline, 0
+
+    def run_body(self, *args: Any, **options: Any) -> Any:
+        body = super().run_body(*args, **options)
+        if body is not None:
+            self.bytes_before = self.timeline.live
+            self.timeline.pause()
+        return body
 
 
 @contextlib.contextmanager
 def _mark_accounts(ledger: Ledger, timeline: MemoryTimeline) -> Iterator[None]:
     """Begin a segment before and after each account of a layer, whose operations vary with the tokens."""
 
-    def mark(*args: object) -> None:
+    def mark(layer: Layer, back: Backward, project: object) -> None:
         timeline.start_segment()
 
     observers = ledger.watch.observers

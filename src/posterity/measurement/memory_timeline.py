@@ -81,5 +81,5 @@ def _aligned(first: Segments, last: Segments) -> Iterator[tuple[list[int], list[
     """Pair the segments of two trials; of those with other operations, or all if their number varies, the peaks."""
     if len(first) != len(last):
         first, last = ([[max(max(segment) for segment in trial)]] for trial in (first, last))
-    for pair in zip(first, last, strict=True):
-        yield pair if len(pair[0]) == len(pair[1]) else tuple([max(segment)] for segment in pair)
+    for left, right in zip(first, last, strict=True):
+        yield (left, right) if len(left) == len(right) else ([max(left)], [max(right)])

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from posterity.errors import InputError, first_line
 from posterity.models.chunked_loss import window_losses
-from posterity.models.language_model import enclosing_layer, max_difference, replace_forwards, rounding
+from posterity.models.language_model import enclosing_layer, language_model, max_difference, replace_forwards, rounding
 from posterity.models.watch import Layer, Watch
 from posterity.ops.attention import Backward, OutputTape
 from posterity.ops.horizon_rules import Full
@@ -102,7 +102,7 @@ def release_free_memory() -> None:
 
 def _gradients(watch: Watch) -> list[tuple[Layer, Tensor]]:
     """Return the gradients of queries, keys and values of a few random tokens, twice over one forward pass."""
-    model = watch.model
+    model = language_model(watch.model)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
     gradients: list[tuple[Layer, Tensor]] = []
