@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from rich.console import Console
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from posterity._version import __version__
@@ -25,6 +26,7 @@ from posterity.models.checkpointing import checkpoint_layers
 from posterity.models.chunked_loss import ChunkedLoss, LMHead
 from posterity.models.language_model import freeze_parameters, language_model, max_tokens, seed_rng
 from posterity.models.packed_rows import refuse_shared_rows
+from posterity.models.weight_layout import is_first_process, is_sharded, refuse_layout
 from posterity.progress import progress_bar
 
 ANSWERS = "the answers only"
@@ -86,7 +88,9 @@ def measure(
         state: A folder that keeps what has been measured; where it holds some, the run goes on from there. It stays
             when the run is done.
         processes: `posterity.Processes.join()` in each process that torchrun started: they share the windows
-            and all return the same result. `documents` are read by the first of them only.
+            and all return the same result. `documents` are read by the first of them only. A model that
+            `torch.distributed.fsdp.fully_shard` has split takes none: every process calls `measure` with the same
+            arguments, they run each window together, and all return the same result.
 
     Returns:
         The result; dims and units in `posterity.results.schema.SCHEMA`.
@@ -97,8 +101,12 @@ def measure(
     _check_batch(batch, parameters)
     horizons = _check_horizons(horizons)
     inner = language_model(model)
-    check_context(inner, context)
+    model = model.module if isinstance(model, DistributedDataParallel) else model  # which waits for other processes
     processes = processes or Processes()
+    sharded = is_sharded(inner)
+    if sharded:
+        _check_sharded(processes, state, parameters, checkpoint)
+    check_context(inner, context)
     corpus = processes.broadcast(
         lambda: read_corpus(documents, tokenizer, context, limit, pack=pack, conversations=True)
     )
@@ -112,7 +120,7 @@ def measure(
     }  # fmt: skip
     run_state = RunState.open(state, settings, processes)
     remaining = processes.share(run_state.remaining_windows(len(windows)))
-    show_progress = progress and processes.is_first and bool(remaining)
+    show_progress = progress and processes.is_first and bool(remaining) and is_first_process()
     activity = "measuring" if processes.count == 1 else f"measuring, process 1 of {processes.count}"
     with (
         run_state.hold_lock(len(remaining)),
@@ -126,7 +134,7 @@ def measure(
         head = LMHead.probe(model)
         if any(window.lengths for window in windows):
             refuse_shared_rows(inner, head, context)
-        if show_progress:
+        if show_progress and not sharded:  # its trial passes are of one process
             longest = max(windows, key=lambda window: window.size)
             _print_estimate(inner, longest, len(remaining), batch, head, ledger, checkpoint)
         run_state.start(ledger.sums)
@@ -210,6 +218,25 @@ def _check_batch(batch: int, parameters: bool) -> None:
         raise InputError(f"parameters=True takes one window at a time; got a batch of {batch}: set batch=1 (--batch 1)")
 
 
+def _check_sharded(processes: Processes, state: object, parameters: bool, checkpoint: bool) -> None:
+    """Raise InputError for what a model does not allow whose weights the processes gather for each pass (FSDP2)."""
+    if parameters:
+        raise InputError(
+            "parameters=True expects the gradients of whole parameters; each process holds a part of them (FSDP2), "
+            "reduced by a rule of its own: leave it out, or measure the model unsharded"
+        )
+    if checkpoint:
+        raise InputError(
+            "checkpoint=True expects weights that are there whenever a layer runs again; the processes gather those of "
+            "this model for each pass (FSDP2): leave it out"
+        )
+    if processes.count > 1 or state is not None:
+        raise InputError(
+            "the processes that hold a part of this model each (FSDP2) run every window together: call measure in all "
+            "of them with the same arguments, without processes= and state="
+        )
+
+
 def _check_horizons(horizons: int | Sequence[int]) -> tuple[int, ...]:
     """Return the horizons as a tuple, or raise InputError unless they are growing whole numbers from 1 on."""
     values = (horizons,) if isinstance(horizons, int) else tuple(horizons)
@@ -221,6 +248,7 @@ def _check_horizons(horizons: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_context(model: PreTrainedModel, context: int) -> None:
     """Raise InputError if a window has more tokens than the model can read."""
+    refuse_layout(model)
     if context > (longest := max_tokens(model)):
         raise InputError(f"the model reads at most {longest} tokens; got a context of {context}: lower it (--context)")
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedModel
 
 from posterity.models.language_model import input_device, language_model, max_difference, replace_forwards, rounding
+from posterity.models.weight_layout import is_sharded
 from posterity.ops.precision import working_dtype
 
 # Logits in a chunk: 64 MB in float32, and as much for each of the loss, its gradient and the logits' gradient. The
@@ -140,8 +141,13 @@ class LMHead:
 
     @classmethod
     def probe(cls, model: nn.Module) -> "LMHead":
-        """Find out by trying, on a few random tokens, whether the head of a model is separable."""
+        """Find out by trying, on a few random tokens, whether the head of a model is separable.
+
+        That of a sharded model is not: its weights are there only while the whole model runs.
+        """
         head = cls(language_model(model))
+        if is_sharded(head.model):
+            return head
         with torch.random.fork_rng():
             head.separable = head._separate()
         return head

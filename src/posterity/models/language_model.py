@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from posterity.decomposition.projections import is_packed
 from posterity.errors import InputError
+from posterity.models.weight_layout import reshard
 
 # What reordered sums move, relative to the largest number; models compute norms and softmax in float32 at most.
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -132,6 +133,7 @@ def freeze_parameters(model: PreTrainedModel, parameters: bool = False) -> Itera
 
     Modes, gradients and what requires them are restored on exit.
     """
+    reshard(model)
     states = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
 
     def start_graph(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -146,6 +148,7 @@ def freeze_parameters(model: PreTrainedModel, parameters: bool = False) -> Itera
             yield
     finally:
         hook.remove()
+        reshard(model)
         for parameter, requires_grad, grad in states:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad

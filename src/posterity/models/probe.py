@@ -25,6 +25,7 @@ from posterity.models.other_paths import find_other_paths
 from posterity.models.packed_weights import check_backward
 from posterity.models.recorder import Recorder
 from posterity.models.watch import Layer, Watch
+from posterity.models.weight_layout import refuse_layout, reshard
 
 _PROBE_TOKENS = 16
 
@@ -58,9 +59,10 @@ def check(model: nn.Module) -> Check:
         only the ledger by lag is exact.
     """
     try:
-        model = language_model(model)
-        with _probing(model):
-            return _probe(model)
+        inner = language_model(model)
+        refuse_layout(inner)
+        with _probing(inner):
+            return _probe(inner)
     except InputError as error:
         return Check(False, str(error))
 
@@ -196,3 +198,5 @@ def _probing(model: PreTrainedModel) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"its forward pass fails under the operator: {first_line(error, typed=True)}") from error
+    finally:
+        reshard(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from posterity.decomposition.projections import ProjectionSet, add_zero_matrix, find_projections, zero_leaves
@@ -46,6 +47,11 @@ class Recomputation:
         leaves = _Leaves(find_projections(self.module))
         if not leaves.found.parameters:
             return Projections((back.query[document, None], back.key[document, None], back.value[document, None]), [])
+        if any(isinstance(x, DTensor) for x in self.module.parameters()):
+            raise InputError(
+                f"the processes hold a part each of weights inside {type(self.module).__name__} (a module in it is "
+                f"sharded by itself), so that their gradient cannot be split: shard whole layers, or {_WITHOUT}"
+            )
         device, dtype, enabled = self.autocast
         with torch.autocast(device, dtype, enabled), leaves.insert():
             streams, mask = self._capture(

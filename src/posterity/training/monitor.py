@@ -16,6 +16,7 @@ from posterity.inputs.windows import read_corpus
 from posterity.measurement.measure import measure
 from posterity.models.attach import watch_model
 from posterity.models.language_model import language_model
+from posterity.models.weight_layout import is_sharded
 from posterity.reporting.report import report
 from posterity.results import stats
 from posterity.results.files import load, save
@@ -123,16 +124,19 @@ class Monitor(TrainerCallback):
         return join_steps(self.results)
 
     def _measure(self, step: int, model: Any) -> None:
+        """Measure in the first process alone; in all of them, each pass together, if each holds a part of the model."""
         assert self.trainer is not None
-        if not self.trainer.is_world_process_zero() or step in self.results:
+        inner, is_first = language_model(model), self.trainer.is_world_process_zero()
+        if not is_sharded(inner) and (not is_first or step in self.results):
             return
         horizons = tuple(h for h in self.horizons if h < self.context)
-        inner = language_model(model)
         with watch_model(inner) as watch, watch.suspend_cuts():
             result = measure(
                 inner, None, self.probe, context=self.probe.shape[1], losses=not watch.uncut_paths,
                 horizons=() if watch.uncut_paths else horizons, progress=False, attrs=self._coverage.attrs(),
             )  # fmt: skip
+        if not is_first:
+            return
         self.results[step] = result
         control = self.trainer.control
         pending = control.should_log  # `log` clears it, while the loss of this step is still to be logged
