@@ -1,5 +1,8 @@
 """The exception that a user is meant to see: what was expected, what came, what to do, in one line."""
 
+import logging
+from functools import cache
+
 LONGEST = 1500  # characters of a message; a longer one quotes something long, and loses its middle
 
 
@@ -45,3 +48,9 @@ def first_line(error: BaseException, typed: bool = False) -> str:
     """
     name, line = type(error).__name__, str(error).strip().partition("\n")[0].rstrip(" :.\r")
     return f"{name}: {line}" if typed and line else line or name
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning of one line, under the name of the package; the same one only once."""
+    logging.getLogger("posterity").warning("%s", one_line(message))

@@ -373,7 +373,14 @@ def test_table_and_page_show_every_clause_and_escape_what_comes_from_outside(tmp
 )
 def test_mistakes_are_one_line(options, line):
     with pytest.raises(InputError, match=re.escape(line)):
-        posterity.audit(tiny("llama"), None, tokens(4, 1000), progress=False, **({"rows": [5]} | SMALL | options))
+        posterity.audit(tiny("gpt2"), None, tokens(4, 1000), progress=False, **({"rows": [5]} | SMALL | options))
+
+
+def test_lengths_beyond_a_rotary_model_s_config_are_kept():
+    options = SMALL | {"rows": [1], "context": 80, "limit": 1}
+    audit = posterity.audit(tiny("llama"), None, tokens(2, 200), progress=False, **options)
+    assert "context=80" in audit.attrs["plan"]
+    assert audit.verdict.values != "not measured"
 
 
 def test_what_is_not_given_shrinks_to_what_the_model_reads():

@@ -362,7 +362,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line():
         pasts.measure_pasts(subject(count=12))
     for clause in (FUTURES, PASTS):
         with pytest.raises(InputError, match="reads at most 64 tokens; got a context of 70"):
-            clause.measure(subject(prefix=60, future=10))
+            clause.measure(subject("gpt2", prefix=60, future=10))
     model = tiny("llama")
     own = model.forward
 

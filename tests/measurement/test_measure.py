@@ -228,6 +228,57 @@ def test_a_compiled_model_gives_the_same():
         xr.testing.assert_allclose(variable, ledger.result()[name], rtol=1e-4, atol=1e-4 * largest)
 
 
+def compile_wrapped(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+def compile_in_place(model):
+    model.compile(backend="aot_eager")
+    return model
+
+
+def compile_layers(model):
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    return model
+
+
+def compile_and_train(model):
+    compiled = compile_wrapped(model)
+    summed_loss(compiled, tokens()).backward()
+    model.zero_grad()
+    return compiled
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [compile_wrapped, compile_in_place, compile_layers, pytest.param(compile_and_train, marks=pytest.mark.slow)],
+)
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_model_is_measured_by_as_many_backward_passes_as_it_takes(compiled):
+    options = {"context": 12, "horizons": (2,), "parameters": True, "progress": False}
+    right = posterity.measure(tiny("llama"), None, tokens(), **options)
+    mine = posterity.measure(compiled(tiny("llama")), None, tokens(), **options)
+    for name, variable in right.data_vars.items():
+        np.testing.assert_array_equal(mine[name], variable, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_generation_inside_an_account_writes_the_same_and_leaves_no_entry(name):
+    model, ids = tiny(name, torch.float32), tokens(2)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    right = model.generate(ids, **options)
+    with posterity.account(model) as ledger:
+        assert torch.equal(model.generate(ids, **options), right)
+        with pytest.raises(InputError, match=r"static cache needs masks written out.*: leave cache_implementation out"):
+            model.generate(ids, cache_implementation="static", **options)
+        assert ledger.documents == 0
+        summed_loss(model, ids).backward()
+    with posterity.account(model) as plain:
+        summed_loss(model, ids).backward()
+    xr.testing.assert_equal(ledger.result().drop_attrs(), plain.result().drop_attrs())
+
+
 def test_gradient_accumulation_and_unequal_lengths_add_documents():
     model = tiny("llama")
     with posterity.account(model) as ledger:
@@ -281,7 +332,7 @@ def test_random_numbers_are_left_alone():
 def test_bad_input_is_named_in_one_line():
     model = tiny("llama")
     with pytest.raises(InputError, match="at most 64 tokens; got a context of 65"):
-        posterity.measure(model, None, tokens(1, 65), context=65, progress=False)
+        posterity.measure(tiny("gpt2"), None, tokens(1, 65), context=65, progress=False)
     with pytest.raises(InputError, match=r"lags expects .* got 'thirds'"):
         posterity.measure(model, None, tokens(), context=12, lags="thirds", progress=False)
     with pytest.raises(InputError, match="batch of at least 1"):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from posterity.inputs.windows import read_corpus
 from posterity.measurement.distributed import Processes
 from posterity.measurement.provenance import provenance
 from posterity.measurement.run_state import fingerprint
+from posterity.models.context_length import check_context
 from posterity.models.language_model import evaluation_mode, input_device, language_model, max_tokens, seed_rng
 from posterity.results.audit_schema import REFUSED, Finding
 
@@ -80,7 +81,7 @@ def audit(
     models = _name_models(model, attrs or {})
     if control not in (None, "random"):
         raise InputError(f'control expects "random"; got {control!r}')
-    plan = plan.fit_to(min(map(max_tokens, models.values())), changes)
+    plan = plan.fit_to(_max_tokens(models.values(), plan.longest(changes)), changes)
     processes = processes or Processes()
     texts = processes.broadcast(lambda: _read_texts(documents))
     if control is not None:
@@ -106,6 +107,17 @@ def audit(
     return processes.broadcast(
         lambda: assemble(findings, clauses, provenance(first_model) | run_attrs | dict(attrs or {}))
     )
+
+
+def _max_tokens(models: Collection[PreTrainedModel], length: int) -> int:
+    """Return how many tokens all models read: what their configs say, or a length beyond it if they read that."""
+    limit = min(map(max_tokens, models))
+    try:
+        for model in models if length > limit else ():
+            check_context(model, length)
+    except InputError:
+        return limit
+    return max(limit, length)
 
 
 # ---- what is measured

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from posterity.errors import InputError
 from posterity.inputs.windows import cut_windows
-from posterity.measurement.measure import check_context, check_tokens, measure
+from posterity.measurement.measure import check_tokens, measure
+from posterity.models.context_length import check_context
 from posterity.progress import progress_bar
 
 
@@ -76,6 +77,14 @@ class Plan:
                 )
         span = max(self.span, contexts[-1]) if "span" not in fixed else self.span
         return replace(self, **lengths, span=span)
+
+    def longest(self, fixed: Collection[str]) -> int:
+        """Return the longest input that the fields in `fixed` ask for; 0 for none."""
+        lengths = {
+            "context": self.context, "contexts": self.contexts[-1], "short": self.short,
+            "prefix": self.prefix + self.future, "future": self.prefix + self.future,
+        }  # fmt: skip
+        return max((length for name, length in lengths.items() if name in fixed), default=0)
 
     @classmethod
     def quick(cls) -> "Plan":

@@ -24,9 +24,10 @@ from posterity.measurement.run_state import RunState, fingerprint
 from posterity.measurement.window_batch import WindowBatch, equal_lengths
 from posterity.models.checkpointing import checkpoint_layers
 from posterity.models.chunked_loss import ChunkedLoss, LMHead
-from posterity.models.language_model import freeze_parameters, language_model, max_tokens, seed_rng
+from posterity.models.context_length import check_context
+from posterity.models.language_model import freeze_parameters, language_model, seed_rng
 from posterity.models.packed_rows import refuse_shared_rows
-from posterity.models.weight_layout import is_first_process, is_sharded, refuse_layout
+from posterity.models.weight_layout import is_first_process, is_sharded
 from posterity.progress import progress_bar
 
 ANSWERS = "the answers only"
@@ -244,13 +245,6 @@ def _check_horizons(horizons: int | Sequence[int]) -> tuple[int, ...]:
     if not positive or any(left >= right for left, right in pairwise(values)):
         raise InputError(f"horizons expects whole numbers from 1 on that grow, such as 1, 2, 4, 8; got {horizons!r}")
     return tuple(int(h) for h in values)
-
-
-def check_context(model: PreTrainedModel, context: int) -> None:
-    """Raise InputError if a window has more tokens than the model can read."""
-    refuse_layout(model)
-    if context > (longest := max_tokens(model)):
-        raise InputError(f"the model reads at most {longest} tokens; got a context of {context}: lower it (--context)")
 
 
 def check_tokens(model: PreTrainedModel, windows: Sequence[Window]) -> None:

@@ -16,6 +16,7 @@ from posterity.models.weight_layout import reshard
 # What reordered sums move, relative to the largest number; models compute norms and softmax in float32 at most.
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 ROUNDING_FLOAT32 = 2e-4
+_LIMITS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "max_sequence_length")
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:
@@ -77,9 +78,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def max_tokens(model: PreTrainedModel) -> int:
-    """Return how many tokens the model reads at most, as far as its config says."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
+    """Return how many tokens the model reads at most by its config; `check_context` tries whether it reads more."""
+    config = model.config.get_text_config(decoder=True)
+    limits = (getattr(config, name, None) for name in _LIMITS)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), sys.maxsize)
 
 
 def enclosing_layer(model: nn.Module, name: str) -> nn.Module:
@@ -116,11 +118,14 @@ def keep_packing(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode; restore the mode of each of its modules on exit."""
+    """Put a module in evaluation mode, as it is without torch.compile; restore the mode of each module on exit.
+
+    A compiled pass allows one backward pass only, and would be compiled anew for what is hooked here.
+    """
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
-        with keep_packing(module):
+        with keep_packing(module), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for part, mode in modes:

@@ -24,6 +24,7 @@ from posterity.models.masks import EXPLICIT
 from posterity.models.other_paths import find_other_paths
 from posterity.models.packed_weights import check_backward
 from posterity.models.recorder import Recorder
+from posterity.models.transformers_logging import silence_transformers
 from posterity.models.watch import Layer, Watch
 from posterity.models.weight_layout import refuse_layout, reshard
 
@@ -192,7 +193,7 @@ def _calls_per_entry(recorder: Recorder) -> dict[str, int]:
 def _probing(model: PreTrainedModel) -> Iterator[None]:
     """Run the model in evaluation mode without gradients; any failure becomes an InputError."""
     try:
-        with evaluation_mode(model), torch.no_grad():
+        with silence_transformers(), evaluation_mode(model), torch.no_grad():
             yield
     except InputError:
         raise

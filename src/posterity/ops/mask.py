@@ -7,7 +7,7 @@ As in FlexAttention, a rule says which pairs are edges (mask_mods.py), and block
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -80,6 +80,17 @@ class Mask:
         if any(not isinstance(part, slice) or part.start or (part.stop, part.step) != (None, None) for part in parts):
             raise TypeError(f"a mask that is a rule has no part {index}; with logits_to_keep=0 none is needed")
         return self
+
+    def contiguous(self) -> NoReturn:
+        """Refuse what only generation with a static cache asks of a mask: it must be a tensor there.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "generation with a static cache needs masks written out, which a watched model has not: leave "
+            "cache_implementation out, or generate outside the `with`"
+        )
 
     def tiles(self, queries: int, keys: int, device: torch.device) -> list[TileRow]:
         """Return the blocks that hold edges, row by row: (rows, tiles of these rows); a row may have no tile.

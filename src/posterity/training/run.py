@@ -37,6 +37,7 @@ from posterity._version import __version__
 from posterity.atomic_files import write_atomically
 from posterity.errors import InputError, first_line, one_line
 from posterity.inputs.model import LoadedModel, load_model
+from posterity.models.context_length import check_context
 from posterity.models.masks import FOLDED
 from posterity.models.transformers_logging import hide_progress_bars
 from posterity.ops.horizon_rules import parse
@@ -144,6 +145,7 @@ def _load_pretrained(settings: Settings) -> LoadedModel | None:
     if settings.task_name is not None or settings.model in _model_types():
         return None
     loaded = load_model(settings.model, "float32")
+    check_context(loaded.model, settings.context)
     if getattr(loaded.model.config.get_text_config(decoder=True), FOLDED, None):
         raise InputError(f"expected a model whose heads all attend; {settings.model} runs folded: train the plain one")
     return loaded
