@@ -50,7 +50,9 @@ def first_line(error: BaseException, typed: bool = False) -> str:
     return f"{name}: {line}" if typed and line else line or name
 
 
-@cache
-def warn_once(message: str) -> None:
-    """Log a warning of one line, under the name of the package; the same one only once."""
+def warn(message: str) -> None:
+    """Log a warning of one line, under the name of the package."""
     logging.getLogger("posterity").warning("%s", one_line(message))
+
+
+warn_once = cache(warn)  # the same one only once

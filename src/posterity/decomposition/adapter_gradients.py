@@ -84,3 +84,13 @@ class AdapterSplit:
 
     def _names(self) -> list[str]:
         return [name for name, variable in self.sums.rows if variable == ROW and name is not None]
+
+
+def merge_passes(sums: Accumulator, passes: Accumulator) -> None:
+    """Add passes that are over to `sums`; both get a row for each document of adapters that only the other knows."""
+    keys = dict.fromkeys(key for part in (sums, passes) for key in part.rows if key[1] == ROW)
+    for part in (sums, passes) if keys else ():
+        documents = max((part.count(key) for key in part.rows if key[1] == "weight_by_document"), default=0)
+        for key in keys:
+            part.append_rows(key, [gram_terms((), ())] * (documents - part.count(key)))
+    sums.merge(passes)

@@ -11,12 +11,12 @@ from torch.nn.functional import pad
 
 from posterity.axes import STREAMS
 from posterity.decomposition.accumulator import Accumulator, stack_layers
-from posterity.decomposition.adapter_gradients import AdapterSplit
+from posterity.decomposition.adapter_gradients import AdapterSplit, merge_passes
 from posterity.decomposition.credit import Bins, Spans, check_finite, pass_credit, self_edge_gradients
 from posterity.decomposition.lag_sums import Scratch
 from posterity.decomposition.projections import find_projections
 from posterity.decomposition.weight_gradients import Projections, WeightSplit
-from posterity.errors import InputError
+from posterity.errors import InputError, NotFiniteError, warn
 from posterity.measurement.loss_split import LossSplit
 from posterity.measurement.provenance import provenance
 from posterity.models.attach import watch_model
@@ -36,6 +36,10 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
     -100.) Packed documents share one row of positions. The weights of attention are never returned here
     (`output_attentions`).
 
+    What runs backward between two forward passes of the model enters as a whole or not at all: where a gradient is not
+    finite, as in a step that a GradScaler skips, it is left out, logged as a warning, and counted in the result's
+    attribute `left_out_passes`.
+
     Args:
         model: A causal language model of transformers (or a wrapper around one); restored on exit.
         lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep:
@@ -45,9 +49,26 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
     Raises:
         InputError: The model cannot be measured, with the reason.
     """
+    with open_ledger(model, lags, weights, atomic=True) as ledger:
+        hook = ledger.watch.model.register_forward_pre_hook(lambda *_: ledger.settle())
+        try:
+            yield ledger
+        finally:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def open_ledger(model: nn.Module, lags: str, weights: bool, atomic: bool = False) -> Iterator["Ledger"]:
+    """Account for the backward passes of the block.
+
+    Args:
+        model, lags, weights: As in `account`.
+        atomic: Let a backward pass enter as a whole or not at all, and leave it out if a gradient is not finite, which
+            is an error otherwise. That takes the memory of a second ledger during a pass.
+    """
     Bins.of(lags, 2)
     with watch_model(model) as watch:
-        ledger = Ledger(model, watch, lags, weights)
+        ledger = Ledger(model, watch, lags, weights, atomic)
         with watch.report_to(ledger.observe):
             yield ledger
 
@@ -55,14 +76,17 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
 class Ledger:
     """Credit, mass and attention of every layer, summed over documents; `result()` labels the sums."""
 
-    def __init__(self, model: nn.Module, watch: Watch, lags: str, weights: bool):
-        """Start empty, with the layers in the order of the forward pass."""
-        self.model, self.watch, self.lags, self.weights = model, watch, lags, weights
+    def __init__(self, model: nn.Module, watch: Watch, lags: str, weights: bool, atomic: bool = False):
+        """Start empty, with the layers in the order of the forward pass; `atomic`: see `open_ledger`."""
+        self.model, self.watch, self.lags, self.weights, self.atomic = model, watch, lags, weights, atomic
         self.sums = Accumulator()  # for the whole model: "loss" and "tokens" of each document, if known
+        self.left_out = 0  # backward passes with gradients that are not finite
         self.loss_split: LossSplit | None = None
-        self._adapters = AdapterSplit(watch.model, self.sums)
+        self._entries = Accumulator() if atomic else self.sums  # of the passes since the last forward pass
+        self._not_finite: NotFiniteError | None = None
+        self._adapters = AdapterSplit(watch.model, self._entries)
         layers = watch.layers if weights else ()
-        self._weights = {layer: WeightSplit(self.sums, str(layer), self._adapters) for layer in layers}
+        self._weights = {layer: WeightSplit(self._entries, str(layer), self._adapters) for layer in layers}
         self._scratch = Scratch()
         self._spans: Spans | None = None
 
@@ -93,10 +117,40 @@ class Ledger:
     def clear(self) -> None:
         """Forget every document."""
         self.sums.clear()
+        self._entries.clear()
         self._adapters.clear()
+        self._not_finite, self.left_out = None, 0
+
+    def settle(self) -> None:
+        """Enter what has run backward since the last forward pass, or leave it out if a gradient was not finite."""
+        if self._not_finite is not None:
+            self.left_out += 1
+            if self.left_out == 1:
+                warn(
+                    f"{self._not_finite.quantity} is not finite: this backward pass is left out of the ledger, as a "
+                    "GradScaler leaves out its step, and so are later ones like it; the result counts them"
+                )
+            self._not_finite = None
+            self._adapters.clear()
+        else:
+            self._adapters.finish_pass()
+            if self.atomic:
+                merge_passes(self.sums, self._entries)
+        if self.atomic:
+            self._entries.clear()
 
     def observe(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
         """Account for one backward pass of one layer."""
+        if self._not_finite is not None:
+            return
+        try:
+            self._enter(layer, back, project)
+        except NotFiniteError as error:
+            if not self.atomic:
+                raise
+            self._not_finite = error
+
+    def _enter(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
         if layer not in self.watch.layers:
             raise InputError(
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
@@ -104,18 +158,27 @@ class Ledger:
         self_edge = self_edge_gradients(back)
         credit = pass_credit(back, self_edge, Bins.of(self.lags, back.lse.shape[2]), self._scratch, self._spans)
         check_finite(credit.credit_by_position, f"the gradient of layer {layer}")
+        entries, name = self._entries, str(layer)
         if self.weights:
             self._weights[layer].add(back, self_edge, project)
-        for name, x in vars(credit).items():
-            self.sums.add((str(layer), name), x.sum(0))
+            self._check_weights(name, len(back.query))
+        for variable, x in vars(credit).items():
+            entries.add((name, variable), x.sum(0))
         by_position = credit.credit_by_position
-        self.sums.append_rows((str(layer), "credit_by_document"), by_position.sum(-1))
-        self.sums.append_rows((str(layer), "first_by_document"), by_position[..., 0].sum(-1))
-        self.sums.append_rows((str(layer), "profile_by_document"), credit.credit.sum(1))
+        entries.append_rows((name, "credit_by_document"), by_position.sum(-1))
+        entries.append_rows((name, "first_by_document"), by_position[..., 0].sum(-1))
+        entries.append_rows((name, "profile_by_document"), credit.credit.sum(1))
+
+    def _check_weights(self, layer: str, documents: int) -> None:
+        """Raise NotFiniteError unless the gradients of the weights that a layer has are finite."""
+        streams = sorted({stream for name, stream, _, _ in self._entries.weight_total if name == layer})
+        rows = torch.stack(self._entries.rows[layer, "weight_by_document"][-documents:])
+        check_finite(rows[:, streams], f"the gradient of the weights of layer {layer}")
 
     @property
     def documents(self) -> int:
         """The number of documents accounted for."""
+        self.settle()
         return max(self._documents_by_layer().values(), default=0)
 
     def result(self, texts: list[str] | None = None, **attrs: object) -> xr.Dataset:
@@ -128,7 +191,7 @@ class Ledger:
         Raises:
             InputError: No backward pass has been seen, or not by every layer; all gradients are zero.
         """
-        self._adapters.finish_pass()
+        self.settle()
         self._check_complete(texts)
         context = max(self.sums.total[str(layer), "credit_by_position"].shape[-1] for layer in self.watch.layers)
         bins = Bins.of(self.lags, context)
@@ -141,12 +204,13 @@ class Ledger:
             "context": context,
             "documents": self.documents,
             "lags": self.lags,
+            "left_out_passes": self.left_out,
             "other_paths": "; ".join(self.watch.other_paths),
             "wrong_gradients": "; ".join(self.watch.wrong_gradients),
             "uncut_paths": "; ".join(self.watch.uncut_paths),
         }
         if self.weights:
-            coordinates["adapter"] = self._adapters.names()
+            coordinates["adapter"] = AdapterSplit(self.watch.model, self.sums).names()
             ledger_attrs["weights_left_out"] = self._packed_weights(variables["weight_mean"])
         return build_result(
             variables,
@@ -164,6 +228,11 @@ class Ledger:
     def _check_complete(self, texts: list[str] | None) -> None:
         """Raise InputError unless every layer has seen all documents, and each has a text if there are texts."""
         counts, documents = self._documents_by_layer(), self.documents
+        if not documents and self.left_out:
+            raise InputError(
+                f"no backward pass has gradients that are finite ({self.left_out} are left out): check the model, use "
+                "float32, or lower the scale of the loss"
+            )
         if not documents:
             raise InputError("no backward pass has been seen: call .backward() on a loss inside the `with`")
         for layer, count in counts.items():
@@ -199,8 +268,10 @@ class Ledger:
         if self.weights:
             terms = [torch.stack(rows[layer, "weight_by_document"]).cpu() for layer in layers]
             variables["weight_by_document"] = torch.stack(terms, 1)
-            variables["weight_mean"] = torch.stack([self._weights[layer].mean() for layer in self.watch.layers])
-            variables |= self._adapters.variables()
+            adapters = AdapterSplit(self.watch.model, self.sums)
+            splits = [WeightSplit(self.sums, layer, adapters) for layer in layers]
+            variables["weight_mean"] = torch.stack([split.mean() for split in splits])
+            variables |= adapters.variables()
         return {name: x.numpy() for name, x in variables.items()}
 
     def _packed_weights(self, weight_mean: np.ndarray) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from posterity._version import __version__
 from posterity.errors import InputError, NotFiniteError
 from posterity.inputs.windows import Window, read_corpus, token_digest
-from posterity.measurement.account import Ledger, account
+from posterity.measurement.account import Ledger, open_ledger
 from posterity.measurement.distributed import Processes
 from posterity.measurement.estimate import estimate
 from posterity.measurement.run_state import RunState, fingerprint
@@ -127,7 +127,7 @@ def measure(
         run_state.hold_lock(len(remaining)),
         freeze_parameters(inner, parameters),
         seed_rng(seed),
-        account(model, lags, weights) as ledger,
+        open_ledger(model, lags, weights) as ledger,
         checkpoint_layers(ledger.watch) if checkpoint else contextlib.nullcontext(),
     ):
         if losses or parameters or horizons:

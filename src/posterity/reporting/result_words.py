@@ -111,6 +111,9 @@ def reading_notes(result: xr.Dataset) -> list[str]:
     windows = result.sizes["document"]
     several, single = f"± is one standard error over {windows} windows.", "One window: there are no standard errors."
     notes = [several if windows > 1 else single]
+    left_out = str(portable_value(result.attrs.get("left_out_passes")))
+    if left_out.isdecimal() and int(left_out):
+        notes.append(f"Left out: {left_out} backward passes with gradients that are not finite.")
     present = stats.existing_heads(result)
     weak = int((stats.weak_heads(result) & present).sum())
     if weak:
