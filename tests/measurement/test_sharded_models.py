@@ -83,6 +83,7 @@ same(posterity.measure(model, None, ids, weights=False, **options),
 model = shard(tiny("llama"))
 refused(lambda: posterity.measure(model, None, ids, state="never", **options), "without processes= and state=")
 refused(lambda: posterity.measure(model, None, ids, parameters=True, **options), "leave it out, or measure")
+refused(lambda: posterity.measure(model, None, ids, checkpoint=True, **options), "checkpoint=True expects weights")
 processes = posterity.Processes(rank, 2)
 refused(lambda: posterity.measure(model, None, ids, processes=processes, **options), "without processes= and state=")
 """

@@ -26,7 +26,7 @@ from posterity.models.packed_weights import check_backward
 from posterity.models.recorder import Recorder
 from posterity.models.transformers_logging import silence_transformers
 from posterity.models.watch import Layer, Watch
-from posterity.models.weight_layout import refuse_layout, reshard
+from posterity.models.weight_layout import is_sharded, refuse_layout, reshard
 
 _PROBE_TOKENS = 16
 
@@ -97,8 +97,10 @@ def _probe(model: PreTrainedModel) -> Check:
         other_paths = find_other_paths(model, silence, ids, other_first, tolerance)
     right_only = _right_only(model, name, lambda padding: logits(attention_mask=padding), tolerance)
     layers = tuple(recorder.differentiable)
-    with switch_attention(model, name):
-        wrong_gradients = find_wrong_gradients(model, (ids, ids.flip(1), other_first.roll(3, 1)))
+    wrong_gradients = ()
+    if not is_sharded(model):  # else a module by itself has not the whole of its weights
+        with switch_attention(model, name):
+            wrong_gradients = find_wrong_gradients(model, (ids, ids.flip(1), other_first.roll(3, 1)))
     entries, uncut_paths = _calls_per_entry(recorder), other_paths
     if other_paths:
         watch = Watch(model, layers, other_paths, entries)
