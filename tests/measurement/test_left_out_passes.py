@@ -5,11 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.tiny import summed_loss, tiny, tokens
 
 import posterity
 from posterity import InputError
 from posterity.reporting.result_words import reading_notes
+
+LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
 
 
 def spoil(model, layer):
@@ -106,3 +109,31 @@ def test_a_measurement_ends_with_the_window_that_is_not_finite():
     spoil(model, 1)
     with pytest.raises(InputError, match=r"layer model.layers.1.self_attn is not finite in window document 0 #0"):
         posterity.measure(model, None, tokens(1), context=12, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft
+@pytest.mark.parametrize("reads", [(1, 0, 1), (0, 1, 1)])
+def test_adapters_of_some_passes_only_have_a_row_for_every_document(reads):
+    model, ids = get_peft_model(tiny("llama"), LORA), [tokens(1, seed=seed) for seed in range(len(reads))]
+    model.requires_grad_(True)
+
+    def run(row, active):
+        if active:
+            summed_loss(model, row).backward()
+        else:
+            with model.disable_adapter():
+                summed_loss(model, row).backward()
+
+    with posterity.account(model) as ledger:
+        for row, active in zip(ids, reads, strict=True):
+            run(row, active)
+            hook = spoil(model.base_model.model, 1)
+            run(row, active)
+            hook.remove()
+    by_document = ledger.result().adapter_by_document
+    assert (ledger.documents, ledger.result().attrs["left_out_passes"]) == (len(reads), len(reads))
+    for document, (row, active) in enumerate(zip(ids, reads, strict=True)):
+        with posterity.account(model) as single:
+            run(row, active)
+        right = single.result().adapter_by_document.isel(document=0).values if active else 0.0
+        np.testing.assert_array_equal(by_document.isel(document=document), right)

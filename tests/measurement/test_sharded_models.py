@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-import accelerate
 import pytest
 from support.processes import torchrun
 from support.tiny import tiny, tokens
@@ -194,14 +193,6 @@ def zero_stage_3(model):
         x.ds_id = 0  # the mark that DeepSpeed leaves
 
 
-def offload(model):
-    accelerate.cpu_offload(model, "cpu")
-
-
-def offload_in_part(model):
-    accelerate.cpu_offload(model.model.layers[1], "cpu")
-
-
 def expert_parallel(model):
     model.model.layers[0].mlp._is_expert_parallel = True  # the mark that transformers leaves
 
@@ -217,8 +208,6 @@ def bridge(model):
 
 REFUSALS = {
     zero_stage_3: "DeepSpeed ZeRO-3 holds its weights in parts: use ZeRO stage 2",
-    offload: "some of its weights are not loaded (they are on the meta device, as offloading leaves them",
-    offload_in_part: "some of its weights are not loaded",
     expert_parallel: "it runs with expert parallelism, and each process holds a part of it",
     pipeline_parallel: "it runs with pipeline parallelism, and each process holds a part of it",
     bridge: "TransformerLens has put its own attention in place of the model's: load the model again",

@@ -51,11 +51,6 @@ def refuse_layout(model: nn.Module) -> None:
             "FSDP around it gathers its weights out of its sight (FullyShardedDataParallel): shard the model itself "
             "with torch.distributed.fsdp.fully_shard"
         )
-    if any(x.is_meta for x in parameters):
-        raise InputError(
-            "some of its weights are not loaded (they are on the meta device, as offloading leaves them between "
-            "passes): load it whole"
-        )
     if parallelism := _model_parallelism(model, modules, parameters, sharded):
         raise InputError(
             f"{parallelism}, and each process holds a part of it: load it whole in each process, over the devices of "
