@@ -13,8 +13,9 @@ from support.spy import spy_on, use_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import posterity
+from posterity.inputs.documents import default_text
 from posterity.inputs.model import load_model
-from posterity.inputs.windows import cut_windows, default_text
+from posterity.inputs.windows import cut_windows
 from posterity.models.chunked_loss import window_losses
 from posterity.models.language_model import freeze_parameters
 from posterity.results import stats

@@ -143,7 +143,8 @@ def _plain(x: Any) -> Any:
 def _gradient_error(call: _Call) -> float:
     """Return how far the gradient is from finite differences, relative to its size; 0 if that cannot be said.
 
-    The median over a few random directions: in one of them a router may choose another expert on the way.
+    The median over a few random directions: in one of them a router may choose another expert on the way. A first look
+    along one direction clears most modules.
     """
     try:
         start = call.start()
@@ -151,9 +152,7 @@ def _gradient_error(call: _Call) -> float:
         outputs_have_graph = any(x.requires_grad for x in outputs)
         if not any(call.differentiable) or not outputs_have_graph or any(not x.dim() for x in start):
             return 0.0
-        dtype = torch.float64 if _is_wide(call, start) else outputs[0].dtype
-        with torch.no_grad():
-            exact = call.run(_cast_all(start, dtype), dtype)
+        dtype, exact = _widest_run(call, start, outputs)
     except Exception:  # whatever it is: the module cannot be run by itself
         return 0.0
     generator = torch.Generator().manual_seed(0)
@@ -161,49 +160,68 @@ def _gradient_error(call: _Call) -> float:
     grads = torch.autograd.grad(_inner(outputs, weights), start, allow_unused=True)
     grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(start, grads, strict=True)]
     point = _cast_all(start, torch.float64)
-    errors = [_slope_error(call, point, grads, weights, dtype, generator) for _ in range(DIRECTIONS)]
-    return sorted(errors)[DIRECTIONS // 2]
+    slopes = _Slopes(call, point, grads, weights, dtype, generator)
+    if slopes.error(precise=False) < max(RESOLUTION, rounding(outputs[0].dtype)) / 4:
+        return 0.0
+    return sorted(slopes.error() for _ in range(DIRECTIONS))[DIRECTIONS // 2]
 
 
-def _slope_error(
-    call: _Call,
-    point: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> float:
-    """Return the error of the gradient along one random direction; 0 where it is not smooth enough to tell."""
-    direction = [_random(x[:ROWS], generator) * x[:ROWS].square().mean().sqrt() for x in point]
-    origin = [x[:ROWS].clone() for x in point]
+@dataclass(frozen=True, eq=False)
+class _Slopes:
+    """A weighted sum of a module's outputs, along random directions from a point in float64."""
 
-    def value(distance: float) -> Tensor:
-        for x, x0, v in zip(point, origin, direction, strict=True):
-            x[:ROWS] = x0 + distance * v
-        return _inner(call.run(_cast_all(point, dtype), dtype), weights)
+    call: _Call
+    point: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    dtype: torch.dtype  # of the runs
+    generator: torch.Generator
 
-    step = STEPS.get(dtype, STEP_HALF_PRECISION)
-    with torch.no_grad():
-        fine, coarse = ((value(h) - value(-h)) / (2 * h) for h in (step, 2 * step))
-    for x, x0 in zip(point, origin, strict=True):
-        x[:ROWS] = x0
-    slope = (4 * fine - coarse) / 3  # Richardson: without the error of second order
-    # What a sum of as many terms of random signs is like: an error in any of them counts by its size.
-    terms = [(v * grad[:ROWS].double()).square().sum().cpu() for v, grad in zip(direction, grads, strict=True)]
-    size = torch.maximum(torch.stack(terms).sum().sqrt(), slope.abs()).clamp(min=1e-300)
-    error = (_inner([grad[:ROWS] for grad in grads], direction) - slope).abs()
-    return (error / size).item() if error > 10 * (fine - coarse).abs() else 0.0
+    def error(self, precise: bool = True) -> float:
+        """Return the error of the gradient along the next direction; 0 where it is not smooth enough to tell.
+
+        `precise`: by differences over two distances, so that roughness is seen and errors of second order cancel.
+        """
+        direction = [_random(x[:ROWS], self.generator) * x[:ROWS].square().mean().sqrt() for x in self.point]
+        step = STEPS.get(self.dtype, STEP_HALF_PRECISION)
+        fine = coarse = self._slope(direction, step)
+        if precise:
+            coarse = self._slope(direction, 2 * step)
+        slope = (4 * fine - coarse) / 3  # Richardson
+        grads = [grad[:ROWS] for grad in self.grads]
+        # What a sum of as many terms of random signs is like: an error in any of them counts by its size.
+        terms = [(v * grad.double()).square().sum().cpu() for v, grad in zip(direction, grads, strict=True)]
+        size = torch.maximum(torch.stack(terms).sum().sqrt(), slope.abs()).clamp(min=1e-300)
+        error = (_inner(grads, direction) - slope).abs()
+        return (error / size).item() if error > 10 * (fine - coarse).abs() else 0.0
+
+    def _slope(self, direction: Sequence[Tensor], step: float) -> Tensor:
+        return (self._value(direction, step) - self._value(direction, -step)) / (2 * step)
+
+    @torch.no_grad()
+    def _value(self, direction: Sequence[Tensor], distance: float) -> Tensor:
+        origin = [x[:ROWS].clone() for x in self.point]
+        for x, v in zip(self.point, direction, strict=True):
+            x[:ROWS] += distance * v
+        value = _inner(self.call.run(_cast_all(self.point, self.dtype), self.dtype), self.weights)
+        for x, x0 in zip(self.point, origin, strict=True):
+            x[:ROWS] = x0
+        return value
 
 
-def _is_wide(call: _Call, start: Sequence[Tensor]) -> bool:
-    """Return whether a module can be run in float64."""
-    if sum(x.numel() for x in start) > LARGEST:
-        return False
-    try:
-        with torch.no_grad():
-            return all(x.dtype == torch.float64 for x in call.run(_cast_all(start, torch.float64), torch.float64))
-    except Exception:  # a kernel that knows no float64
-        return False
+@torch.no_grad()
+def _widest_run(
+    call: _Call, start: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> tuple[torch.dtype, Sequence[Tensor]]:
+    """Return float64 and the outputs in it; of a large module, or a kernel that knows no float64, its own."""
+    if sum(x.numel() for x in start) <= LARGEST:
+        try:
+            wide = call.run(_cast_all(start, torch.float64), torch.float64)
+        except Exception:  # the kernel knows no float64
+            return outputs[0].dtype, outputs
+        if all(x.dtype == torch.float64 for x in wide):
+            return torch.float64, wide
+    return outputs[0].dtype, outputs
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

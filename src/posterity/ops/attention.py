@@ -126,7 +126,7 @@ class OutputTape:
 class _Options(Scoring):
     horizon: Callable[[], tuple[Rule, Rule]]
     observe: Callable[[Backward], None] | None
-    tape: OutputTape | None
+    tape: OutputTape | None = None
 
 
 def _full_horizon() -> tuple[Rule, Rule]:
