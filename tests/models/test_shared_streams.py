@@ -69,6 +69,16 @@ def test_weights_of_a_shared_key_get_the_gradient_of_all_its_readers(model):
         module = by_module.sel(parameter=f"model.layers.{layer}.self_attn.k_proj").expand_dims("layer")
         assert float(squares(module)[0]) == pytest.approx(whole, rel=1e-10)
     assert key[2:].isnan().all()  # these layers have no W_K
+    pooled = posterity.stats.weight_shares(result).share.sel(stream="key")
+    terms = result.weight_by_document.sel(stream="key", document=0, layer=[0, 1])
+    own = (terms.sel(term="self") + terms.sel(term="inner")).sum()
+    assert float(pooled) == pytest.approx(float(own / key[:2].sum().item()))
+
+
+def test_the_table_says_which_layers_borrow(model, capsys):
+    posterity.summary(posterity.measure(model, None, IDS, context=20, progress=False))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "No weights of their own: W_K in 2, W_V in 2 of 4 layers, which borrow from an earlier one." in words
 
 
 def test_self_edges_of_readers_are_self_edges_of_the_weights(model):

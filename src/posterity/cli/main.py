@@ -65,7 +65,8 @@ def measure_command(
     pack: Annotated[
         bool | None,
         typer.Option(
-            "--pack", help="Measure documents shorter than a window too: several in one, unseen by each other."
+            "--pack",
+            help="Measure short documents too, several in one window, unseen by each other; tails are left out.",
         ),
     ] = None,
     lags: Annotated[

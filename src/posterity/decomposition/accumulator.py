@@ -64,7 +64,7 @@ class Accumulator:
         """Return all sums and rows on the CPU, under the names that a state file gives them."""
         total = {_name(key): x for key, x in self.total.items()}
         total |= {_weight_name(key): x for key, x in self.weight_total.items()}
-        rows = {f"rows:{_name(key)}": torch.stack([x.cpu() for x in rows]) for key, rows in self.rows.items() if rows}
+        rows = {f"rows:{_name(key)}": stack_rows(rows) for key, rows in self.rows.items() if rows}
         return {f"total:{name}": x.cpu().contiguous() for name, x in total.items()} | rows
 
     @classmethod
@@ -81,6 +81,14 @@ class Accumulator:
             else:
                 sums.total[_key(name)] = x
         return sums
+
+
+def stack_rows(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows on the CPU; the last dimension of shorter documents is filled up with zeros."""
+    if len({x.shape for x in rows}) > 1:
+        length = max(x.shape[-1] for x in rows)
+        rows = [torch.nn.functional.pad(x, (0, length - x.shape[-1])) for x in rows]
+    return torch.stack([x.cpu() for x in rows])
 
 
 def stack_layers(layers: Sequence[Tensor], head: int) -> Tensor:

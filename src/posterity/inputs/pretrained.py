@@ -66,7 +66,7 @@ def load_tokenizer(path: str, name: str, **options: Any) -> Any:
         if "trust_remote_code" in str(error):
             raise
         raise InputError(
-            f"expected a tokenizer with {name}; loading it gives: {first_line(error)}: "
+            f"expected a tokenizer with {name}; loading it gives: {first_line(error).removesuffix(' from one of:')}: "
             "put tokenizer.json beside the weights"
         ) from error
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from posterity.decomposition.accumulator import Accumulator
+from posterity.decomposition.accumulator import Accumulator, stack_rows
 from posterity.errors import InputError, first_line
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class Processes:
         """Add up the sums of all processes on rank 0; rows stand there in the order of the ranks."""
         if self.count == 1:
             return
-        rows_by_rank = self.all_gather({key: torch.stack([x.cpu() for x in rows]) for key, rows in sums.rows.items()})
+        rows_by_rank = self.all_gather({key: stack_rows(rows) for key, rows in sums.rows.items()})
         self._reduce(sums.total)
         self._reduce(sums.weight_total)
         sums.rows = {}

@@ -134,7 +134,7 @@ def measure(
             ledger.split_losses(losses, horizons, parameters)
         head = LMHead.probe(model)
         if any(window.lengths for window in windows):
-            refuse_shared_rows(inner, head, context)
+            refuse_shared_rows(inner, head, context, ledger.watch.other_paths)
         if show_progress and not sharded:  # its trial passes are of one process
             longest = max(windows, key=lambda window: window.size)
             _print_estimate(inner, longest, len(remaining), batch, head, ledger, checkpoint)

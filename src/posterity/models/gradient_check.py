@@ -62,7 +62,7 @@ class _Call:
 
 
 def find_wrong_gradients(model: PreTrainedModel, rows: Sequence[Tensor]) -> tuple[str, ...]:
-    """Return the innermost modules whose gradient disagrees with finite differences, "Class (name): off by 50 %".
+    """Return the innermost modules whose gradient disagrees with finite differences, "Class (name), off by 50 %".
 
     Modules of torch itself are tried as parts of others only. Kinds that cannot be run by themselves, and forward
     passes that are no smooth function (of rounded numbers), are left out.
@@ -80,15 +80,15 @@ def find_wrong_gradients(model: PreTrainedModel, rows: Sequence[Tensor]) -> tupl
             names = list(errors)
     innermost = [name for name in errors if not any(inside.startswith(f"{name}.") for inside in errors)]
     return tuple(
-        f"{type(model.get_submodule(name)).__name__} ({name}): off by {100 * errors[name]:.2g} %" for name in innermost
+        f"{type(model.get_submodule(name)).__name__} ({name}), off by {100 * errors[name]:.2g} %" for name in innermost
     )
 
 
 def describe_wrong_gradients(names: Sequence[str]) -> str:
     """Say in one line that these modules were found."""
     return (
-        f"the backward pass of {', '.join(names)} is not the derivative of its forward pass: every gradient behind it "
-        "is the kernel's own (run the model without that kernel, or know why)"
+        f"the backward pass is not the derivative of the forward pass in {', '.join(names)}: every gradient behind it "
+        "is affected (run the model without that kernel, or know why)"
     )
 
 
@@ -180,20 +180,21 @@ class _Slopes:
     def error(self, precise: bool = True) -> float:
         """Return the error of the gradient along the next direction; 0 where it is not smooth enough to tell.
 
-        `precise`: by differences over two distances, so that roughness is seen and errors of second order cancel.
+        `precise`: by differences over three distances, so that kinks are seen and errors of second order cancel.
         """
         direction = [_random(x[:ROWS], self.generator) * x[:ROWS].square().mean().sqrt() for x in self.point]
         step = STEPS.get(self.dtype, STEP_HALF_PRECISION)
-        fine = coarse = self._slope(direction, step)
+        fine = coarse = narrow = self._slope(direction, step)
         if precise:
-            coarse = self._slope(direction, 2 * step)
+            coarse, narrow = self._slope(direction, 2 * step), self._slope(direction, step / 16)
         slope = (4 * fine - coarse) / 3  # Richardson
         grads = [grad[:ROWS] for grad in self.grads]
         # What a sum of as many terms of random signs is like: an error in any of them counts by its size.
         terms = [(v * grad.double()).square().sum().cpu() for v, grad in zip(direction, grads, strict=True)]
         size = torch.maximum(torch.stack(terms).sum().sqrt(), slope.abs()).clamp(min=1e-300)
         error = (_inner(grads, direction) - slope).abs()
-        return (error / size).item() if error > 10 * (fine - coarse).abs() else 0.0
+        roughness = torch.maximum((fine - coarse).abs(), (fine - narrow).abs())
+        return (error / size).item() if error > 10 * roughness else 0.0
 
     def _slope(self, direction: Sequence[Tensor], step: float) -> Tensor:
         return (self._value(direction, step) - self._value(direction, -step)) / (2 * step)

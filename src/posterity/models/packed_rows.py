@@ -4,6 +4,8 @@ transformers tells packed documents apart by positions that start again, in mode
 without a cache and without a padding mask. Nothing is believed: a row of two documents runs beside each of them alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,9 +15,17 @@ from posterity.models.chunked_loss import LMHead
 from posterity.models.language_model import input_device, rounding
 
 
-def refuse_shared_rows(model: PreTrainedModel, head: LMHead, context: int) -> None:
-    """Raise InputError unless each of two random documents in a row of `context` tokens is what it is alone."""
+def refuse_shared_rows(model: PreTrainedModel, head: LMHead, context: int, other_paths: Sequence[str]) -> None:
+    """Raise InputError unless each of two random documents in a row of `context` tokens is what it is alone.
+
+    `other_paths`: modules beside attention that mix positions; a weak one may be lost in the rounding of the trial.
+    """
     advice = "measure without packing (pack=False; leave --pack out)"
+    if other_paths:
+        raise InputError(
+            "expected a model in which only attention mixes positions, for packed documents; here "
+            f"{', '.join(other_paths)} does too, across documents: {advice}"
+        )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, context), generator=generator)
     length = max(1, min(4, context // 2), context // 8)  # the second document is long: it crosses the bounds of chunks

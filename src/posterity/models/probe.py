@@ -29,6 +29,7 @@ from posterity.models.watch import Layer, Watch
 from posterity.models.weight_layout import is_sharded, refuse_layout, reshard
 
 _PROBE_TOKENS = 16
+_GRADIENT_ROWS = 3  # texts on which a gradient must disagree with finite differences
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _probe(model: PreTrainedModel) -> Check:
     wrong_gradients = ()
     if not is_sharded(model):  # else a module by itself has not the whole of its weights
         with switch_attention(model, name):
-            wrong_gradients = find_wrong_gradients(model, (ids, ids.flip(1), other_first.roll(3, 1)))
+            wrong_gradients = find_wrong_gradients(model, _random_rows(model, _GRADIENT_ROWS))
     entries, uncut_paths = _calls_per_entry(recorder), other_paths
     if other_paths:
         watch = Watch(model, layers, other_paths, entries)
@@ -108,6 +109,19 @@ def _probe(model: PreTrainedModel) -> Check:
             uncut_paths = () if horizons_hold(watch, ids) else other_paths
     reason = _describe(len(layers), name, other_paths, uncut_paths, wrong_gradients)
     return Check(True, reason, layers, other_paths, uncut_paths, name, entries, right_only, wrong_gradients)
+
+
+def _random_rows(model: PreTrainedModel, count: int) -> list[Tensor]:
+    """Return texts of random tokens, (1, position); no padding token, whose zero embedding is a kink of norms."""
+    embeddings = model.get_input_embeddings()
+    padding = getattr(embeddings, "padding_idx", None)
+    if padding is None:
+        padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = torch.randint(vocabulary - 1, (count, _PROBE_TOKENS), generator=torch.Generator().manual_seed(1))
+    if isinstance(padding, int):
+        rows = rows + (rows >= padding)
+    return list(rows.to(input_device(model)).split(1))
 
 
 def _plain_logits(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:

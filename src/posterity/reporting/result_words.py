@@ -106,6 +106,21 @@ def _adapter_words(result: xr.Dataset) -> str:
     )
 
 
+def _borrowing_layers(result: xr.Dataset) -> str:
+    """Return one sentence on layers without weights of their own for a stream; "" if there are none."""
+    if "weight_mean" not in result:
+        return ""
+    missing = result.weight_mean.isnull().all("term")
+    counts = {stream: int(missing.sel(stream=stream).sum()) for stream in STREAMS}
+    weights = [f"W_{stream[0].upper()} in {count}" for stream, count in counts.items() if count]
+    if not weights:
+        return ""
+    return (
+        f"No weights of their own: {', '.join(weights)} of {result.sizes['layer']} layers, which borrow from an "
+        "earlier one. Its row has what they send; their credit can be negative, as a part of a shared gradient."
+    )
+
+
 def reading_notes(result: xr.Dataset) -> list[str]:
     """Return what a reader must know to judge the table, and warnings."""
     windows = result.sizes["document"]
@@ -125,6 +140,8 @@ def reading_notes(result: xr.Dataset) -> list[str]:
         notes.append(f"{unknown} of {layers} layers x streams have no share: credit zero or not known.")
     if left_out := portable_value(result.attrs.get("weights_left_out")):
         notes.append(f"Gradients of weights that are not split: {left_out}.")
+    elif borrowing := _borrowing_layers(result):
+        notes.append(borrowing)
     if "adapter_mean" in result:
         notes.append(_adapter_words(result))
     imbalance = float(stats.balance(result).max())
@@ -132,7 +149,7 @@ def reading_notes(result: xr.Dataset) -> list[str]:
         notes.append(f"Warning: the accounts of the credit disagree by up to {imbalance:.1g} of a layer's credit.")
     if wrong := portable_value(result.attrs.get("wrong_gradients")):
         notes.append(
-            f"Warning: the backward pass of {wrong} is not the derivative of its forward pass: every gradient behind "
-            "it is that of this kernel."
+            f"Warning: the backward pass is not the derivative of the forward pass in {wrong}: every gradient behind "
+            "it is affected."
         )
     return notes

@@ -214,12 +214,17 @@ def weight_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
         self part, the other part and the whole; unbiased, 1 if all windows agree, about 0 if none do, NaN for one
         window; units 1, dims (*by, stream, part).
 
+        A layer without weights of its own for a stream, as one that borrows keys, is NaN, and counts nothing when
+        layers are pooled.
+
     Raises:
         InputError: The result has no gradients of the weights.
     """
-    single, mean = (
-        sum_over_heads(result, required_variable(result, name), by) for name in ("weight_by_document", "weight_mean")
-    )
+    arrays = [required_variable(result, name) for name in ("weight_by_document", "weight_mean")]
+    if "layer" not in by:
+        missing = arrays[1].isnull().all("term")
+        arrays = [array.where(~missing | missing.all("layer"), 0.0) for array in arrays]
+    single, mean = (sum_over_heads(result, array, by) for array in arrays)
     return _gradient_shares(single, mean)
 
 
