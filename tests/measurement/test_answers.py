@@ -105,7 +105,13 @@ def test_the_table_says_that_the_loss_is_on_answers_and_a_mixture_says_so(capsys
     model = tiny("llama", num_hidden_layers=1, vocab_size=len(TOKENIZER))
     result = posterity.measure(model, TOKENIZER, ROWS, context=CONTEXT, lags="self", progress=False)
     posterity.summary(result)
-    assert "loss on the answers only" in " ".join(capsys.readouterr().out.split())
+    losses = f"loss on the answers only ({int(result.tokens.sum()):,} losses)"
+    assert losses in " ".join(capsys.readouterr().out.split())
+    rows = [{"text": WORDS}], [WORDS]
+    first, second = (
+        posterity.measure(model, TOKENIZER, row, context=CONTEXT, lags="self", progress=False) for row in rows
+    )
+    assert first.attrs["text_digest"] == second.attrs["text_digest"]
     result = posterity.measure(model, TOKENIZER, [*ROWS, WORDS], context=CONTEXT, lags="self", progress=False)
     assert result.attrs["loss_on"] == "the answers only, in conversations; every token of the other texts"
     assert int(result.tokens[-1]) == CONTEXT - 1

@@ -32,6 +32,7 @@ def test_a_rotary_model_is_measured_beyond_its_config_and_this_is_logged(kind, c
     with caplog.at_level(logging.WARNING, "posterity"):
         result = posterity.measure(tiny(name, **changes), None, ids, context=100, progress=False)
     assert "a context of 100 tokens is beyond the 64 of the model's config" in caplog.text
+    assert result.attrs["context_of_config"] == 64
     model = tiny(name, **changes)
     with spy_on(model) as spy:
         loss = summed_loss(model, ids)

@@ -37,7 +37,7 @@ def default_text() -> tuple[str, str]:
 def name_documents(documents: Any) -> Iterator[tuple[str, Any]]:
     """Yield `(name, document)` for every document; one without a name is `document N`, a single text is `text`.
 
-    A row of a data set with the fields of a conversation becomes one.
+    A row of a data set gives its field `text`, or with the fields of a conversation that.
     """
     if isinstance(documents, str | TextStream):
         documents = [("text", documents)]
@@ -58,8 +58,15 @@ def name_documents(documents: Any) -> Iterator[tuple[str, Any]]:
         name, document = f"document {number}", item
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
             name, document = item
-        conversation = find_conversation(document, name) if isinstance(document, Mapping) else None
-        yield name, document if conversation is None else conversation
+        yield name, _row_document(document, name) if isinstance(document, Mapping) else document
+
+
+def _row_document(row: Mapping[str, Any], name: str) -> Any:
+    """Return the text of a row of a data set, or its conversation; the row itself where it has neither."""
+    if isinstance(text := row.get("text"), str):
+        return text
+    conversation = find_conversation(row, name)
+    return row if conversation is None else conversation
 
 
 def _is_token_id(value: Any) -> bool:

@@ -25,7 +25,7 @@ from posterity.measurement.window_batch import WindowBatch, equal_lengths
 from posterity.models.checkpointing import checkpoint_layers
 from posterity.models.chunked_loss import ChunkedLoss, LMHead
 from posterity.models.context_length import check_context
-from posterity.models.language_model import freeze_parameters, language_model, seed_rng
+from posterity.models.language_model import freeze_parameters, language_model, max_tokens, seed_rng
 from posterity.models.packed_rows import refuse_shared_rows
 from posterity.models.weight_layout import is_first_process, is_sharded
 from posterity.progress import progress_bar
@@ -149,7 +149,9 @@ def measure(
                 advance(len(numbers), sum(windows[number].size for number in numbers))
         run_state.finish(ledger.sums)
         texts = [window.text for window in windows]
-        run_attrs = _run_attrs(windows, settings, run_state) | corpus.coverage.attrs() | dict(attrs or {})
+        limit = max_tokens(inner)
+        beyond = {"context_of_config": limit} if context > limit else {}
+        run_attrs = _run_attrs(windows, settings, run_state) | beyond | corpus.coverage.attrs() | dict(attrs or {})
         return processes.broadcast(lambda: ledger.result(texts, **run_attrs))
 
 

@@ -21,7 +21,8 @@ def heading(result: xr.Dataset) -> tuple[str, ...]:
     model = (attrs.get("architecture"), parameters, attrs.get("dtype"), step)
     most = "at most " if attrs.get("packed") else ""
     amount = f"{windows} window{'s' * (windows != 1)} of {most}{attrs.get('context') or context} tokens"
-    answers = f"loss on {attrs['loss_on']}" if attrs.get("loss_on") else ""
+    losses = int(result.tokens.sum())
+    answers = f"loss on {attrs['loss_on']} ({losses:,} losses)" if attrs.get("loss_on") else ""
     packed = f"packed: {attrs['packed']}" if attrs.get("packed") else ""
     text = (text_name(result), amount, f"loss {mean_loss(result)}", answers, packed)
     left_out = (left_out_text({str(name): portable_value(value) for name, value in result.attrs.items()}),)
@@ -126,6 +127,8 @@ def reading_notes(result: xr.Dataset) -> list[str]:
     windows = result.sizes["document"]
     several, single = f"± is one standard error over {windows} windows.", "One window: there are no standard errors."
     notes = [several if windows > 1 else single]
+    if limit := portable_value(result.attrs.get("context_of_config")):
+        notes.append(f"The context is beyond the {limit} tokens of the model's config: the model may read it badly.")
     left_out = str(portable_value(result.attrs.get("left_out_passes")))
     if left_out.isdecimal() and int(left_out):
         notes.append(f"Left out: {left_out} backward passes with gradients that are not finite.")
