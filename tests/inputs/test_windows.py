@@ -222,7 +222,7 @@ def test_names_of_documents_are_kept():
         (3, "got int"),
         (None, "got NoneType"),
         ({"input_ids": [1, 2]}, "fields input_ids"),
-        ([{"text": "a", "label": 1}], "fields text, label"),
+        ([{"body": "a", "label": 1}], "fields body, label"),
         ([], "got none"),
         ([None], "document 0: expected text or token ids; got NoneType"),
         ([1.5, 2.5], "whole numbers"),
