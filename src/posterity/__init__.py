@@ -94,6 +94,9 @@ def __getattr__(name: str) -> Any:
     home = f"{__name__}.{_HOME[name]}"
     value = import_module(f"{home}.stats") if name == "stats" else getattr(import_module(home), name)
     globals()[name] = value
+    if not _HOME[name].startswith(("errors", "ops.")):
+        # nnsight gives every object a method `save`, which would hide this name until it is bound.
+        globals()["save"] = import_module(f"{__name__}.results.files").save
     return value
 
 

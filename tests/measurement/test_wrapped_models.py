@@ -80,7 +80,7 @@ def test_a_model_that_sees_images_balances_at_text_and_image_tokens():
     assert not torch.allclose(credits(ledger.result()), credits(result), rtol=1e-3)
 
 
-def test_a_trace_of_nnsight_inside_a_ledger_changes_nothing():
+def test_a_trace_of_nnsight_inside_a_ledger_changes_nothing(tmp_path):
     model, ids = tiny("llama"), tokens(1)
     with posterity.account(model) as ledger:
         model(input_ids=ids, labels=ids).loss.backward()
@@ -92,6 +92,7 @@ def test_a_trace_of_nnsight_inside_a_ledger_changes_nothing():
             output = traced.output.save()
         output.loss.backward()
     torch.testing.assert_close(credits(ledger.result()), credits(plain))
+    assert posterity.save(plain, tmp_path / "run.nc") == tmp_path / "run.nc"  # nnsight gives every object a `save`
     assert (hidden[0] if isinstance(hidden, tuple) else hidden).shape[-1] == 24
 
 
