@@ -9,6 +9,7 @@ it knows no float64, or is large).
 import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class _Call:
     structure: Any  # of args and kwargs
     differentiable: list[bool]
 
-    @property
+    @cached_property  # asked for in every run
     def parameters(self) -> dict[str, Tensor]:
         """Its parameters that have gradients; packed ones do not."""
         parts = self.module.named_parameters()

@@ -45,7 +45,7 @@ class Recomputation:
 
         args, kwargs = self._inputs(select)
         leaves = _Leaves(find_projections(self.module))
-        if not leaves.found.parameters:
+        if not leaves.weights.parameters:
             return Projections((back.query[document, None], back.key[document, None], back.value[document, None]), [])
         if any(isinstance(x, DTensor) for x in self.module.parameters()):
             raise InputError(
@@ -111,17 +111,17 @@ class Recomputation:
 class _Leaves:
     """What stands for the weights of one attention module in a recomputation, to be differentiated by."""
 
-    def __init__(self, found: ProjectionSet):
+    def __init__(self, weights: ProjectionSet):
         """Make a leaf for each parameter that is not packed.
 
         Raises:
             InputError: A parameter of an adapter is elsewhere until it is used.
         """
-        if any(x.is_meta for x in found.adapters.values()):
+        if any(x.is_meta for x in weights.adapters.values()):
             raise InputError(f"expected adapters in memory; these are offloaded: load the model whole, or {_WITHOUT}")
-        self.found = found
-        self.dense = {name: weight.detach().requires_grad_() for name, weight in found.dense.items()}
-        self.adapters = {name: weight.detach().requires_grad_() for name, weight in found.adapters.items()}
+        self.weights = weights
+        self.dense = {name: weight.detach().requires_grad_() for name, weight in weights.dense.items()}
+        self.adapters = {name: weight.detach().requires_grad_() for name, weight in weights.adapters.items()}
         self.by_name = {f"module.{name}": leaf for name, leaf in (self.dense | self.adapters).items()}
         self.beside: dict[nn.Module, tuple[Tensor, ...]] = {}  # a zero matrix, perhaps a bias
         self.packed: dict[nn.Module, Tensor] = {}  # a zero
@@ -130,8 +130,8 @@ class _Leaves:
     def insert(self) -> Iterator[None]:
         """Within the block, add zeros to the outputs of the modules whose own weights are no leaves."""
         hooks = [
-            *(module.register_forward_hook(self._add_matrix) for module in self.found.replaceable),
-            *(module.register_forward_hook(self._add_zero) for module in self.found.packed),
+            *(module.register_forward_hook(self._add_matrix) for module in self.weights.replaceable),
+            *(module.register_forward_hook(self._add_zero) for module in self.weights.packed),
         ]
         try:
             yield
@@ -141,12 +141,12 @@ class _Leaves:
 
     def projections(self, streams: tuple[Tensor, Tensor, Tensor]) -> Projections:
         """Return the leaves with the streams that were computed from them."""
-        matrices = [leaf for module in self.found.replaceable for leaf in self.beside.get(module, ())]
-        adapters = list(zip(self.found.adapters.values(), self.adapters.values(), strict=True))
+        matrices = [leaf for module in self.weights.replaceable for leaf in self.beside.get(module, ())]
+        adapters = list(zip(self.weights.adapters.values(), self.adapters.values(), strict=True))
         return Projections(streams, [*self.dense.values(), *matrices], adapters, list(self.packed.values()))
 
     def _add_matrix(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        base = self.found.replaceable[module]
+        base = self.weights.replaceable[module]
         if module not in self.beside:
             self.beside[module] = zero_leaves(args[0], base)
         return output + add_zero_matrix(args[0], base, self.beside[module]).to(output.dtype)
