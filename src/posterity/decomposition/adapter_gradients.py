@@ -41,7 +41,10 @@ class AdapterSplit:
         ]  # fmt: skip
 
     def finish_pass(self) -> None:
-        """Make the rows of the backward pass that is over."""
+        """Make the rows of the backward pass that is over; none in a model without adapters."""
+        if not (any(self._documents) or self._names()):
+            self.clear()
+            return
         names = {id(x): name for name, x in self.model.named_parameters()}
         layer = next(iter(self._layers), "")
         before = self.sums.count((layer, "weight_by_document")) - len(self._documents)
@@ -78,9 +81,9 @@ class AdapterSplit:
 
     def names(self) -> list[str]:
         """Return the names of the parameters with a gradient, in the order of the model."""
-        known = set(self._names())
-        order = [name for name, _ in self.model.named_parameters() if name in known]
-        return [*order, *sorted(known - set(order))]
+        names = set(self._names())
+        order = [name for name, _ in self.model.named_parameters() if name in names]
+        return [*order, *sorted(names - set(order))]
 
     def _names(self) -> list[str]:
         return [name for name, variable in self.sums.rows if variable == ROW and name is not None]

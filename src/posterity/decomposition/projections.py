@@ -119,5 +119,5 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _add_new(names: dict[str, Tensor], prefix: str, parameters: Mapping[str, Tensor]) -> None:
     """Add parameters under their full names, those that have no name yet."""
-    known = {id(x) for x in names.values()}
-    names |= {f"{prefix}.{name}".lstrip("."): x for name, x in parameters.items() if id(x) not in known}
+    named = {id(x) for x in names.values()}
+    names |= {f"{prefix}.{name}".lstrip("."): x for name, x in parameters.items() if id(x) not in named}

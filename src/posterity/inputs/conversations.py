@@ -63,14 +63,14 @@ def answer_tokens(document: Conversation | Completion, tokenizer: Any, place: st
         InputError: There is no template, it fails, or it renders a beginning in another way than the whole.
     """
     if isinstance(document, Completion):
-        begin, whole = (
+        begin, tokens = (
             encode_text(tokenizer, text) for text in (document.prompt, document.prompt + document.completion)
         )
-        return whole, _mark_answers(whole, [(begin, whole)], place, "the prompt's tokens")
+        return tokens, _mark_answers(tokens, [(begin, tokens)], place, "the prompt's tokens")
     chat = _Chat(document, tokenizer, place)
     if document.prompt is None and chat.marks_answers:
         return chat.marked_tokens()
-    whole, spans = chat.tokens(len(document.messages)), []
+    tokens, spans = chat.tokens(len(document.messages)), []
     for first, stop in _answers(document):
         if first == 0:
             raise InputError(
@@ -78,8 +78,8 @@ def answer_tokens(document: Conversation | Completion, tokenizer: Any, place: st
                 "by {% generation %}: leave that answer out"
             )
         begin = chat.tokens(first, answer_follows=document.messages[first].get("role") == "assistant")
-        spans.append((begin, chat.tokens(stop) if stop < len(document.messages) else whole))
-    return whole, _mark_answers(whole, spans, place, "the beginning of the conversation, by the chat template,")
+        spans.append((begin, chat.tokens(stop) if stop < len(document.messages) else tokens))
+    return tokens, _mark_answers(tokens, spans, place, "the beginning of the conversation, by the chat template,")
 
 
 def _answers(conversation: Conversation) -> list[tuple[int, int]]:
@@ -90,11 +90,11 @@ def _answers(conversation: Conversation) -> list[tuple[int, int]]:
     return [(number, number + 1) for number, role in enumerate(roles) if role == "assistant"]
 
 
-def _mark_answers(whole: list[int], spans: Sequence[tuple[list[int], list[int]]], place: str, what: str) -> list[bool]:
+def _mark_answers(tokens: list[int], spans: Sequence[tuple[list[int], list[int]]], place: str, what: str) -> list[bool]:
     """Mark the tokens between two beginnings of the whole."""
-    answers = [False] * len(whole)
+    answers = [False] * len(tokens)
     for begin, end in spans:
-        if whole[: len(begin)] != begin or whole[: len(end)] != end:
+        if tokens[: len(begin)] != begin or tokens[: len(end)] != end:
             raise InputError(
                 f"{place}: expected {what} to begin the tokens of the whole, to tell the answer's; they differ: "
                 "use a chat template with {% generation %}, or --field for a text"
