@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.loss_oracles import exact
 from support.tiny import tiny, tokens
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -87,6 +88,15 @@ def test_a_hook_that_changes_gradients_is_seen_at_the_layer_around_it():
     model = tiny("llama")
     model.model.layers[2].mlp.down_proj.register_full_backward_hook(lambda module, ins, outs: (2 * ins[0],))
     assert any("model.layers.2.mlp.down_proj" in name for name in check(model).wrong_gradients)
+
+
+def test_a_module_that_needs_what_another_left_behind_is_left_out():
+    model, left = exact("llama"), {}
+    first, last = model.model.layers[0].mlp, model.model.layers[-1].mlp
+    first.register_forward_hook(lambda module, args, output: left.update(first=output))
+    last.register_forward_hook(lambda module, args, output: output + left.pop("first"))
+    result = check(model)
+    assert result.ok and result.wrong_gradients == ()
 
 
 def test_a_wrong_gradient_stands_in_result_and_summary(monkeypatch, capsys):

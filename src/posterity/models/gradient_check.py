@@ -29,6 +29,10 @@ STEP_HALF_PRECISION = 1e-1
 RESOLUTION = 1e-3
 
 
+class _ModuleError(Exception):
+    """A module fails when it is run by itself: it may need what another one left behind, or know no float64."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Call:
     """A module and the input that it got; `differentiable`: which of its tensors carry a gradient."""
@@ -45,15 +49,22 @@ class _Call:
         return {name: x for name, x in parts if x.is_floating_point() and type(x) in (Tensor, nn.Parameter)}
 
     def run(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Return the outputs for other inputs and parameters, in the order of `start`."""
+        """Return the outputs for other inputs and parameters, in the order of `start`.
+
+        Raises:
+            _ModuleError: The module's own code fails.
+        """
         values = iter(tensors)
         inputs = [next(values) if flag else x for x, flag in zip(self.inputs, self.differentiable, strict=True)]
         parameters = dict(zip(self.parameters, values, strict=True))
         if dtype is not None:
             inputs = [_cast(x, dtype) for x in inputs]
             parameters |= {name: _cast(x, dtype) for name, x in self.module.named_buffers()}
-        args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in inputs], self.structure)
-        output = torch.func.functional_call(self.module, parameters, args, kwargs)
+        try:
+            args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in inputs], self.structure)
+            output = torch.func.functional_call(self.module, parameters, args, kwargs)
+        except Exception as error:  # whatever it is
+            raise _ModuleError from error
         return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor) and x.is_floating_point()]
 
     def start(self) -> list[Tensor]:
@@ -76,7 +87,10 @@ def find_wrong_gradients(model: PreTrainedModel, rows: Sequence[Tensor]) -> tupl
     names, errors = _one_of_each_kind(model), {}
     with torch.enable_grad():
         for row in rows:
-            errors = {name: _gradient_error(call) for name, call in _record_calls(model, names, row).items()}
+            errors = {}
+            for name, call in _record_calls(model, names, row).items():
+                with contextlib.suppress(_ModuleError):
+                    errors[name] = _gradient_error(call)
             errors = {name: error for name, error in errors.items() if error > max(RESOLUTION, rounding(model.dtype))}
             names = list(errors)
     innermost = [name for name in errors if not any(inside.startswith(f"{name}.") for inside in errors)]
@@ -146,16 +160,16 @@ def _gradient_error(call: _Call) -> float:
 
     The median over a few random directions: in one of them a router may choose another expert on the way. A first look
     along one direction clears most modules.
+
+    Raises:
+        _ModuleError: The module cannot be run by itself.
     """
-    try:
-        start = call.start()
-        outputs = call.run(start)
-        outputs_have_graph = any(x.requires_grad for x in outputs)
-        if not any(call.differentiable) or not outputs_have_graph or any(not x.dim() for x in start):
-            return 0.0
-        dtype, exact = _widest_run(call, start, outputs)
-    except Exception:  # whatever it is: the module cannot be run by itself
+    start = call.start()
+    outputs = call.run(start)
+    outputs_have_graph = any(x.requires_grad for x in outputs)
+    if not any(call.differentiable) or not outputs_have_graph or any(not x.dim() for x in start):
         return 0.0
+    dtype, exact = _widest_run(call, start, outputs)
     generator = torch.Generator().manual_seed(0)
     weights = [_random(x, generator) * _equal_rows(x, y) for x, y in zip(outputs, exact, strict=True)]
     grads = torch.autograd.grad(_inner(outputs, weights), start, allow_unused=True)
@@ -219,7 +233,7 @@ def _widest_run(
     if sum(x.numel() for x in start) <= LARGEST:
         try:
             wide = call.run(_cast_all(start, torch.float64), torch.float64)
-        except Exception:  # the kernel knows no float64
+        except _ModuleError:
             return outputs[0].dtype, outputs
         if all(x.dtype == torch.float64 for x in wide):
             return torch.float64, wide
