@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs_version
 from support.page_results import HOSTILE
 from support.pages import Reader, data, page, traces
 from support.sample import sample
@@ -118,6 +119,18 @@ def test_the_page_runs_only_its_own_scripts(plain):
     assert len(scripts) == 2
     for script in scripts:
         assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+
+
+def test_the_script_of_plotly_is_its_cartesian_bundle_of_the_version_that_draws_the_figures():
+    """As in npm's plotly.js-cartesian-dist-min; with another version of plotly in constraints.txt, take its bundle."""
+    code = plotly_script()
+    assert f"plotly.js (cartesian - minified) v{get_plotlyjs_version()}" in code[:100]
+    digest = "79542150855a52c567260e3137095dbe2b744e6d702a5cabe67da246942fba7a"
+    assert hashlib.sha256(code.encode()).hexdigest() == digest
+
+
+def test_a_page_is_below_two_megabytes(paid):
+    assert len(page(paid).encode()) < 2e6
 
 
 def test_the_script_of_plotly_is_in_the_page_once(plain):
