@@ -43,7 +43,7 @@ def test_a_cell_of_the_maps_says_its_own_share_and_only_a_weak_one_that_it_is_we
         for panel, stream in ((0, "query"), (2, "value")):
             for layer, head in ((0, 0), (0, 1), (1, 2), (2, 0), (2, 3)):
                 cell = {"layer": layer, "head": head, "stream": stream}
-                for chart in ("map", "reach"):
+                for chart in ("map", "head_horizons"):
                     text = hovered(tab, chart, panel, head, layer)
                     if (layer, head) == (2, 3):
                         assert f"layer {layer}, head {head}" not in text or "no such head" in text

@@ -91,7 +91,7 @@ def test_the_figures_of_the_horizons_hold_the_numbers_of_plain_numpy(paid):
         np.testing.assert_allclose(lines["all layers high"]["y"], model[panel] + error[panel], rtol=1e-5)
         by_layer = [lines["first layer"], lines["scatter"], lines["scatter+"], lines["last layer"]]
         np.testing.assert_allclose([line["y"] for line in by_layer], layers[:, panel], rtol=1e-5)
-        grey, coloured, *covers = traces(text, "reach", panel).values()
+        grey, coloured, *covers = traces(text, "head_horizons", panel).values()
         for layer, head in np.ndindex(4, 3):
             cells = [trace["z"][layer][head] for trace in (grey, coloured, *covers)]
             if (layer, head) == (3, 2):  # the layer has not that head
@@ -166,7 +166,7 @@ def test_pages_show_only_what_was_measured(plain, paid):
     assert "2404.00859" not in page(plain)
     only = {
         "losses": (sample(losses=True), ["loss_parts", "inputs", "loss_positions"]),
-        "horizons": (sample(horizons=(2, 8)), ["horizons", "reach"]),
+        "horizons": (sample(horizons=(2, 8)), ["horizons", "head_horizons"]),
         "parameters": (sample(parameters=["model.layers.0.a"]), ["modules"]),
         "rest": (sample(parameters=["a"]), []),
     }

@@ -16,11 +16,13 @@ from support.sample import sample
 from posterity.axes import STREAMS
 from posterity.errors import InputError
 from posterity.reporting.bins import doublings
-from posterity.reporting.html import escaped_json, plotly_script
+from posterity.reporting.head_maps import stretch
+from posterity.reporting.html import escaped_json, packed_plotly, plotly_script
 from posterity.reporting.report import report
 from posterity.reporting.result_group import result_names
 from posterity.results import stats
 from posterity.results.files import load, save
+from posterity.results.formatting import percent
 
 
 def test_names_of_every_kind_show_as_text(hostile):
@@ -37,7 +39,7 @@ def test_the_data_of_the_page_is_json_that_no_parser_mistakes_for_markup(hostile
     assert not re.search("[<>&\u2028\u2029]", Reader(text).json)
     names = [name for name in traces(text, "layers") if not name.endswith((" low", " high"))]
     assert names == ["counting edges alone", HOSTILE.replace("\u2028", " ")[:39] + "…", "tiny/sample"]
-    assert set(data(text)) == {"template", "dark", "figures", "inspected_texts"}
+    assert set(data(text)) == {"template", "dark", "figures", "inspected_texts", "heads", "streams"}
 
 
 def test_the_figures_of_layers_and_lags_hold_the_shares_and_their_errors(plain):
@@ -76,14 +78,18 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
     text, shares = page(plain), stats.shares(plain, ("layer", "head")).sel(side="self")
     for panel, stream in enumerate(STREAMS):
         grey, coloured = traces(text, "map", panel).values()
+        assert (grey["hoverinfo"], coloured["hoverongaps"]) == ("skip", True)
         weak = stats.weak_heads(plain).sel(stream=stream).values
         share = shares.share.sel(stream=stream).values
-        np.testing.assert_allclose(np.array(coloured["z"], dtype=float), np.where(weak, np.nan, share), rtol=1e-5)
+        np.testing.assert_allclose(
+            np.array(coloured["z"], dtype=float), np.where(weak, np.nan, stretch(share)), rtol=1e-5
+        )
         np.testing.assert_array_equal(np.array(grey["z"], dtype=float) == 1, weak)
-        for trace, mask in ((grey, weak), (coloured, ~weak)):
-            assert [[cell is not None for cell in row] for row in trace["customdata"]] == mask.tolist()
-        words = next(cell for row in coloured["customdata"] for cell in row if cell)
-        assert re.fullmatch(r"-?\d+\.\d ± \d+\.\d %", words[0])
+        errors = shares.error.sel(stream=stream).values
+        for layer, head in np.ndindex(weak.shape):
+            words, _, note = coloured["customdata"][layer][head]
+            assert words == percent(share[layer, head], errors[layer, head])
+            assert ("too small or too uncertain" in note) == weak[layer, head]
 
 
 def test_a_page_does_not_take_the_place_of_its_result(tmp_path, plain):
@@ -102,12 +108,14 @@ def test_escaped_json_means_the_same():
 
 
 def test_the_page_names_no_other_computer(plain):
-    text = page(plain, sample(seed=1)).replace(plotly_script(), "")
+    text = page(plain, sample(seed=1)).replace(packed_plotly(), "")
     assert len(text) < 300_000
     assert not re.findall(r"(?:https?:)?//\w", re.sub(r"(?m)//\s.*$", "", text))
     assert not re.findall(r"@import|url\(|<link|<base|\bfetch\(|XMLHttp", text)
     assert not any({"src", "href", "action"} & set(attrs) - {"href"} for _, attrs in Reader(text).tags)
-    assert {attrs["href"] for _, attrs in Reader(text).tags if "href" in attrs} == {"#charts"}
+    links = {attrs["href"] for _, attrs in Reader(text).tags if "href" in attrs}
+    anchors = {f"#{attrs['id']}" for _, attrs in Reader(text).tags if "id" in attrs}
+    assert {"#charts", "#lags", "#map", "#how"} <= links <= anchors
 
 
 def test_the_page_runs_only_its_own_scripts(plain):
@@ -115,9 +123,9 @@ def test_the_page_runs_only_its_own_scripts(plain):
     policy = next(attrs["content"] for tag, attrs in read.tags if attrs.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe-inline" not in policy.split("style-src")[0]
-    scripts = [script for script in read.scripts if script != read.json]
-    assert len(scripts) == 2
-    for script in scripts:
+    kinds = [attrs.get("type") for tag, attrs in read.tags if tag == "script"]
+    assert kinds == ["application/json", "application/gzip", None, None, None]
+    for script in (plotly_script(), *read.scripts[2:]):
         assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
 
 
@@ -134,7 +142,7 @@ def test_a_page_is_below_two_megabytes(paid):
 
 
 def test_the_script_of_plotly_is_in_the_page_once(plain):
-    assert page(plain, plain, plain).count(plotly_script()) == 1
+    assert page(plain, plain, plain).count(packed_plotly()) == 1
 
 
 def test_numbers_that_are_not_known_do_not_stop_the_page(plain):
@@ -146,7 +154,7 @@ def test_numbers_that_are_not_known_do_not_stop_the_page(plain):
     assert traces(page(broken), "layers", 1)["self share"]["y"][0] is None
     smallest = sample(layers=1, heads=1, context=1, documents=1, lags="all", with_weights=False)
     for result in (broken, smallest, sample(lags="self", with_weights=False, missing_heads=2)):
-        text = page(result).replace(plotly_script(), "")
+        text = page(result).replace(packed_plotly(), "")
         assert not re.search(r"\bnan\b|NaN|Infinity", text.split("<script>")[0])
         assert "undefined" not in text.split("<script>")[0]
 

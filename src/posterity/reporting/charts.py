@@ -9,6 +9,7 @@ from posterity.reporting.credit_charts import (
     draw_positions,
     draw_weights,
 )
+from posterity.reporting.head_details import draw_head
 from posterity.reporting.head_maps import draw_head_horizons, draw_heads
 from posterity.reporting.lag_chart import draw_lags
 from posterity.reporting.loss_charts import (
@@ -25,8 +26,9 @@ from posterity.reporting.training_charts import draw_loss_angles, draw_own_share
 Draw = Callable[[ResultGroup], PanelGrid]
 
 CHARTS: dict[str, tuple[str, Draw]] = {
-    "map": ("credit", draw_heads),
     "lags": ("credit", draw_lags),
+    "map": ("credit", draw_heads),
+    "head": ("credit", draw_head),
     "layers": ("credit", draw_layers),
     "positions": ("credit", draw_positions),
     "first": ("credit", draw_first_position),
@@ -37,7 +39,7 @@ CHARTS: dict[str, tuple[str, Draw]] = {
     "loss_positions": ("loss_credit", draw_loss_positions),
     "modules": ("parameter_by_document", draw_modules),
     "horizons": ("horizon_by_document", draw_horizons),
-    "reach": ("horizon_by_document", draw_head_horizons),
+    "head_horizons": ("horizon_by_document", draw_head_horizons),
 }
 TRAINING_CHARTS: dict[str, tuple[str, Draw]] = {  # of results at several steps
     "training": ("credit", draw_self_shares),

@@ -1,5 +1,6 @@
-"""The figure of the credit by lag, in three views: share per doubling of lag + 1, per lag, and added up."""
+"""The figure of the credit by lag, in three views: added up, per doubling of lag + 1, and per lag."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -8,19 +9,21 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from posterity.axes import STREAMS
-from posterity.palette import ATTENTION, COUNT, OTHER, PAPER, SELF
+from posterity.palette import ATTENTION, AXIS, COUNT, OTHER, PAPER, SELF
 from posterity.reporting.bins import bin_middles, bin_names, doublings, single_shares
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.traces import BEHIND, EDGES, band, counting_line, line, log_axis
-from posterity.results.formatting import json_numbers
-from posterity.results.stats import attention_profile, profile
+from posterity.reporting.traces import BEHIND, EDGES, band, counting_line, fine_percent, line, log_axis
+from posterity.results.formatting import json_numbers, percent
+from posterity.results.ratios import sum_over_heads
+from posterity.results.stats import attention_profile, profile, ratio
 
 VIEWS = {  # the y axis of each
+    "sum": {"title": "share up to this lag", "tickformat": ".0%", "type": "linear", "range": [0, 1.05]},
     "doubling": {"title": "share per doubling of lag + 1", "tickformat": ".0%", "type": "linear"},
     "lag": {"title": "share per lag", "tickformat": ".3~p", "type": "log", "dtick": 1},
-    "sum": {"title": "share up to this lag", "tickformat": ".0%", "type": "linear", "range": [0, 1.05]},
 }
+LEVELS = (0.5, 0.9)  # marked where shares are added up
 
 
 def draw_lags(group: ResultGroup) -> PanelGrid:
@@ -34,7 +37,8 @@ def draw_lags(group: ResultGroup) -> PanelGrid:
     for view, axis in VIEWS.items():
         panels = []
         for stream in STREAMS:
-            traces = [
+            traces = [_level(level, last, visible=view == "sum") for level in LEVELS]
+            traces += [
                 trace
                 for lag_profile in profiles
                 for trace in lag_profile.traces(stream, view, same, counting=lag_profile is profiles[0] or not same)
@@ -43,6 +47,15 @@ def draw_lags(group: ResultGroup) -> PanelGrid:
         grids[view] = PanelGrid("How far the credit reaches: share of the gradient by lag", panels, height=300)
     first, *others = VIEWS
     return replace(grids[first], views={view: grids[view] for view in others})
+
+
+def _level(level: float, last: int, visible: bool) -> go.Scatter:
+    """Draw a thin line across the panel, with its number at its left end."""
+    return go.Scatter(
+        x=[1, last + 2], y=[level, level], mode="lines+text", text=[f"{level:.0%}", ""], textposition="top right",
+        textfont={"size": 11, "color": COUNT}, line={"width": 1, "color": AXIS, "dash": "dot"}, hoverinfo="skip",
+        visible=visible, showlegend=False, cliponaxis=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,12 @@ class _LagProfile:
         return profile(self.member.result)
 
     @cached_property
+    def sums(self) -> xr.Dataset:
+        """The share of all lags up to each, with the error of that sum."""
+        credit = sum_over_heads(self.member.result, self.member.result.profile_by_document, ())
+        return ratio(credit.cumsum("lag", skipna=False), credit.sum("lag", skipna=False))
+
+    @cached_property
     def attention(self) -> np.ndarray:
         return attention_profile(self.member.result).values
 
@@ -67,22 +86,29 @@ class _LagProfile:
 
     def traces(self, stream: str, view: str, same: bool, counting: bool) -> list[go.Scatter]:
         """Draw the panel of one stream; `same` if counting gives the same for all results of the page."""
-        group, member, bins = self.group, self.member, self.bins
+        group, member = self.group, self.member
         label, colour = group.label(member, "credit"), group.colour(member, OTHER)
-        share, error = (self.profile[name].sel(stream=stream).values for name in ("share", "error"))
-        densities, errors = (lag_view(values, bins, "doubling") for values in (share, error))
-        traces = band(label, bin_middles(*bins), densities, errors, colour, visible=view == "doubling")
+        share, error = self._credit(stream, view)
+        credit = self._by_lag(share, view, error)
+        traces = band(label, credit["x"], share, error, colour, visible=view != "lag")
         if group.single:
-            traces.append(
-                line("attention", colour=ATTENTION, dash="dot", **BEHIND, **self._by_lag(self.attention, view))
-            )
+            attention = self._by_lag(lag_view(self.attention, self.bins, view), view)
+            traces.append(line("attention", colour=ATTENTION, dash="dot", **BEHIND, **attention))
         if counting:
             name, shade = (EDGES, COUNT) if same else (f"counting, {label}", colour)
-            traces.append(counting_line(name, colour=shade, **self._by_lag(self.profile.counted.values, view)))
-        credit = self._by_lag(share, view)
+            counted = lag_view(self.profile.counted.values, self.bins, view)
+            traces.append(counting_line(name, colour=shade, **self._by_lag(counted, view)))
         traces.append(line(label, colour=colour, **credit))
-        error_bar = errors[0] if view == "doubling" else np.nan
-        return [*traces, self._self_edge(label, credit["x"][0], credit["y"][0], error_bar)]
+        return [*traces, self._self_edge(label, credit["x"][0], share[0], math.nan if view == "lag" else error[0])]
+
+    def _credit(self, stream: str, view: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return what a view shows of the credit, with its standard error."""
+        shares = (self.sums if view == "sum" else self.profile).sel(stream=stream)
+        share, error = shares.share.values, shares.error.values
+        if view == "sum":
+            return share, error
+        single = lag_view(share, self.bins, view)
+        return single, error / (self.bins[1] - self.bins[0] + 1 if view == "lag" else doublings(*self.bins))
 
     def _self_edge(self, label: str, x: float, y: float, error: float) -> go.Scatter:
         """Mark the credit of the self edge on the line of a result."""
@@ -94,12 +120,16 @@ class _LagProfile:
             marker={"size": 9, "color": colour, "line": {"width": 1.5, "color": PAPER}},
         )  # fmt: skip
 
-    def _by_lag(self, share: np.ndarray, view: str) -> dict:
-        """Return the numbers of a line; a sum stands at the last lag of its bin."""
+    def _by_lag(self, numbers: np.ndarray, view: str, errors: np.ndarray | None = None) -> dict:
+        """Return the numbers of a line, with labels; a sum stands at the last lag of its bin."""
         first, last = self.bins
+        names = bin_names(np.zeros_like(first) if view == "sum" else first, last)
+        errors = np.full(len(numbers), np.nan) if errors is None else errors
+        digits = fine_percent if view == "lag" else percent
+        labels = [[name, digits(*pair)] for name, *pair in zip(names, numbers, errors, strict=True)]
         return {
-            "x": bin_middles(last if view == "sum" else first, last), "y": lag_view(share, self.bins, view),
-            "customdata": bin_names(first, last), "hover": "lag %{customdata}: %{y:.3~p}",
+            "x": bin_middles(last if view == "sum" else first, last), "y": numbers,
+            "customdata": labels, "hover": "lag %{customdata[0]}: %{customdata[1]}",
         }  # fmt: skip
 
 

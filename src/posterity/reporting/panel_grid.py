@@ -26,8 +26,8 @@ FULL_WIDTH = 1100  # pixels of a figure that stands alone
 ONE_COLUMN = 620  # pixels below which panels stand one below the other
 LETTER = 7.2  # pixels of a letter of a panel's title, at most
 ROW_GAP, COLUMN_GAP, WIDE_COLUMN_GAP = 88, 34, 62  # pixels between panels; wide where each has its own y axis
-LONGEST_BAR = 460  # pixels of a colour bar
-LEFT, RIGHT, TOP, TITLE, BOTTOM, LEGEND_LINE, COLOUR_BAR = 62, 12, 36, 40, 58, 28, 34  # pixels around the panels
+LONGEST_BAR, BAR_MARGIN = 700, 32  # pixels of a colour bar, and, where it is narrow, at its ends
+LEFT, RIGHT, TOP, TITLE, BOTTOM, LEGEND_LINE, COLOUR_BAR = 62, 12, 36, 40, 58, 28, 52  # pixels around the panels
 PANEL_TITLE = 20  # pixels
 
 
@@ -103,9 +103,10 @@ class PanelGrid:
         if titled:
             layout["title"] = {"text": figure_text(self.title)}
         if self.colours:
-            length = min(LONGEST_BAR, inner_width)
-            colours = self.colours(length)
-            layout["coloraxis"] = colours | {"colorbar": {"len": length, **colours.get("colorbar", {})}}
+            margin = LEFT if width >= ONE_COLUMN else BAR_MARGIN
+            length = min(LONGEST_BAR, width)  # with its margins
+            colours = self.colours(length - 2 * margin)
+            layout["coloraxis"] = colours | {"colorbar": {"len": length, "xpad": margin, **colours.get("colorbar", {})}}
         return layout
 
     def _legend_lines(self, width: int) -> int:

@@ -1,11 +1,15 @@
-"""Results as a page: sentence, table, rankings, provenance and pictures, side by side."""
+"""Results as a page: sentence, five numbers, pictures, table, rankings, provenance, side by side."""
+
+from collections.abc import Container
 
 import xarray as xr
 
 from posterity.axes import STREAMS
 from posterity.reporting.charts import draw_charts
+from posterity.reporting.head_details import head_details
 from posterity.reporting.html import render_page
 from posterity.reporting.inspected_text import pack_inspected_text
+from posterity.reporting.key_numbers import key_numbers
 from posterity.reporting.page_figures import page_figures
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.result_table import RankedHead, rank_heads, summary_rows
@@ -26,12 +30,34 @@ def render_results(results: list[xr.Dataset]) -> str:
     grids = draw_charts(group)
     members = [_describe(member) for member in group.members]
     inspected = [text for member in group.members if (text := pack_inspected_text(member.result, member.name))]
+    titles = {name: grid.title for name, grid in grids.items()}
+    has = {name for member in members for name in member["tables"]}
     return render_page(
-        "result.html.j2", page_figures(grids) | {"inspected_texts": inspected},
-        styles=["inspected_text.css"] if inspected else [], scripts=INSPECTED_SCRIPTS if inspected else [],
-        results=members, streams=STREAMS, titles={name: grid.title for name, grid in grids.items()},
-        has={name for member in members for name in member["tables"]}, inspected=bool(inspected),
+        "result.html.j2",
+        page_figures(grids) | {"inspected_texts": inspected, "heads": head_details(group), "streams": STREAMS},
+        styles=["inspected_text.css"] if inspected else [],
+        scripts=[*(["heads.js"] if "head" in titles else []), *(INSPECTED_SCRIPTS if inspected else [])],
+        results=members, streams=STREAMS, titles=titles, has=has, inspected=bool(inspected), readers=False, sinks=1,
+        several_windows=any(member.result.sizes["document"] > 1 for member in group.members),
+        index=_index(titles, has, bool(inspected)),
     )  # fmt: skip
+
+
+def _index(titles: Container[str], has: set[str], inspected: bool) -> list[tuple[str, str]]:
+    """Return the parts of the page: anchor and words."""
+    parts = {
+        "answer": ("The answer", True),
+        "reach": ("Reach", "reach" in titles),
+        "lags": ("By lag", "lags" in titles),
+        "map": ("Heads", "map" in titles),
+        "who": ("Who pays", bool(has & {"loss_parts", "modules", "rest", "horizons"})),
+        "inspected": ("One text", inspected),
+        "over-training": ("Over training", "training" in has),
+        "more": ("Layers, positions, weights", True),
+        "heads": ("Extremes", True),
+        "how": ("How to read this", True),
+    }
+    return [(anchor, words) for anchor, (words, shown) in parts.items() if shown]
 
 
 def _describe(member: NamedResult) -> dict:
@@ -43,6 +69,7 @@ def _describe(member: NamedResult) -> dict:
         "model": title,
         "details": details,
         "sentence": verdict_sentence(result),
+        "key_numbers": [("all", key_numbers(result))],
         "rows": summary_rows(result),
         "notes": reading_notes(result),
         "heads": {stream: _extremes(rank_heads(result, stream)[::-1]) for stream in STREAMS},
