@@ -41,17 +41,57 @@ def test_a_cell_of_the_maps_says_its_own_share_and_only_a_weak_one_that_it_is_we
     with browser() as (tab, heard):
         opened(tab, report(result, tmp_path / "report.html"))
         for panel, stream in ((0, "query"), (2, "value")):
-            for layer, head in ((0, 0), (0, 1), (1, 2), (2, 0), (2, 3)):
+            for layer, head in ((0, 0), (0, 1), (1, 2), (2, 3)):
                 cell = {"layer": layer, "head": head, "stream": stream}
+                missing = (layer, head) == (2, 3)
                 for chart in ("map", "head_horizons"):
                     text = hovered(tab, chart, panel, head, layer)
-                    if (layer, head) == (2, 3):
-                        assert f"layer {layer}, head {head}" not in text or "no such head" in text
-                        continue
                     assert f"layer {layer}, head {head}" in text
-                    assert ("too small or too uncertain" in text) == bool(weak.sel(cell)), (chart, cell, text)
-                share = [float(shares[name].sel(cell)) for name in ("share", "error")]
-                if (layer, head) != (2, 3):
-                    assert percent(*share) in hovered(tab, "map", panel, head, layer)
-        assert STREAMS == ("query", "key", "value")
+                    assert ("no such head" in text) == missing
+                    assert ("too small or too uncertain" in text) == (not missing and bool(weak.sel(cell)))
+                    if chart == "map" and not missing:
+                        assert percent(*(float(shares[name].sel(cell)) for name in ("share", "error"))) in text
         assert heard == []
+
+
+@pytest.mark.slow
+def test_a_cell_of_the_map_that_is_clicked_shows_its_head_and_the_fields_do_so_without_a_pointer(tmp_path):
+    result = sample(layers=3, heads=4, losses=True, horizons=(1, 4, 16))
+    with browser() as (tab, heard):
+        opened(tab, report(result, tmp_path / "report.html"))
+        left, top = tab.evaluate(CELL, ["map", 1, 2, 1])
+        tab.mouse.click(left, top)
+        assert_head(tab, result, 1, 2)
+        tab.locator("#head-choice [name=layer]").fill("2")
+        assert_head(tab, result, 2, 2)
+        tab.locator("#head-choice [name=head]").focus()
+        tab.keyboard.press("ArrowUp")
+        assert_head(tab, result, 2, 3)
+        assert heard == []
+
+
+def assert_head(tab, result, layer, head):
+    """Hold the numbers and the curves of one head on the page to those of the result."""
+    cell = {"layer": layer, "head": head}
+    tab.locator("#head-numbers caption", has_text=f"Layer {layer}, head {head}").wait_for()
+    rows = {
+        row.locator("th").inner_text(): row.locator("td").all_inner_texts()
+        for row in tab.locator("#head-numbers tr:has(th[scope=row])").all()
+    }
+    shares = stats.shares(result, ("layer", "head")).sel(side="self", **cell)
+    assert rows["self share"] == words(shares)
+    losses = stats.loss_shares(result, ("layer", "head")).sel(part="own", **cell)
+    assert rows["own loss"] == ["–", *words(losses)]
+    traces = tab.evaluate("page.chosen('head').data.map(({name, y}) => [name, y])")
+    assert [name for name, _ in traces] == ["attention", *STREAMS]
+    credit = result.credit.sel(stream="value", **cell)
+    for _, share in traces:
+        assert share[-1] == pytest.approx(1, abs=1e-4)
+    octave = int((result.lag_end == 6).values.argmax())
+    assert traces[3][1][2] == pytest.approx(float(credit[: octave + 1].sum() / credit.sum()), abs=1e-4)
+
+
+def words(shares):
+    """Return shares with their errors as the page writes them."""
+    pairs = zip(shares.share.values.tolist(), shares.error.values.tolist(), strict=True)
+    return [percent(*pair).replace("-", "−").replace(" %", "\u00a0%") for pair in pairs]

@@ -9,11 +9,13 @@ from support.pages import Reader, data, page, tables, traces
 from support.sample import sample
 
 from posterity.axes import STREAMS, WRITTEN
-from posterity.reporting.html import plotly_script
+from posterity.reporting.html import packed_plotly
 from posterity.reporting.module_kinds import split_name
 from posterity.reporting.result_table import LOSS_PARTS
 from posterity.results import stats
 from posterity.results.formatting import horizon_text, percent
+
+ANCHORS = {"answer", "charts", "more", "heads", "how", "data", "plotly", "waiting", "head-choice", "head-numbers"}
 
 
 def pooled(part, whole) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +54,7 @@ def test_the_figure_of_who_pays_by_position_holds_the_numbers_of_plain_numpy(pai
     share = by_position / by_position.sum((1, 2), keepdims=True)
     for panel in range(len(WRITTEN)):
         lines = traces(page(paid), "loss_positions", panel)
-        start = [int(name.split("–")[0]) for name in lines["own loss"]["customdata"]]
+        start = [int(name.split("–")[0]) for name, _ in lines["own loss"]["customdata"]]
         assert start[:18] == [*range(17), 19]
         ends = [*start[1:], 64]
         for name, values in (("own loss", share[panel, 0]), ("later losses", share[panel, 1:].sum(0))):
@@ -162,7 +164,7 @@ def test_the_cosine_of_a_part_that_is_rounding_is_not_shown(paid):
 
 def test_pages_show_only_what_was_measured(plain, paid):
     ids = {attrs["id"] for _, attrs in Reader(page(plain)).tags if "id" in attrs}
-    assert ids == {"charts", "heads", "how", "data", *CHARTS, *(f"{name}-title" for name in CHARTS)}
+    assert ids == {*ANCHORS, *CHARTS, *(f"{name}-title" for name in CHARTS)}
     assert "2404.00859" not in page(plain)
     only = {
         "losses": (sample(losses=True), ["loss_parts", "inputs", "loss_positions"]),
@@ -197,7 +199,7 @@ def test_who_pays_of_numbers_that_are_not_known_is_not_known(paid):
         broken[name][:] = np.nan
     text = page(broken)
     assert {cell for row in tables(text)["Who pays for the keys"][1:] for cell in row[1:]} == {"–"}
-    assert not re.search(r"\bnan\b|NaN|Infinity", text.replace(plotly_script(), "").split("<script>")[0])
+    assert not re.search(r"\bnan\b|NaN|Infinity", text.replace(packed_plotly(), "").split("<script>")[0])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,6 @@ def test_the_data_of_the_page_is_json_that_no_parser_mistakes_for_markup(hostile
 
 def test_the_figures_of_layers_and_lags_hold_the_shares_and_their_errors(plain):
     text, shares, profile = page(plain), stats.shares(plain, ("layer",)).sel(side="self"), stats.profile(plain)
-    width = doublings(plain.lag.values, plain.lag_end.values)
     for panel, stream in enumerate(STREAMS):
         layers, lags = traces(text, "layers", panel), traces(text, "lags", panel)
         share, error = (shares[name].sel(stream=stream).values for name in ("share", "error"))
@@ -53,25 +52,39 @@ def test_the_figures_of_layers_and_lags_hold_the_shares_and_their_errors(plain):
         np.testing.assert_allclose(layers["self share high"]["y"], share + error, rtol=1e-5)
         counted = stats.counts(plain, ("layer",)).isel(lag=0)
         np.testing.assert_allclose(layers["counting edges alone"]["y"], counted, rtol=1e-5)
-        np.testing.assert_allclose(lags["credit"]["y"], profile.share.sel(stream=stream) / width, rtol=1e-5)
-        np.testing.assert_allclose(lags["attention"]["y"], stats.attention_profile(plain) / width, rtol=1e-5)
-        np.testing.assert_allclose(lags["counting edges alone"]["y"], profile.counted / width, rtol=1e-5)
+        np.testing.assert_allclose(lags["credit"]["y"], profile.share.sel(stream=stream).cumsum(), rtol=1e-5)
+        np.testing.assert_allclose(lags["attention"]["y"], stats.attention_profile(plain).cumsum(), rtol=1e-5)
+        np.testing.assert_allclose(lags["counting edges alone"]["y"], profile.counted.cumsum(), rtol=1e-5)
 
 
-def test_the_views_of_the_lags_hold_single_shares_and_sums(plain):
+def test_the_views_of_the_lags_hold_shares_per_doubling_and_of_single_lags_with_their_errors(plain):
     figure, profile = data(page(plain))["figures"]["lags"], stats.profile(plain)
+    first, last = plain.lag.values, plain.lag_end.values
     credit = [(index, trace) for index, trace in enumerate(figure["data"]) if trace.get("name") == "credit"]
     for (index, _), stream in zip(credit, STREAMS, strict=True):
-        share = profile.share.sel(stream=stream).values
+        share, error = (profile[name].sel(stream=stream).values for name in ("share", "error"))
+        doubling = figure["views"]["doubling"]["data"]
+        np.testing.assert_allclose(doubling[str(index)]["y"], share / doublings(first, last), rtol=1e-5)
+        wide = error / doublings(first, last)
+        assert doubling[str(index)]["customdata"][3][1] == percent(share[3] / doublings(first, last)[3], wide[3])
         single = figure["views"]["lag"]["data"][str(index)]["y"]
-        right = share / (plain.lag_end - plain.lag + 1).values
+        right = share / (last - first + 1)
         np.testing.assert_allclose(np.array(single, dtype=float), np.where(right > 1e-3 / 64, right, np.nan), rtol=1e-5)
-        np.testing.assert_allclose(figure["views"]["sum"]["data"][str(index)]["y"], share.cumsum(), rtol=1e-5)
     assert figure["views"]["lag"]["layout"]["yaxis"]["type"] == "log"
     bands = [index for index, trace in enumerate(figure["data"]) if "fill" in trace]
     assert len(bands) == 3
-    for view in figure["views"].values():
-        assert all(view["data"][str(index)]["visible"] is False for index in bands)
+    assert all(figure["views"]["lag"]["data"][str(index)]["visible"] is False for index in bands)
+
+
+def test_the_error_of_an_added_up_share_is_that_of_the_sum(plain):
+    lags = traces(page(plain), "lags", 2)
+    credit = plain.profile_by_document.sum("layer").sel(stream="value").values.cumsum(-1)
+    share, total = credit.sum(0) / credit[:, -1].sum(), credit[:, -1:]
+    residual = credit - share * total
+    documents = len(credit)
+    error = np.sqrt(documents / (documents - 1) * (residual**2).sum(0)) / abs(total.sum())
+    np.testing.assert_allclose(np.array(lags["credit high"]["y"]) - share, error, rtol=1e-3, atol=2e-6)
+    assert lags["credit"]["customdata"][5] == ["0–5", percent(share[5], error[5])]
 
 
 def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):

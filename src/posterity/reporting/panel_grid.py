@@ -97,9 +97,11 @@ class PanelGrid:
             "width": width, "height": inner_height + top + bottom,
             "margin": {"l": LEFT, "r": RIGHT, "t": top, "b": bottom},
             "hovermode": "closest" if self.colours else "x unified",
-            "annotations": [_panel_title(panel.title, number, longest)
-                            for number, panel in enumerate(self.panels) if panel.title],
         }  # fmt: skip
+        if any(panel.title for panel in self.panels):
+            layout["annotations"] = [
+                _panel_title(panel.title, number, longest) for number, panel in enumerate(self.panels) if panel.title
+            ]
         if titled:
             layout["title"] = {"text": figure_text(self.title)}
         if self.colours:

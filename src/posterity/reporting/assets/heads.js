@@ -14,7 +14,8 @@
       const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
       const [size, read, unit] = KINDS[kind];
       const view = new DataView(bytes.buffer);
-      arrays.set(data, Float64Array.from({ length: bytes.length / size }, (_, at) => unit * view[read](at * size, true)));
+      const number = (_, index) => unit * view[read](index * size, true);
+      arrays.set(data, Float64Array.from({ length: bytes.length / size }, number));
     }
     return arrays.get(data);
   }

@@ -46,8 +46,9 @@
 
   // ---- the numbers of a figure
   // Plotly reads a little HTML in texts; here they are texts again.
-  const SIGNS = { "&lt;": "<", "&gt;": ">", "&amp;": "&" };
-  const plain = (text) => String(text).replace(/<\/?\w+>/g, " ").replace(/&(lt|gt|amp);/g, (sign) => SIGNS[sign]).trim();
+  const SIGNS = Object.entries({ "&lt;": "<", "&gt;": ">", "&amp;": "&" });
+  const unescaped = (text) => SIGNS.reduce((rest, [code, sign]) => rest.replaceAll(code, sign), text);
+  const plain = (text) => unescaped(String(text).replace(/<\/?\w+>/g, " ")).trim();
 
   function formatted(value, percent) {
     if (typeof value !== "number") return value === null || value === undefined ? "–" : plain(value);
