@@ -29,6 +29,7 @@ from posterity.results.loss_stats import (
     parameter_shares,
 )
 from posterity.results.ratios import (
+    confidence,
     describe,
     existing_heads,
     layer_and_head_dims,
@@ -36,6 +37,7 @@ from posterity.results.ratios import (
     ratio,
     required_variable,
     sum_over_heads,
+    uncertainty,
 )
 
 __all__ = [
@@ -44,10 +46,13 @@ __all__ = [
     "attention_first",
     "attention_profile",
     "balance",
+    "confidence",
     "counts",
     "effective_horizon",
     "existing_heads",
     "first_position",
+    "group_shares",
+    "heavy_windows",
     "hidden_shares",
     "horizon_curve",
     "loss_parts",
@@ -59,12 +64,15 @@ __all__ = [
     "profile",
     "ratio",
     "shares",
+    "uncertainty",
     "weak_heads",
     "weight_shares",
+    "window_norms",
 ]
 
 MIN_CREDIT = 0.1  # of an equal part of the layer's credit, below which a head's share is not reported
 MAX_ERROR = 0.25  # standard error of a self share, above which a head's share is not reported
+HEAVY = 10.0  # times the median of the windows' squared gradient norms
 ROUNDING = 1e-14  # square of single precision's rounding
 
 
@@ -278,6 +286,58 @@ def weak_heads(result: xr.Dataset) -> xr.DataArray:
     equal_part = sum_over_heads(result, credit, ("layer",)) / existing_heads(result).sum("head")
     uncertain = shares(result, ("layer", "head")).error.sel(side="self", drop=True) > MAX_ERROR
     return ~(credit >= MIN_CREDIT * equal_part) | ~(credit > 0) | uncertain
+
+
+def group_shares(result: xr.Dataset) -> xr.Dataset:
+    """Return what each head's self edge and other edges bring, as shares of the credit of the head's group.
+
+    A group is the heads that read one key and value, which make its gradient together. A head's own credit can be
+    close to zero or negative there, and a share of it without bounds; the shares of a group add up to one. Queries
+    belong to one head, so that their shares are those of `shares`.
+
+    Args:
+        result: A result of `posterity.measure`.
+
+    Returns:
+        `share` and `error`, units 1, dims (layer, head, stream, side).
+
+    Raises:
+        InputError: A file of before groups were kept.
+    """
+    if "kv_head" not in result.coords:
+        raise InputError("expected a result that says which heads share keys; got an older one: measure again")
+    credit = result.credit_by_document
+    total = credit.sum("side", skipna=False)
+    other = result.kv_head.reset_coords(drop=True).rename(head="other")
+    same = (result.kv_head.reset_coords(drop=True) == other) & existing_heads(result).rename(head="other")
+    group = xr.dot(total.fillna(0.0).rename(head="other"), same.astype(float), dim="other").where(total.notnull())
+    group = xr.where(total.stream == "query", total, group)
+    return ratio(credit, group.transpose(*total.dims))
+
+
+# ---- windows that decide every number
+
+
+def window_norms(result: xr.Dataset) -> xr.DataArray:
+    """Return the squared norm of each window's gradient, of queries, keys and values over all layers and heads.
+
+    Shares pool windows by it: a window with ten times the norm counts ten times.
+
+    Returns:
+        Units nats^2, dims (document, stream).
+    """
+    credit = sum_over_heads(result, result.credit_by_document, ()).sum("side", skipna=False)
+    return describe(credit, "squared norm of the gradient of one window", "nats^2")
+
+
+def heavy_windows(result: xr.Dataset) -> xr.DataArray:
+    """Return the windows whose squared gradient norm, of any stream, is above ten times the median of all windows.
+
+    Returns:
+        bool, dims (document).
+    """
+    norms = window_norms(result)
+    return (norms > HEAVY * norms.median("document")).any("stream")
 
 
 def balance(result: xr.Dataset) -> xr.DataArray:
