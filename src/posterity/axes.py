@@ -2,6 +2,7 @@
 
 STREAMS = ("query", "key", "value")
 SIDES = ("self", "other")  # of a gradient: what a position sends to itself, and the rest
+READER_OF = ("first", "rest")  # edges by their key: the first positions of a document, and all others
 TERMS = ("self", "other", "inner")  # squared norms of the two sides, and their inner product
 WRITTEN = ("key", "value")  # the streams that later positions read
 PARTS = ("own", "self later", "future")  # of a gradient at a key or value, by the losses that send it
