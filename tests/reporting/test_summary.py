@@ -127,6 +127,13 @@ def test_rich_markup_in_a_name_is_shown_as_it_is():
     assert printed(sample(model="[red]name[/red]")).count("[red]name[/red]") == 2  # title and sentence
 
 
+def test_results_by_name_are_printed_one_after_the_other(plain):
+    text = printed({"before": plain, "after": plain})
+    before, after = text.split("after ──")
+    assert before.startswith("before ──")
+    assert before.split("\n", 1)[1] == printed(plain) == after.split("\n", 1)[1]
+
+
 def test_a_summary_of_something_else_is_refused():
     with pytest.raises(InputError, match="but str came"):
         summary("run.nc")  # pyright: ignore[reportArgumentType]

@@ -166,7 +166,7 @@ def rank_heads(result: xr.Dataset, stream: str) -> list[RankedHead]:
 
 
 def shares_keys(result: xr.Dataset) -> bool:
-    """Return True if some heads of a layer read one key and value; False where the file does not say (before 0.3)."""
+    """Return True if some heads of a layer read one key and value; False where an older file does not say."""
     if "kv_head" not in result.coords:
         return False
     groups, present = result.kv_head.values, stats.existing_heads(result).values
