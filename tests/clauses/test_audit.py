@@ -15,6 +15,7 @@ from support.tiny import summed_loss, tiny, tokens
 
 import posterity
 from posterity import InputError
+from posterity.axes import WRITTEN
 from posterity.clauses.all_clauses import CLAUSES
 from posterity.clauses.clause import judge, margin_of_error
 from posterity.clauses.context_growth import measure_growth
@@ -133,8 +134,9 @@ def test_look_back_and_look_ahead_are_the_dense_shares():
     credit = torch.stack(credits)
     self_share = credit.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3, 4)) / credit.sum((0, 1, 3, 4, 5))
     values = {f.name: f.value for clause in CLAUSES[:2] for f in clause.measure(audit_subject).figures}
-    for index, (stream, side) in enumerate((("query", "past"), ("key", "future"), ("value", "future"))):
-        assert values[f"{stream} credit from the {side}"] == pytest.approx(1 - self_share[index].item(), rel=1e-6)
+    names = ("query credit over edges to earlier keys", *(f"{x} credit over edges from later queries" for x in WRITTEN))
+    for name, share in zip(names, self_share.tolist(), strict=True):
+        assert values[name] == pytest.approx(1 - share, rel=1e-6)
 
 
 def test_the_count_is_exact_and_the_weights_are_autograd_s():

@@ -69,7 +69,7 @@ def test_a_figure_prints_the_interval_of_its_few_windows(audited):
 def test_every_error_of_a_figure_says_over_how_many_windows_it_is_taken(audited):
     exact = audited.measure.str.startswith("z of")
     known = (audited.error > 0) & ~exact
-    assert (audited.windows.where(known, 2) == 2).all()
+    assert (audited.windows.where(known, 2) >= 2).all()
     assert known.sum() > 40
     assert (audited.windows.where(exact, 0) == 0).all()
 

@@ -23,7 +23,7 @@ def pooled(part, whole) -> tuple[np.ndarray, np.ndarray]:
 
 
 def two_digits(value) -> str:
-    return f"{float(value):.2f}".replace("-0.00", "0.00")
+    return f"{float(value):.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def test_the_figures_of_who_pays_hold_the_numbers_of_plain_numpy(paid):
@@ -148,7 +148,7 @@ def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
     kinds = captions["Own share"]
     assert kinds[0] == ["layer", "self_attn.q_proj", "mlp.experts.*.up"]
     numbers = stats.parameter_shares(paid).sel(parameter="model.layers.2.self_attn.q_proj")
-    assert kinds[3][1] == percent(float(numbers.share), float(numbers.error))
+    assert kinds[3][1] == percent(float(numbers.share), float(numbers.error), 5)
     assert captions["Cosine between own and later"][3][1] == two_digits(numbers.cosine)
 
 
