@@ -69,9 +69,7 @@ def test_edges_into_the_first_keys_of_each_document_are_told_apart(name, sinks, 
     mask, allowed, readers = mask_case(name.removesuffix(" documents"), length)
     grad = torch.randn(2, HEADS, length, DIM_V, dtype=torch.double)
     back = run_backward(query, key, value, grad, mask=mask, softcap=1.5, bias=bias)
-    credit, mass, weight, pairs, *_ = dense_account(
-        query, key, value, grad, 0.7, allowed, 1.5, None, readers, bias
-    )
+    credit, mass, weight, pairs, *_ = dense_account(query, key, value, grad, 0.7, allowed, 1.5, None, readers, bias)
     starts = [0, 0] if readers is None else readers.int().argmax(1).tolist()
     starts = [[start] for start in starts] if spans is None else [[span.start for span in row] for row in spans]
     first = torch.zeros(2, 1, 1, length, dtype=torch.bool)

@@ -31,11 +31,12 @@ from posterity.ops.precision import dot, working_dtype
 from posterity.ops.scores import self_edges, single_edge
 
 EXACT_LAGS = 16  # lags below this have a bin each; beyond, four bins an octave
+EXACT_POSITIONS = 512  # positions likewise, by default
 
 
 @dataclass(frozen=True)
 class Bins:
-    """Bins of lags: `first[b] <= lag <= last[b]`. Bin 0 is the self edge alone."""
+    """Bins of lags (or positions): `first[b] <= lag <= last[b]`. Bin 0 is the self edge alone."""
 
     first: tuple[int, ...]
     last: tuple[int, ...]
@@ -53,12 +54,17 @@ class Bins:
         elif lags == "self":
             first = [0, 1]
         elif lags == "octaves":
-            quarters = (round(EXACT_LAGS * 2 ** (n / 4)) for n in range(4 * max(context.bit_length(), 1)))
-            first = [*range(EXACT_LAGS), *quarters]
+            first = _quarter_octaves(EXACT_LAGS, context)
         else:
             raise InputError(f'lags expects "octaves", "all" or "self"; got {lags!r}')
         first = [lag for lag in first if lag < context]
         return cls(tuple(first), (*(lag - 1 for lag in first[1:]), context - 1), lags != "self")
+
+    @classmethod
+    def of_positions(cls, exact: int, context: int) -> "Bins":
+        """Cover all positions of a context: those below `exact` have a bin each, the others a quarter octave each."""
+        first = [position for position in _quarter_octaves(exact, context) if position < context]
+        return cls(tuple(first), (*(position - 1 for position in first[1:]), context - 1), True)
 
     def sum(self, by_lag: Num[Tensor, "*rest lag"]) -> Num[Tensor, "*rest bin"]:
         """Add up the lags of each bin."""
@@ -66,6 +72,12 @@ class Bins:
             return by_lag
         sums = by_lag.new_zeros(*by_lag.shape[:-1], len(self.first))
         return sums.index_add_(-1, _bin_numbers(self, by_lag.device), by_lag)
+
+
+def _quarter_octaves(exact: int, context: int) -> list[int]:
+    """Return the first number of each bin: all below `exact`, then four an octave until beyond the context."""
+    quarters = (round(exact * 2 ** (n / 4)) for n in range(4 * max(context.bit_length(), 1)))
+    return list(dict.fromkeys((*range(exact), *quarters)))
 
 
 @lru_cache(maxsize=16)
@@ -169,9 +181,9 @@ def pass_credit(
     self_credit, total_credit = (torch.stack(credits, 2).double() for credits in (self_credits, total_credits))
     by_position = torch.stack((self_credit, total_credit - self_credit), 3)
     first_keys = FirstKeys.of(back, sinks, spans)
-    first = _with_factors(first_keys.sum_by_lag(back), back)
+    first = first_keys.sum_by_lag(back)
     if bins.needs_sweep:
-        rest = _bin(_with_factors(sum_by_lag(back, scratch, first_keys.columns()), back), bins)
+        rest = _bin(sum_by_lag(back, scratch, first_keys.columns()), bins)
     else:
         rest = _self_and_other(back, self_part, by_position, first, bins)
     credit, mass, attention = (torch.stack(parts, -2) for parts in zip(_bin(first, bins), rest, strict=True))
@@ -181,15 +193,6 @@ def pass_credit(
     by_side = torch.stack((first_sides, by_position.sum(-1) - first_sides), -2)
     positions = _shift_to_first_token(by_position, back) if spans is None else restart_positions(by_position, spans)
     return PassCredit(credit, mass, attention, edges, by_side, positions, _attention_first(back, spans))
-
-
-def _with_factors(sums: LagSums, back: Backward) -> LagSums:
-    """Apply the factors of a horizon to the terms of keys and values, in place."""
-    for stream, factor in enumerate((None, back.key_factor, back.value_factor)):
-        if factor is not None:
-            sums.credit[stream] *= factor
-            sums.mass[stream] *= factor
-    return sums
 
 
 def _bin(sums: LagSums, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ class FirstKeys:
                         skipped = max(-lag, 0)  # queries before the key
                         by_lag = by_edge[..., skipped:, column]
                         sums[:, row, :, lag + skipped : lag + skipped + by_lag.shape[-1]] += by_lag
-        return LagSums.of(sums, back.scale)
+        return LagSums.of(sums, back)
 
     def _tiles(self, back: Backward, keys: slice, stop: int) -> Iterator[Tile]:
         """Yield blocks of a document's queries and its first keys."""

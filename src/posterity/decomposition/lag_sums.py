@@ -51,11 +51,18 @@ class LagSums:
     attention: Float[Tensor, "batch head lag"]
 
     @classmethod
-    def of(cls, sums: Float[Tensor, "sum batch head lag"], scale: float) -> "LagSums":
-        """Split sums that lie in one tensor; those of ds_ij get the scale of the terms of query and key."""
-        sums[:2] *= scale
-        sums[_MASS : _MASS + 2] *= scale
-        return cls(sums[:_MASS], sums[_MASS:_ATTENTION], sums[_ATTENTION])
+    def of(cls, sums: Float[Tensor, "sum batch head lag"], back: Backward) -> "LagSums":
+        """Split sums that lie in one tensor; those of ds_ij get the scale of queries and keys, all a horizon's factors.
+
+        The sums are changed in place.
+        """
+        credit, mass = sums[:_MASS], sums[_MASS:_ATTENTION]
+        for terms in (credit, mass):
+            terms[:2] *= back.scale
+            for stream, factor in ((1, back.key_factor), (2, back.value_factor)):
+                if factor is not None:
+                    terms[stream] *= factor
+        return cls(credit, mass, sums[_ATTENTION])
 
 
 def sum_by_lag(
@@ -75,7 +82,7 @@ def sum_by_lag(
     tiles = [tile for _, row in back.mask.tiles(length, length, device) for tile in row]
     tiles.sort(key=lambda tile: tile.shape)
     if not tiles:
-        return LagSums.of(torch.zeros(SUMS, batch, heads, length, dtype=torch.float64, device=device), back.scale)
+        return LagSums.of(torch.zeros(SUMS, batch, heads, length, dtype=torch.float64, device=device), back)
     height, width = (max(sizes) for sizes in zip(*(tile.shape for tile in tiles), strict=True))
     # The largest lag first, as in the blocks: index `length - lag`. Beyond lag 0 there is room
     # for the masked entries (key after query) of blocks on the diagonal.
@@ -95,7 +102,7 @@ def sum_by_lag(
         for results in thread_map(partial(_run_jobs, back, diagonals, left_out), jobs, scratch.parts(threads)):
             for (document, group), x in results:
                 sums[:, document, group] += x
-    return LagSums.of(sums[..., 1 : length + 1].flip(-1), back.scale)
+    return LagSums.of(sums[..., 1 : length + 1].flip(-1), back)
 
 
 def _jobs(chunks: list[HeadGroup], tiles: list[Tile], threads: int) -> list[list[Job]]:

@@ -5,8 +5,10 @@
 
 A result holds sums and counts only. Every ratio is formed here, once, after all sums; its standard error is taken over
 the windows of text (dimension `document`). Shares have units "1" and sum to one over the labels that they compare.
-`by` names the dimensions that are kept, "layer" and "head"; all others are summed over, so that () gives one number for
-the model. A `by` that the sums do not have raises InputError. NaN marks a head that a layer does not have, and what was
+`by` names the dimensions that are kept, "layer" and "head" (or "kv_head", which adds up the query heads of each
+key/value head); all others are summed over, so that () gives one number for the model. A `by` that the sums do not have
+raises InputError. `reader_of` selects edges by their key: "all", "first" (the first keys of a document, attention
+sinks) or "rest". NaN marks a head that a layer does not have, and what was
 not measured.
 """
 
@@ -32,18 +34,22 @@ from posterity.results.ratios import (
     confidence,
     describe,
     existing_heads,
+    has_reader_axis,
     layer_and_head_dims,
     mean_and_error,
     ratio,
     required_variable,
     sum_over_heads,
+    sum_readers,
     uncertainty,
 )
+from posterity.results.reach import reach
 
 __all__ = [
     "adapter_shares",
     "angles",
     "attention_first",
+    "attention_mean",
     "attention_profile",
     "balance",
     "confidence",
@@ -51,7 +57,9 @@ __all__ = [
     "effective_horizon",
     "existing_heads",
     "first_position",
+    "first_share",
     "group_shares",
+    "has_reader_axis",
     "heavy_windows",
     "hidden_shares",
     "horizon_curve",
@@ -63,6 +71,7 @@ __all__ = [
     "parameter_shares",
     "profile",
     "ratio",
+    "reach",
     "shares",
     "uncertainty",
     "weak_heads",
@@ -84,68 +93,96 @@ def __dir__() -> list[str]:
 # ---- credit by side, by lag and by position
 
 
-def shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+def shares(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit that the self edge and all other edges have.
 
     Args:
         result: A result of `posterity.measure`.
-        by: Any of "layer" and "head".
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: Which edges are compared, by their key.
 
     Returns:
         `share` and `error`, units 1, dims (*by, stream, side).
     """
-    credit = sum_over_heads(result, result.credit_by_document, by)
+    credit = sum_over_heads(result, sum_readers(result.credit_by_document, reader_of), by)
     return ratio(credit, credit.sum("side", skipna=False))
 
 
-def profile(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+def profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit by lag, beside what counting edges predicts.
 
     Args:
         result: A result of `posterity.measure`.
-        by: () or ("layer",): credit by window and lag is kept for all heads together.
+        by: Any of "layer" and "head" (or "kv_head"). Credit by window and lag is kept for all heads together: by head
+            the error is NaN.
+        reader_of: Which edges are compared, by their key.
 
     Returns:
         `share`, `error`: units 1, dims (*by, stream, lag).
-        `counted`: the share of the edges, units 1, dims (*by, lag); see `counts`.
+        `counted`: the share of the edges, units 1, dims (lag), with "layer" where `by` has it; see `counts`.
         `premium`: share / counted, units 1, dims (*by, stream, lag).
         `width`: lags in the bin, units tokens, dims (lag); share / width is the density per lag.
     """
-    credit = sum_over_heads(result, result.profile_by_document, by)
-    lag_shares = ratio(credit, credit.sum("lag", skipna=False))
-    counted = counts(result, by)
+    if {"head", "kv_head"} & set(by):
+        credit = sum_over_heads(result, sum_readers(result.credit, reader_of), by)
+        share = describe(credit / credit.sum("lag", skipna=False), "share")
+        lag_shares = xr.Dataset({"share": share, "error": describe(xr.full_like(share, math.nan), "unknown error")})
+    else:
+        credit = sum_over_heads(result, sum_readers(result.profile_by_document, reader_of), by)
+        lag_shares = ratio(credit, credit.sum("lag", skipna=False))
+    counted = counts(result, [dim for dim in by if dim == "layer"], reader_of)
     premium = describe(lag_shares.share / counted, "share over the share of the edges")
     width = describe(result.lag_end - result.lag + 1, "lags in the bin", "tokens")
     return lag_shares.assign(counted=counted, premium=premium, width=width)
 
 
-def counts(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+def counts(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the share of the edges by lag, which is what counting alone predicts for the credit.
 
     Args:
         result: A result of `posterity.measure`.
         by: () or ("layer",). Over layers, each measured head counts its layer's edges once.
+        reader_of: Which edges are counted, by their key.
 
     Returns:
         Units 1, dims (*by, lag).
     """
     layer_and_head_dims(result.edges, by)
-    edges = result.edges if "layer" in by else (result.edges * existing_heads(result).sum("head")).sum("layer")
+    edges = sum_readers(result.edges, reader_of)
+    if "layer" not in by:
+        edges = (edges * existing_heads(result).sum("head")).sum("layer")
     return describe(edges / edges.sum("lag"), "share of the edges")
 
 
-def attention_profile(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+def attention_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the share of the attention weights by lag.
 
     Args:
         result: A result of `posterity.measure`.
-        by: Any of "layer" and "head".
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: Which edges are compared, by their key.
 
     Returns:
         Units 1, dims (*by, lag); NaN where the weights were not measured (lags="self").
     """
-    attention = sum_over_heads(result, result.attention, by)
+    attention = sum_over_heads(result, sum_readers(result.attention, reader_of), by)
     return describe(attention / attention.sum("lag", skipna=False), "share of the attention weights")
+
+
+def attention_mean(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
+    """Return the mean attention weight of one edge by lag: a result keeps their sums.
+
+    Args:
+        result: A result of `posterity.measure`.
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: Which edges are meant, by their key.
+
+    Returns:
+        Units 1, dims (*by, lag); NaN where the weights were not measured (lags="self") or no edge has the lag.
+    """
+    edges = sum_readers(result.edges, reader_of) * existing_heads(result)
+    weight = sum_over_heads(result, sum_readers(result.attention, reader_of), by)
+    return describe(weight / sum_over_heads(result, edges, by), "mean attention weight of an edge")
 
 
 def median_lag(share: xr.DataArray) -> xr.DataArray:
@@ -185,8 +222,28 @@ def first_position(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     Returns:
         `share` and `error`, units 1, dims (*by, stream).
     """
-    credit = sum_over_heads(result, result.credit_by_document, by).sum("side", skipna=False)
+    credit = sum_over_heads(result, sum_readers(result.credit_by_document, "all"), by).sum("side", skipna=False)
     return ratio(sum_over_heads(result, result.first_by_document, by), credit)
+
+
+def first_share(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+    """Return the share of the credit that the edges into the first keys of each document have.
+
+    How many keys are meant says the result's attribute `sinks`.
+
+    Args:
+        result: A result of `posterity.measure`.
+        by: Any of "layer" and "head" (or "kv_head").
+
+    Returns:
+        `share` and `error`, units 1, dims (*by, stream).
+
+    Raises:
+        InputError: The result does not tell them apart.
+    """
+    credit = result.credit_by_document.sum("side", skipna=False)
+    parts = (sum_over_heads(result, sum_readers(credit, reader_of), by) for reader_of in ("first", "all"))
+    return ratio(*parts)
 
 
 def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
@@ -199,7 +256,7 @@ def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     Returns:
         Units 1, dims (*by).
     """
-    queries = result.edges.isel(lag=0, drop=True) * existing_heads(result)
+    queries = sum_readers(result.edges, "all").isel(lag=0, drop=True) * existing_heads(result)
     weight = sum_over_heads(result, result.attention_first, by) / sum_over_heads(result, queries, by)
     return describe(weight, "mean attention weight on the first key")
 
@@ -273,22 +330,26 @@ def _gradient_shares(single: xr.DataArray, mean: xr.DataArray) -> xr.Dataset:
 # ---- which heads to report, and how well the sums agree
 
 
-def weak_heads(result: xr.Dataset) -> xr.DataArray:
+def weak_heads(result: xr.Dataset, reader_of: str = "all") -> xr.DataArray:
     """Return the heads whose share is too small or too uncertain to report, and those that a layer does not have.
 
     Such a head has less than a tenth of an equal part of its layer's credit, so that a share divides by almost nothing
     (with shared keys a head's own part can even be negative), or a self share with a standard error above 0.25.
 
+    Args:
+        result: A result of `posterity.measure`.
+        reader_of: Which edges are meant, by their key.
+
     Returns:
         bool, dims (layer, head, stream).
     """
-    credit = result.credit_by_document.sum(("document", "side"), skipna=False)
+    credit = sum_readers(result.credit_by_document, reader_of).sum(("document", "side"), skipna=False)
     equal_part = sum_over_heads(result, credit, ("layer",)) / existing_heads(result).sum("head")
-    uncertain = shares(result, ("layer", "head")).error.sel(side="self", drop=True) > MAX_ERROR
+    uncertain = shares(result, ("layer", "head"), reader_of).error.sel(side="self", drop=True) > MAX_ERROR
     return ~(credit >= MIN_CREDIT * equal_part) | ~(credit > 0) | uncertain
 
 
-def group_shares(result: xr.Dataset) -> xr.Dataset:
+def group_shares(result: xr.Dataset, reader_of: str = "all") -> xr.Dataset:
     """Return what each head's self edge and other edges bring, as shares of the credit of the head's group.
 
     A group is the heads that read one key and value, which make its gradient together. A head's own credit can be
@@ -297,22 +358,20 @@ def group_shares(result: xr.Dataset) -> xr.Dataset:
 
     Args:
         result: A result of `posterity.measure`.
+        reader_of: Which edges are compared, by their key.
 
     Returns:
         `share` and `error`, units 1, dims (layer, head, stream, side).
 
     Raises:
-        InputError: A file of before groups were kept.
+        InputError: An earlier version left the key/value heads out.
     """
-    if "kv_head" not in result.coords:
-        raise InputError("expected a result that says which heads share keys; got an older one: measure again")
-    credit = result.credit_by_document
+    credit = sum_readers(result.credit_by_document, reader_of)
     total = credit.sum("side", skipna=False)
-    other = result.kv_head.reset_coords(drop=True).rename(head="other")
-    same = (result.kv_head.reset_coords(drop=True) == other) & existing_heads(result).rename(head="other")
-    group = xr.dot(total.fillna(0.0).rename(head="other"), same.astype(float), dim="other").where(total.notnull())
-    group = xr.where(total.stream == "query", total, group)
-    return ratio(credit, group.transpose(*total.dims))
+    by_group = sum_over_heads(result, total, ("layer", "kv_head"))
+    group = by_group.sel(layer=result.layer, kv_head=result.kv_head.clip(min=0).drop_vars("kv_head"))
+    group = group.drop_vars("kv_head").transpose(*total.dims)
+    return ratio(credit, xr.where(total.stream == "query", total, group).where(total.notnull()))
 
 
 # ---- windows that decide every number
@@ -326,7 +385,7 @@ def window_norms(result: xr.Dataset) -> xr.DataArray:
     Returns:
         Units nats^2, dims (document, stream).
     """
-    credit = sum_over_heads(result, result.credit_by_document, ()).sum("side", skipna=False)
+    credit = sum_over_heads(result, sum_readers(result.credit_by_document, "all"), ()).sum("side", skipna=False)
     return describe(credit, "squared norm of the gradient of one window", "nats^2")
 
 
@@ -350,10 +409,10 @@ def balance(result: xr.Dataset) -> xr.DataArray:
     Returns:
         Units 1, dims (layer, stream).
     """
-    by_lag = result.credit.sum("lag", skipna=False)
+    by_lag = result.credit.sum(("reader_of", "lag"), skipna=False)
     accounts = (
         result.credit_by_position.sum(("side", "position"), skipna=False),
-        result.credit_by_document.sum(("document", "side"), skipna=False),
+        result.credit_by_document.sum(("document", "reader_of", "side"), skipna=False),
     )
     differences = [sum_over_heads(result, abs(by_lag - account), ("layer",)) for account in accounts]
     largest = xr.where(differences[0] > differences[1], differences[0], differences[1])
