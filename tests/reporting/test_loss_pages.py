@@ -25,7 +25,7 @@ def pooled(part, whole) -> tuple[np.ndarray, np.ndarray]:
 
 
 def two_digits(value) -> str:
-    return f"{float(value):.2f}".replace("-0.00", "0.00")
+    return f"{float(value):.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def test_the_figures_of_who_pays_hold_the_numbers_of_plain_numpy(paid):
@@ -77,7 +77,7 @@ def test_the_figure_of_the_parameters_adds_up_experts_and_leaves_out_what_is_in_
     rest = tables(text)["Parameters of modules in no layer"]
     assert [row[0] for row in rest[1:]] == ["model.embed", "model.norm"]
     own, later, inner = terms[:, -1].T
-    assert rest[2][1] == percent(*pooled(own + inner, own + later + 2 * inner))
+    assert rest[2][1] == percent(*pooled(own + inner, own + later + 2 * inner), windows=5)
 
 
 def test_the_figures_of_the_horizons_hold_the_numbers_of_plain_numpy(paid):
@@ -119,16 +119,18 @@ def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
         head, everything, *layers = captions[f"Who pays for the {written}s"]
         assert head[1:4] == ["own loss", "self edge, later losses", "future edges"]
         assert everything[1] == percent(*(float(stats.loss_shares(paid)[name].sel(written=written, part="own"))
-                                          for name in ("share", "error")))  # fmt: skip
+                                          for name in ("share", "error")), windows=5)  # fmt: skip
         for layer, row in enumerate(layers):
             numbers = share.sel(layer=layer, written=written)
             assert row[0] == str(layer)
-            assert row[1:4] == [percent(*map(float, pair)) for pair in zip(numbers.share, numbers.error, strict=True)]
+            assert row[1:4] == [
+                percent(*map(float, pair), 5) for pair in zip(numbers.share, numbers.error, strict=True)
+            ]
             assert row[4:] == [two_digits(value) for value in cosine.sel(layer=layer, written=written).values]
     hidden = stats.hidden_shares(paid)
     for layer, row in enumerate(captions["The residual stream at the layers' inputs"][1:]):
         numbers = hidden.sel(layer=layer)
-        assert row[1:] == [percent(float(numbers.share), float(numbers.error)), two_digits(numbers.cosine)]
+        assert row[1:] == [percent(float(numbers.share), float(numbers.error), 5), two_digits(numbers.cosine)]
     by_position = stats.loss_shares_by_position(paid).sel(written="value", position=slice(16, 18)).sum("position")
     row = next(row for row in captions["Share of the whole credit by position"] if row[0] == "16–18")
     later = float(by_position.sel(part=["self later", "future"]).sum())
@@ -139,7 +141,7 @@ def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
             numbers = curve.sel(layer=layer, stream=stream)
             length = float(reach.sel(layer=layer, stream=stream))
             assert row[1] == horizon_text(length, 1, 32)
-            assert row[2:] == [percent(*map(float, pair)) for pair in zip(numbers.share, numbers.error, strict=True)]
+            assert row[2:] == [percent(*map(float, pair), 5) for pair in zip(numbers.share, numbers.error, strict=True)]
         heads = [row[1:] for row in captions[f"Effective horizon, {stream}"][1:]]
         assert [cell == "> 32 tokens" for cell in heads[0]] == [
             bool(far) for far in np.isinf(stats.effective_horizon(paid, ("layer", "head")).sel(layer=0, stream=stream))
@@ -148,7 +150,7 @@ def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
     kinds = captions["Own share"]
     assert kinds[0] == ["layer", "self_attn.q_proj", "mlp.experts.*.up"]
     numbers = stats.parameter_shares(paid).sel(parameter="model.layers.2.self_attn.q_proj")
-    assert kinds[3][1] == percent(float(numbers.share), float(numbers.error))
+    assert kinds[3][1] == percent(float(numbers.share), float(numbers.error), 5)
     assert captions["Cosine between own and later"][3][1] == two_digits(numbers.cosine)
 
 

@@ -176,6 +176,32 @@ def test_every_result_has_a_name_of_its_own(plain):
     assert result_names([plain]) == ["tiny/sample"]
     assert result_names([plain, sample(text_name="other")]) == ["tiny/sample, sample text", "tiny/sample, other"]
     assert len(set(result_names([plain, plain, plain]))) == 3
+    assert result_names([plain, plain], ["before", "after"]) == ["before · tiny/sample", "after · tiny/sample"]
+    assert result_names([plain, plain], ["before", ""]) == [
+        "tiny/sample, sample text (1)",
+        "tiny/sample, sample text (2)",
+    ]
+
+
+def headings(frame):
+    return [html.unescape(name) for name in re.findall("<h2>(.*?)</h2>", frame.html)]
+
+
+def test_results_of_one_model_are_named_by_their_files_or_by_labels(tmp_path, plain):
+    paths = [tmp_path / "before" / "run.nc", tmp_path / "after" / "run.nc", tmp_path / "after" / "other.nc"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        save(plain, path)
+    assert headings(report(paths[1:]))[:2] == ["run · tiny/sample", "other · tiny/sample"]
+    assert headings(report(paths[:2]))[:2] == ["before/run · tiny/sample", "after/run · tiny/sample"]
+    assert headings(report(paths[:2], labels=["plain", HOSTILE]))[:2] == ["plain", HOSTILE.replace("\u2028", " ")]
+    assert headings(report({"first": plain, "second": paths[0]}))[:2] == ["first", "second"]
+    assert "<h1>one run</h1>" in report({"one run": plain}).html
+    for labels in (["a"], ["a", "a"], ["a", ""], ["a", "b", "c"]):
+        with pytest.raises(InputError, match="expected 2 different labels"):
+            report(paths[:2], labels=labels)
+    with pytest.raises(InputError, match="at least one result"):
+        report({})
 
 
 def test_the_page_is_written_whole_to_its_path(tmp_path, plain):

@@ -1,5 +1,6 @@
 """The results of one page: a name and a colour for each, and which of them measured a variable."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import xarray as xr
@@ -32,10 +33,10 @@ class ResultGroup:
     members: list[NamedResult]
 
     @classmethod
-    def of(cls, results: list[xr.Dataset]) -> "ResultGroup":
-        """Name the results."""
+    def of(cls, results: Sequence[xr.Dataset], names: Sequence[str] = (), files: Sequence[str] = ()) -> "ResultGroup":
+        """Name the results, by names that a user gave or else by what tells them apart (`result_names`)."""
         last = [latest_step(result) for result in results]
-        parts = zip(result_names(last), last, results, strict=True)
+        parts = zip(names or result_names(last, files), last, results, strict=True)
         return cls([NamedResult(number, *part) for number, part in enumerate(parts)])
 
     @property
@@ -73,11 +74,18 @@ class ResultGroup:
         return name if self.single else f"{name} · {self.label(member, name, 26)}"
 
 
-def result_names(results: list[xr.Dataset]) -> list[str]:
-    """Name each result by what tells it from the others: the model, then the text, then a number."""
+def result_names(results: Sequence[xr.Dataset], files: Sequence[str] = ()) -> list[str]:
+    """Name each result by what tells it from the others: the model, then the text, then the file, then a number.
+
+    Args:
+        results: The results.
+        files: Names of their files; "" for a result that is of no file.
+    """
     names = [model_name(result) for result in results]
     if len(set(names)) < len(names):
         names = [f"{name}, {text_name(result)}" for name, result in zip(names, results, strict=True)]
+    if len(set(names)) < len(names) and all(files) and len(set(files)) == len(names):
+        names = [f"{file} · {model_name(result)}" for file, result in zip(files, results, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
     return names

@@ -1,6 +1,6 @@
 """Results as a page: sentence, five numbers, pictures, table, rankings, provenance, side by side."""
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import xarray as xr
 
@@ -12,10 +12,9 @@ from posterity.reporting.inspected_text import pack_inspected_text
 from posterity.reporting.key_numbers import key_numbers
 from posterity.reporting.page_figures import page_figures
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.result_table import RankedHead, rank_heads, summary_rows
+from posterity.reporting.result_table import RankedHead, rank_heads, row_notes, share_text, summary_rows
 from posterity.reporting.result_words import heading, mean_loss, reading_notes, verdict_sentence
 from posterity.reporting.tables import chart_tables
-from posterity.results.formatting import percent
 from posterity.results.netcdf import portable_value
 from posterity.results.stats import balance
 
@@ -24,9 +23,9 @@ TEXTS = 12  # texts by name
 INSPECTED_SCRIPTS = ("inspected_numbers.js", "inspected_words.js", "inspected_elements.js", "inspected_text.js")
 
 
-def render_results(results: list[xr.Dataset]) -> str:
-    """Return the page as one string of HTML."""
-    group = ResultGroup.of(results)
+def render_results(results: Sequence[xr.Dataset], names: Sequence[str] = (), files: Sequence[str] = ()) -> str:
+    """Return the page as one string of HTML; names and files as in `ResultGroup.of`."""
+    group = ResultGroup.of(results, names, files)
     grids = draw_charts(group)
     members = [_describe(member) for member in group.members]
     inspected = [text for member in group.members if (text := pack_inspected_text(member.result, member.name))]
@@ -64,26 +63,28 @@ def _describe(member: NamedResult) -> dict:
     """Return what the template shows of one result as text and tables."""
     result = member.result
     title, *details = heading(result)
+    rows = summary_rows(result)
     return {
         "name": member.name,
         "model": title,
         "details": details,
         "sentence": verdict_sentence(result),
         "key_numbers": [("all", key_numbers(result))],
-        "rows": summary_rows(result),
-        "notes": reading_notes(result),
-        "heads": {stream: _extremes(rank_heads(result, stream)[::-1]) for stream in STREAMS},
+        "rows": rows,
+        "notes": [*reading_notes(result), *row_notes(result, rows)],
+        "heads": {stream: _extremes(result, rank_heads(result, stream)[::-1]) for stream in STREAMS},
         "provenance": _provenance(result),
         "texts": _texts(result),
         "tables": chart_tables(member.over_steps),
     }
 
 
-def _extremes(heads: list[RankedHead]) -> list[dict | None]:
+def _extremes(result: xr.Dataset, heads: list[RankedHead]) -> list[dict | None]:
     """Return the first and the last few of the ranking as text; None stands for those between them."""
     cells: list[dict | None] = []
     for head in heads:
-        name, share = f"layer {head.layer}, head {head.head}", percent(head.share, head.error)
+        name = f"layer {head.layer}, head {head.head}"
+        share = share_text(head.share, head.error, result.sizes["document"])
         cells.append({"name": name, "share": share, "portion": f"{head.portion:.2f}"})
     return cells if len(cells) <= 2 * EXTREMES + 1 else [*cells[:EXTREMES], None, *cells[-EXTREMES:]]
 

@@ -1,6 +1,7 @@
 """The summary table of a result, for terminal, notebook and page, and its heads ranked by self share."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import xarray as xr
@@ -16,6 +17,7 @@ from posterity.results.formatting import UNKNOWN, horizon_text, number_text, per
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
 
+BEYOND = " †"  # marks a share below 0 or above 100 %
 LOSS_PARTS = {"own": "own loss", "self later": "self edge, later losses", "future": "future edges"}  # in words
 
 
@@ -30,7 +32,11 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class RankedHead:
-    """One head's self share of one stream; `portion` is its credit over an equal part of its layer's credit."""
+    """One head's number in the ranking of one stream, and its credit.
+
+    `share` is what its self edges bring, of its own credit, or of its group's where heads share the stream
+    (`ranked_shares`); `portion` is its credit over an equal part of its layer's credit.
+    """
 
     layer: int
     head: int
@@ -48,8 +54,8 @@ def print_result(result: xr.Dataset, console: Console) -> None:
     table.add_column("", overflow="fold")
     for stream in STREAMS:
         table.add_column(stream, justify="right", no_wrap=True)
-    part = ""
-    for row in summary_rows(result):
+    part, rows = "", summary_rows(result)
+    for row in rows:
         if row.part != part:
             part = row.part
             if table.row_count:
@@ -59,13 +65,26 @@ def print_result(result: xr.Dataset, console: Console) -> None:
     console.print(table)
     console.print()
     console.print(Text(verdict_sentence(result)))
-    for note in reading_notes(result):
+    for note in [*reading_notes(result), *row_notes(result, rows)]:
         console.print(Text(note, style="dim"))
 
 
 def summary_rows(result: xr.Dataset) -> list[SummaryRow]:
     """Return the table, one cell for each stream in the order of `axes.STREAMS`."""
     return [*_credit_rows(result), *_extreme_rows(result), *_weight_rows(result), *_loss_rows(result)]
+
+
+def row_notes(result: xr.Dataset, rows: Iterable[SummaryRow]) -> list[str]:
+    """Return what a reader must know of single rows: whose credit heads are ranked by, and what the mark means."""
+    notes = []
+    if shares_keys(result):
+        notes.append(
+            "A head in its group: several heads read one key and value. For these, a head's number is what its self "
+            "edges bring to the credit of the whole group; for queries, to its own."
+        )
+    if any(cell.endswith(BEYOND) for row in rows for cell in row.cells):
+        notes.append(f"{BEYOND.strip()} beyond 0 to 100 %: parts of a gradient can point against their sum.")
+    return notes
 
 
 def _cells(cell: Callable[[str], str]) -> tuple[str, ...]:
@@ -80,7 +99,7 @@ def _credit_rows(result: xr.Dataset) -> list[SummaryRow]:
     attention = percent(float(stats.attention_first(result)))
 
     def side_cells(side: str) -> tuple[str, ...]:
-        return _cells(lambda stream: _percent(shares.sel(stream=stream, side=side)))
+        return _cells(lambda stream: _percent(shares.sel(stream=stream, side=side), result))
 
     return [
         SummaryRow(part, "self share", side_cells("self")),
@@ -88,7 +107,7 @@ def _credit_rows(result: xr.Dataset) -> list[SummaryRow]:
         SummaryRow(part, "other share", side_cells("other")),
         SummaryRow(part, "median lag of the credit", _cells(lambda s: tokens_text(float(median.sel(stream=s))))),
         SummaryRow(part, "  by counting alone", _cells(lambda _: median_counted)),
-        SummaryRow(part, "share of first position", _cells(lambda stream: _percent(first.sel(stream=stream)))),
+        SummaryRow(part, "share of first position", _cells(lambda stream: _percent(first.sel(stream=stream), result))),
         SummaryRow(part, "  attention weight on it", ("", attention, attention)),
     ]
 
@@ -97,11 +116,12 @@ def _extreme_rows(result: xr.Dataset) -> list[SummaryRow]:
     part = "Extremes of the self share"
     layers = stats.shares(result, ("layer",)).share.sel(side="self")
     heads = {stream: rank_heads(result, stream) for stream in STREAMS}
+    head = "head in its group" if shares_keys(result) else "head"
     return [
         SummaryRow(part, "largest, layer", _cells(lambda stream: _layer(layers.sel(stream=stream), -1))),
         SummaryRow(part, "smallest, layer", _cells(lambda stream: _layer(layers.sel(stream=stream), 0))),
-        SummaryRow(part, "largest, head", _cells(lambda stream: _head(heads[stream], -1))),
-        SummaryRow(part, "smallest, head", _cells(lambda stream: _head(heads[stream], 0))),
+        SummaryRow(part, f"largest, {head}", _cells(lambda stream: _head(heads[stream], -1))),
+        SummaryRow(part, f"smallest, {head}", _cells(lambda stream: _head(heads[stream], 0))),
     ]
 
 
@@ -112,8 +132,8 @@ def _weight_rows(result: xr.Dataset) -> list[SummaryRow]:
     shares = stats.weight_shares(result)
     agreement = shares.agreement.sel(part="whole")
     return [
-        SummaryRow(part, "self share, one window", _cells(lambda stream: _percent(shares.sel(stream=stream)))),
-        SummaryRow(part, "self share, mean", _cells(lambda s: percent(float(shares.share_mean.sel(stream=s))))),
+        SummaryRow(part, "self share, one window", _cells(lambda stream: _percent(shares.sel(stream=stream), result))),
+        SummaryRow(part, "self share, mean", _cells(lambda s: share_text(float(shares.share_mean.sel(stream=s))))),
         SummaryRow(part, "agreement of windows", _cells(lambda s: number_text(float(agreement.sel(stream=s))))),
     ]
 
@@ -124,7 +144,7 @@ def _loss_rows(result: xr.Dataset) -> list[SummaryRow]:
     if "loss_credit" in result:
         shares = stats.loss_shares(result)
         for loss_part, label in LOSS_PARTS.items():
-            cells = (_percent(shares.sel(written=written, part=loss_part)) for written in WRITTEN)
+            cells = (_percent(shares.sel(written=written, part=loss_part), result) for written in WRITTEN)
             rows.append(SummaryRow(part, label, ("", *cells)))
     if "horizon_by_document" in result:
         reach = stats.effective_horizon(result)
@@ -135,13 +155,22 @@ def _loss_rows(result: xr.Dataset) -> list[SummaryRow]:
 
 
 def rank_heads(result: xr.Dataset, stream: str) -> list[RankedHead]:
-    """Rank heads by their self share, smallest first, without those that `stats.weak_heads` leaves out."""
-    shares = stats.shares(result, ("layer", "head")).sel(stream=stream, side="self")
+    """Rank heads by what their self edges bring, smallest first, without those that `stats.weak_heads` leaves out."""
+    by_head = stats.group_shares(result) if shares_keys(result) else stats.shares(result, ("layer", "head"))
+    shares = by_head.sel(stream=stream, side="self")
     ranked = shares.share.notnull().values & ~stats.weak_heads(result).sel(stream=stream).values
     columns = [shares.share.values, shares.error.values, credit_portions(result).sel(stream=stream).values]
     heads = zip(*ranked.nonzero(), *(values[ranked] for values in columns), strict=True)
     rows = [RankedHead(int(layer), int(head), *map(float, numbers)) for layer, head, *numbers in heads]
     return sorted(rows, key=lambda head: head.share)
+
+
+def shares_keys(result: xr.Dataset) -> bool:
+    """Return True if some heads of a layer read one key and value; False where an older file does not say."""
+    if "kv_head" not in result.coords:
+        return False
+    groups, present = result.kv_head.values, stats.existing_heads(result).values
+    return any(len(set(row[mask].tolist())) < mask.sum() for row, mask in zip(groups, present, strict=True))
 
 
 def credit_portions(result: xr.Dataset) -> xr.DataArray:
@@ -151,8 +180,13 @@ def credit_portions(result: xr.Dataset) -> xr.DataArray:
     return credit / credit.where(present, 0.0).sum("head", skipna=False) * present.sum("head")
 
 
-def _percent(share: xr.Dataset) -> str:
-    return percent(float(share.share), float(share.error))
+def share_text(share: float, error: float = math.nan, windows: int = 1) -> str:
+    """Format a share in percent, with a mark where it is beyond 0 to 100 %."""
+    return percent(share, error, windows) + (BEYOND if share < 0 or share > 1 else "")
+
+
+def _percent(share: xr.Dataset, result: xr.Dataset) -> str:
+    return share_text(float(share.share), float(share.error), result.sizes["document"])
 
 
 def _layer(share: xr.DataArray, index: int) -> str:
@@ -161,9 +195,9 @@ def _layer(share: xr.DataArray, index: int) -> str:
     if not shares.size:
         return UNKNOWN
     layer = shares.sortby(shares)[index]
-    return f"L{int(layer.layer)} {percent(float(layer))}"
+    return f"L{int(layer.layer)} {share_text(float(layer))}"
 
 
 def _head(heads: list[RankedHead], index: int) -> str:
     """Format the head at an index of the ranking."""
-    return f"L{heads[index].layer} H{heads[index].head} {percent(heads[index].share)}" if heads else UNKNOWN
+    return f"L{heads[index].layer} H{heads[index].head} {share_text(heads[index].share)}" if heads else UNKNOWN
