@@ -52,10 +52,12 @@ def depths(members: list[NamedResult]) -> tuple[list[np.ndarray], Axis | Callabl
     }
 
 
-def draw_layers(group: ResultGroup) -> PanelGrid:
+def draw_layers(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the self share by layer, beside counting."""
-    shares = [stats.shares(member.result, ("layer",)).sel(side="self") for member in group.members]
-    counted = [json_numbers(stats.counts(member.result, ("layer",)).isel(lag=0), 6) for member in group.members]
+    shares = [stats.shares(member.result, ("layer",), reader_of).sel(side="self") for member in group.members]
+    counted = [
+        json_numbers(stats.counts(member.result, ("layer",), reader_of).isel(lag=0), 6) for member in group.members
+    ]
     same = all(numbers == counted[0] for numbers in counted)
     places, axis = depths(group.members)
     panels = []
@@ -141,10 +143,11 @@ def draw_first_position(group: ResultGroup) -> PanelGrid:
 def draw_weights(group: ResultGroup) -> PanelGrid:
     """Draw the self share in the gradients of the projection weights: of single windows, and of their mean."""
 
-    def draw(shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
+    def draw(member: NamedResult, shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
+        error = member.uncertainty(shares.error)
         return [
-            *band("single windows", x, shares.share, shares.error, ATTENTION),
-            line("single windows", x, shares.share, ATTENTION, **share_labels(shares.share, shares.error), **points(x)),
+            *band("single windows", x, shares.share, error, ATTENTION),
+            line("single windows", x, shares.share, ATTENTION, **share_labels(shares.share, error), **points(x)),
             line("mean gradient", x, shares.share_mean, MEAN, "dash", **points(x)),
         ]
 
@@ -155,7 +158,7 @@ def draw_weights(group: ResultGroup) -> PanelGrid:
 def draw_agreement(group: ResultGroup) -> PanelGrid:
     """Draw how far the gradients of different windows agree: their self parts, their other parts, and in whole."""
 
-    def draw(shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
+    def draw(member: NamedResult, shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
         return [
             line(name, x, shares.agreement.sel(part=part), colour, dash, hover="%{y:.3f}", **points(x))
             for part, (name, colour, dash) in PARTS.items()
@@ -166,7 +169,7 @@ def draw_agreement(group: ResultGroup) -> PanelGrid:
 
 
 def _weight_grid(
-    group: ResultGroup, draw: Callable[[xr.Dataset, np.ndarray], list[go.Scatter]], title: str, y: Axis,
+    group: ResultGroup, draw: Callable[[NamedResult, xr.Dataset, np.ndarray], list[go.Scatter]], title: str, y: Axis,
     windows: int = 1,
 ) -> PanelGrid:  # fmt: skip
     """Draw a panel for each stream and result of at least so many windows."""
@@ -174,8 +177,8 @@ def _weight_grid(
     shares = [stats.weight_shares(member.result, ("layer",)) for member in members]
     panels = [
         Panel(
-            group.panel_title(WEIGHTS[stream], member), draw(share.sel(stream=stream), np.arange(member.layers)),
-            layer_axis(member.layers), y,
+            group.panel_title(WEIGHTS[stream], member),
+            draw(member, share.sel(stream=stream), np.arange(member.layers)), layer_axis(member.layers), y,
         )
         for stream in STREAMS
         for member, share in zip(members, shares, strict=True)

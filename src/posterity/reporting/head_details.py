@@ -2,6 +2,7 @@
 
 import base64
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,15 @@ def head_details(group: ResultGroup) -> list[dict[str, Any]]:
     `curves` are shares up to the last lag of each octave (`lags`, at `x` of the figure), of attention and of the three
     streams; `rows` are numbers with their errors, by stream. Both are packed: (layer, head, number).
     """
-    return [_describe(member, "" if group.single else member.name) for member in group.members]
+    return [_describe(member, "" if group.single else member.name, group.readers) for member in group.members]
 
 
-def _describe(member: NamedResult, title: str) -> dict[str, Any]:
+def _describe(member: NamedResult, title: str, readers: Sequence[str]) -> dict[str, Any]:
     result = member.result
     ends = _octave_ends(result)
     last = result.lag_end.values[ends]
-    weak = stats.weak_heads(result)
-    share = stats.shares(result, ("layer", "head")).share.sel(side="self", stream="value")
+    weak = stats.weak_heads(result, readers[0])
+    share = stats.shares(result, ("layer", "head"), readers[0]).share.sel(side="self", stream="value")
     strong = share.where(~weak.sel(stream="value")).fillna(-math.inf).values
     begin = np.unravel_index(int(strong.argmax()), strong.shape)
     missing = ~stats.existing_heads(result).values
@@ -60,8 +61,8 @@ def _describe(member: NamedResult, title: str) -> dict[str, Any]:
         "marks": np.where(missing, ": no such head", "").tolist(),
         "lags": ["0" if lag == 0 else f"0–{lag}" for lag in last.tolist()],
         "x": json_numbers(bin_middles(last, last), 6),
-        "curves": {"all": _pack(_curves(result, ends), "i2")},
-        "rows": _rows(result),
+        "curves": {reader_of: _pack(_curves(result, ends, reader_of), "i2") for reader_of in readers},
+        "rows": _rows(member, readers),
     }
 
 
@@ -71,40 +72,50 @@ def _octave_ends(result: xr.Dataset) -> np.ndarray:
     return np.append(np.flatnonzero(np.diff(octave)), len(octave) - 1)
 
 
-def _curves(result: xr.Dataset, ends: np.ndarray) -> np.ndarray:
+def _curves(result: xr.Dataset, ends: np.ndarray, reader_of: str) -> np.ndarray:
     """Return the shares up to each of the lags: (layer, head, 4, lag)."""
-    attention = stats.attention_profile(result, ("layer", "head")).transpose("layer", "head", "lag").values
-    credit = result.credit.transpose("layer", "head", "stream", "lag").values
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = credit / credit.sum(-1, keepdims=True)
-    return np.concatenate([attention[:, :, None], shares], 2).cumsum(-1)[..., ends]
-
-
-def _rows(result: xr.Dataset) -> list[dict[str, Any]]:
     by = ("layer", "head")
-    shares = stats.shares(result, by).sel(side="self")
-    first = stats.first_position(result, by)
-    attention = stats.attention_first(result, by).expand_dims(stream=STREAMS).where(xr.DataArray(
-        [stream in WRITTEN for stream in STREAMS], dims="stream"))  # fmt: skip
+    attention = stats.attention_profile(result, by, reader_of).transpose(*by, "lag").values
+    credit = stats.profile(result, by, reader_of).share.transpose(*by, "stream", "lag").values
+    return np.concatenate([attention[:, :, None], credit], 2).cumsum(-1)[..., ends]
+
+
+def _rows(member: NamedResult, readers: Sequence[str]) -> list[dict[str, Any]]:
+    by, result = ("layer", "head"), member.result
+    written = xr.DataArray([stream in WRITTEN for stream in STREAMS], {"stream": list(STREAMS)})
+    shares = {reader_of: stats.shares(result, by, reader_of).sel(side="self") for reader_of in readers}
+    both = stats.has_reader_axis(result)
+    first = stats.first_share(result, by) if both else stats.first_position(result, by)
+    where = f"first {result.attrs.get('sinks')} positions" if both else "first position"
+    attention = stats.attention_first(result, by).where(written)
     rows = [
-        _row("self share", shares.share, shares.error),
-        _row("share of the first position", first.share, first.error),
-        _row("attention weight on it", attention),
+        _row(member, "self share", shares),
+        _row(member, f"share of the {where}", {"all": first}),
+        _row(member, "attention weight on the first key", {"all": xr.Dataset({"share": attention})}),
     ]
     if "loss_credit" in result:
-        losses = stats.loss_shares(result, by).rename(written="stream").reindex(stream=list(STREAMS))
-        rows += [
-            _row(words, losses.share.sel(part=part), losses.error.sel(part=part)) for part, words in LOSS_PARTS.items()
-        ]
+        losses = {reader_of: stats.loss_shares(result, by, reader_of) for reader_of in readers}
+        for part, words in LOSS_PARTS.items():
+            parts = {reader_of: share.sel(part=part) for reader_of, share in losses.items()}
+            streams = {
+                reader_of: x.rename(written="stream").reindex(stream=list(STREAMS)) for reader_of, x in parts.items()
+            }
+            rows.append(_row(member, words, streams))
     if "horizon_by_document" in result:
-        row = _row("effective horizon", stats.effective_horizon(result, by))
+        lengths = {reader_of: stats.effective_horizon(result, by, reader_of) for reader_of in readers}
+        row = _row(member, "effective horizon", {name: xr.Dataset({"share": x}) for name, x in lengths.items()})
         rows.append(row | {"ends": [int(result.horizon[0]), int(result.horizon[-1])]})
     return rows
 
 
-def _row(label: str, values: xr.DataArray, errors: xr.DataArray | None = None) -> dict[str, Any]:
-    arrays = [array.transpose("layer", "head", "stream").values for array in (values, errors) if array is not None]
-    return {"label": label, "values": {"all": _pack(np.concatenate(arrays, -1), "f4")}}
+def _row(member: NamedResult, label: str, shares: Mapping[str, xr.Dataset]) -> dict[str, Any]:
+    """Pack a row of numbers, and of their errors where they are known, by the edges that they are of."""
+    values = {}
+    for reader_of, share in shares.items():
+        arrays = [share.share, *([member.uncertainty(share.error)] if "error" in share else [])]
+        numbers = [array.transpose("layer", "head", "stream").values for array in arrays]
+        values[reader_of] = _pack(np.concatenate(numbers, -1), "f4")
+    return {"label": label, "values": values}
 
 
 def _pack(values: np.ndarray, kind: str) -> dict[str, Any]:

@@ -24,20 +24,21 @@ SHARE_TICKS = (1, 0, 0.5, 0.15, 0.05, 0.75, 0.3, 0.01)  # the first of them firs
 WEAK = "credit too small or too uncertain"
 
 
-def draw_heads(group: ResultGroup) -> PanelGrid:
+def draw_heads(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the self share of every head."""
     panels = []
     for stream in STREAMS:
         for member in group.members:
-            share = shares(member.result, ("layer", "head")).sel(side="self", stream=stream)
+            share = shares(member.result, ("layer", "head"), reader_of).sel(side="self", stream=stream)
             portion = credit_portions(member.result).sel(stream=stream)
-            texts = np.stack([_format(percent, share.share, share.error), _format(_format_portion, portion)], -1)
-            weak = _weak(member.result).sel(stream=stream).values
+            error = member.uncertainty(share.error)
+            texts = np.stack([_format(percent, share.share, error), _format(_format_portion, portion)], -1)
+            weak = _weak(member.result, reader_of).sel(stream=stream).values
             hover = "self share %{customdata[0]}<br>credit %{customdata[1]} of an equal part"
             panels.append(_panel(group.panel_title(stream, member), stretch(share.share.values), weak, texts, hover))
     return PanelGrid(
         "Self share of every head", panels, height=_height(group.members), shared_y=False,
-        colours=_share_colours(group.members), **grid_by_result(group.members),
+        colours=_share_colours(group.members, reader_of), **grid_by_result(group.members),
     )  # fmt: skip
 
 
@@ -47,10 +48,10 @@ def stretch(share: np.ndarray | float) -> np.ndarray:
     return np.where(share < 0.5, np.sqrt(share / 2), share)
 
 
-def _share_colours(members: list[NamedResult]) -> Callable[[float], dict[str, Any]]:
+def _share_colours(members: list[NamedResult], reader_of: str) -> Callable[[float], dict[str, Any]]:
     """Return the colours of self shares, with the share by counting edges where all results have the same."""
-    counted = {percent(float(counts(member.result).isel(lag=0))) for member in members}
-    baseline = float(counts(members[0].result).isel(lag=0)) if len(counted) == 1 else math.nan
+    counted = {percent(float(counts(member.result, (), reader_of).isel(lag=0))) for member in members}
+    baseline = float(counts(members[0].result, (), reader_of).isel(lag=0)) if len(counted) == 1 else math.nan
 
     def colours(length: float) -> dict[str, Any]:
         chosen = {} if math.isnan(baseline) else {float(stretch(baseline)): f"{percent(baseline)}<br>counting"}
@@ -65,14 +66,14 @@ def _share_colours(members: list[NamedResult]) -> Callable[[float], dict[str, An
     return colours
 
 
-def draw_head_horizons(group: ResultGroup) -> PanelGrid:
+def draw_head_horizons(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the effective horizon of every head, on a log scale; with a sign where it is beyond the largest horizon."""
     members, panels = group.having("horizon_by_document"), []
     for stream in STREAMS:
         for member in members:
-            reach = effective_horizon(member.result, ("layer", "head")).sel(stream=stream)
+            reach = effective_horizon(member.result, ("layer", "head"), reader_of).sel(stream=stream)
             ends = int(member.result.horizon[0]), int(member.result.horizon[-1])
-            weak = _weak(member.result).sel(stream=stream).values
+            weak = _weak(member.result, reader_of).sel(stream=stream).values
             weak = np.where(reach.isnull().values & (weak == 0), 1, weak)
             texts = _format(lambda length, ends=ends: horizon_text(length, *ends), reach)[..., None]
             hover = "effective horizon %{customdata[0]}"
@@ -150,9 +151,9 @@ def _height(members: list[NamedResult]) -> int:
     return min(560, max(200, 15 * max(member.layers for member in members) + 20))
 
 
-def _weak(result: xr.Dataset) -> xr.DataArray:
+def _weak(result: xr.Dataset, reader_of: str) -> xr.DataArray:
     """Return 1 where a head's credit is weak, 0 where it is not, NaN where a layer has no such head."""
-    return weak_heads(result).where(existing_heads(result))
+    return weak_heads(result, reader_of).where(existing_heads(result))
 
 
 def _format(format_number: Callable[..., str], *values: xr.DataArray) -> np.ndarray:

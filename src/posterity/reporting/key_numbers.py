@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import xarray as xr
 
 from posterity.axes import WRITTEN
+from posterity.reporting.reach_chart import has_lags
 from posterity.results import stats
 from posterity.results.formatting import percent, tokens_text
+
+FIVE = 5
 
 
 @dataclass(frozen=True)
@@ -20,45 +23,53 @@ class KeyNumber:
     meaning: str
 
 
-def key_numbers(result: xr.Dataset) -> list[KeyNumber]:
-    """Return the numbers in the order in which people ask."""
-    return [*_later_shares(result), *_lengths(result), _first_share(result), *_own_share(result)][:5]
+def key_numbers(result: xr.Dataset, reader_of: str) -> list[KeyNumber]:
+    """Return the numbers in the order in which people ask, of the edges that `reader_of` names (see `stats`)."""
+    numbers = [*_later_shares(result, reader_of), *_lengths(result, reader_of), _first_share(result)]
+    return [*numbers[: FIVE - 2], numbers[-1], *_own_share(result, reader_of), *numbers[FIVE - 2 : -1]][:FIVE]
 
 
-def _later_shares(result: xr.Dataset) -> Iterator[KeyNumber]:
-    shares = stats.shares(result).sel(side="other")
-    counted = percent(1 - float(stats.counts(result).isel(lag=0)))
+def _later_shares(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
+    shares = stats.shares(result, (), reader_of).sel(side="other")
+    counted = percent(1 - float(stats.counts(result, (), reader_of).isel(lag=0)))
     for stream in reversed(WRITTEN):
-        share = shares.sel(stream=stream)
         yield KeyNumber(
-            f"{stream}s, from later positions", percent(float(share.share), float(share.error)),
-            f"of the gradient of the {stream}s arrives from queries at later positions; if every edge brought the "
-            f"same, {counted} would",
+            f"{stream}s: from later positions", _percent(result, shares.sel(stream=stream)),
+            f"of their credit arrives over edges from later queries; by counting edges alone, {counted}",
         )  # fmt: skip
 
 
-def _lengths(result: xr.Dataset) -> Iterator[KeyNumber]:
-    median = float(stats.median_lag(stats.profile(result).share).sel(stream="value"))
-    counted = float(stats.median_lag(stats.counts(result)))
-    baseline = "" if math.isnan(counted) else f"; by counting edges, {tokens_text(counted)}"
-    yield KeyNumber(
-        "half of it within", tokens_text(median), f"of distance: the median lag of the values' credit{baseline}"
-    )
+def _lengths(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
+    median = float(stats.median_lag(stats.profile(result, (), reader_of).share).sel(stream="value"))
+    counted = float(stats.median_lag(stats.counts(result, (), reader_of)))
+    baseline = "" if math.isnan(counted) else f"; by counting edges alone, {tokens_text(counted)}"
+    yield KeyNumber("values: half within", tokens_text(median), f"the median lag of their credit{baseline}")
+    if has_lags(result) and reader_of != "first":
+        reach = stats.reach(result, (), (0.9,), reader_of).sel(quantity="value credit", level=0.9)
+        yield KeyNumber("values: nine tenths within", tokens_text(float(reach.lag)), "the lag that holds 90 % of it")
 
 
 def _first_share(result: xr.Dataset) -> KeyNumber:
-    first = stats.first_position(result).sel(stream="value")
+    if stats.has_reader_axis(result):
+        first = stats.first_share(result)
+        where = f"at the first {result.attrs.get('sinks')} positions"
+    else:
+        first, where = stats.first_position(result), "at the first position"
     attention = percent(float(stats.attention_first(result)))
     return KeyNumber(
-        "at the first position", percent(float(first.share), float(first.error)),
-        f"of the values' credit lies there, a sink if it is much; it gets {attention} of the attention",
+        f"values: {where}", _percent(result, first.sel(stream="value")),
+        f"of all their credit: a sink, if it is much. The very first key gets {attention} of the attention",
     )  # fmt: skip
 
 
-def _own_share(result: xr.Dataset) -> Iterator[KeyNumber]:
+def _own_share(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
     if "loss_credit" in result:
-        own = stats.loss_shares(result).sel(written="value", part="own")
+        own = stats.loss_shares(result, (), reader_of).sel(written="value", part="own")
         yield KeyNumber(
-            "paid by the own loss", percent(float(own.share), float(own.error)),
-            "of the values' credit is sent by the loss at the same position; the rest by losses at later tokens",
+            "values: paid by the own loss", _percent(result, own),
+            "of their credit is sent by the loss at the same position, the rest by losses at later tokens",
         )  # fmt: skip
+
+
+def _percent(result: xr.Dataset, share: xr.Dataset) -> str:
+    return percent(float(share.share), float(share.error), result.sizes["document"])

@@ -15,7 +15,7 @@ from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.traces import BEHIND, EDGES, band, counting_line, fine_percent, line, log_axis
 from posterity.results.formatting import json_numbers, percent
-from posterity.results.ratios import sum_over_heads
+from posterity.results.ratios import sum_over_heads, sum_readers
 from posterity.results.stats import attention_profile, profile, ratio
 
 VIEWS = {  # the y axis of each
@@ -26,9 +26,9 @@ VIEWS = {  # the y axis of each
 LEVELS = (0.5, 0.9)  # marked where shares are added up
 
 
-def draw_lags(group: ResultGroup) -> PanelGrid:
+def draw_lags(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the share of the credit by lag; every view has the same traces, with other numbers."""
-    profiles = [_LagProfile(group, member) for member in group.members]
+    profiles = [_LagProfile(group, member, reader_of) for member in group.members]
     counted = [json_numbers(lag_profile.profile.counted, 6) for lag_profile in profiles]
     same = all(numbers == counted[0] for numbers in counted)
     last = max(int(member.result.lag_end[-1]) for member in group.members)
@@ -64,20 +64,22 @@ class _LagProfile:
 
     group: ResultGroup
     member: NamedResult
+    reader_of: str
 
     @cached_property
     def profile(self) -> xr.Dataset:
-        return profile(self.member.result)
+        return profile(self.member.result, (), self.reader_of)
 
     @cached_property
     def sums(self) -> xr.Dataset:
         """The share of all lags up to each, with the error of that sum."""
-        credit = sum_over_heads(self.member.result, self.member.result.profile_by_document, ())
+        result = self.member.result
+        credit = sum_over_heads(result, sum_readers(result.profile_by_document, self.reader_of), ())
         return ratio(credit.cumsum("lag", skipna=False), credit.sum("lag", skipna=False))
 
     @cached_property
     def attention(self) -> np.ndarray:
-        return attention_profile(self.member.result).values
+        return attention_profile(self.member.result, (), self.reader_of).values
 
     @property
     def bins(self) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +106,7 @@ class _LagProfile:
     def _credit(self, stream: str, view: str) -> tuple[np.ndarray, np.ndarray]:
         """Return what a view shows of the credit, with its standard error."""
         shares = (self.sums if view == "sum" else self.profile).sel(stream=stream)
-        share, error = shares.share.values, shares.error.values
+        share, error = shares.share.values, self.member.uncertainty(shares.error.values)
         if view == "sum":
             return share, error
         single = lag_view(share, self.bins, view)

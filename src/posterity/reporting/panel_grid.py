@@ -52,6 +52,7 @@ class PanelGrid:
     narrowest: int = 0  # pixels that a column needs; 0: all columns from ONE_COLUMN on, one below it
     shared_y: bool = True
     colours: Callable[[float], dict[str, Any]] | None = None  # of heat maps, for the length of the colour bar in pixels
+    note: str = ""  # what a saved figure says after its title
     views: Mapping[str, "PanelGrid"] = field(default_factory=dict)  # the same traces with other numbers, by name
 
     def figure(self, width: int = FULL_WIDTH) -> go.Figure:
@@ -103,7 +104,7 @@ class PanelGrid:
                 _panel_title(panel.title, number, longest) for number, panel in enumerate(self.panels) if panel.title
             ]
         if titled:
-            layout["title"] = {"text": figure_text(self.title)}
+            layout["title"] = {"text": figure_text(self.title + (f" ({self.note})" if self.note else ""))}
         if self.colours:
             margin = LEFT if width >= ONE_COLUMN else BAR_MARGIN
             length = min(LONGEST_BAR, width)  # with its margins

@@ -44,7 +44,7 @@ def counting_line(name: str, x: Any, y: Any, colour: str = COUNT, hover: str = "
 
 
 def band(name: str, x: Any, y: Any, error: Any, colour: str, **style: Any) -> list[go.Scatter]:
-    """Draw one standard error on both sides of a line; nothing if no error is known."""
+    """Draw an error on both sides of a line; nothing if none is known."""
     y, error = np.asarray(y, dtype=float), np.asarray(error, dtype=float)
     if not np.isfinite(error).any():
         return []
@@ -67,11 +67,12 @@ def result_line(
     label, colour = group.label(member, name), group.colour(member, colour)
     if error is None:
         return [line(label, x, y, colour, hover=hover, **points(x))]
+    error = member.uncertainty(error)
     return [*band(label, x, y, error, colour), line(label, x, y, colour, **share_labels(y, error), **points(x))]
 
 
 def share_labels(share: Any, error: Any) -> dict[str, Any]:
-    """Return the labels of the points of a line: each share with its standard error where it is known."""
+    """Return the labels of the points of a line: each share with its error where it is known."""
     pairs = zip(np.asarray(share, dtype=float), np.asarray(error, dtype=float), strict=True)
     return {"customdata": [percent(*map(float, pair)) for pair in pairs], "hover": "%{customdata}"}
 
