@@ -9,6 +9,7 @@ from posterity.axes import STREAMS
 from posterity.reporting.report import report
 from posterity.results import stats
 from posterity.results.formatting import percent
+from posterity.results.ratios import sum_readers
 
 CELL = """([chart, panel, x, y]) => {
     const place = document.querySelector(`[data-chart="${chart}"]`);
@@ -35,8 +36,9 @@ def hovered(tab, chart, panel, x, y):
 def test_a_cell_of_the_maps_says_its_own_share_and_only_a_weak_one_that_it_is_weak(tmp_path):
     result = sample(layers=3, heads=4, horizons=(1, 4, 16), missing_heads=1)
     result["credit_by_document"][:, 0, 1] *= 1e-3  # weak in every stream
-    shares, weak = stats.shares(result, ("layer", "head")).sel(side="self"), stats.weak_heads(result)
-    reach = stats.effective_horizon(result, ("layer", "head"))
+    shares = stats.shares(result, ("layer", "head"), "rest").sel(side="self")
+    weak = stats.weak_heads(result, "rest")
+    reach = stats.effective_horizon(result, ("layer", "head"), "rest")
     assert np.isposinf(reach.values).any()
     with browser() as (tab, heard):
         opened(tab, report(result, tmp_path / "report.html"))
@@ -50,7 +52,7 @@ def test_a_cell_of_the_maps_says_its_own_share_and_only_a_weak_one_that_it_is_we
                     assert ("no such head" in text) == missing
                     assert ("too small or too uncertain" in text) == (not missing and bool(weak.sel(cell)))
                     if chart == "map" and not missing:
-                        assert percent(*(float(shares[name].sel(cell)) for name in ("share", "error"))) in text
+                        assert percent(*(float(shares[name].sel(cell)) for name in ("share", "error")), 5) in text
         assert heard == []
 
 
@@ -67,10 +69,12 @@ def test_a_cell_of_the_map_that_is_clicked_shows_its_head_and_the_fields_do_so_w
         tab.locator("#head-choice [name=head]").focus()
         tab.keyboard.press("ArrowUp")
         assert_head(tab, result, 2, 3)
+        tab.get_by_label("counted").check()
+        assert_head(tab, result, 2, 3, "all")
         assert heard == []
 
 
-def assert_head(tab, result, layer, head):
+def assert_head(tab, result, layer, head, reader_of="rest"):
     """Hold the numbers and the curves of one head on the page to those of the result."""
     cell = {"layer": layer, "head": head}
     tab.locator("#head-numbers caption", has_text=f"Layer {layer}, head {head}").wait_for()
@@ -78,13 +82,13 @@ def assert_head(tab, result, layer, head):
         row.locator("th").inner_text(): row.locator("td").all_inner_texts()
         for row in tab.locator("#head-numbers tr:has(th[scope=row])").all()
     }
-    shares = stats.shares(result, ("layer", "head")).sel(side="self", **cell)
+    shares = stats.shares(result, ("layer", "head"), reader_of).sel(side="self", **cell)
     assert rows["self share"] == words(shares)
-    losses = stats.loss_shares(result, ("layer", "head")).sel(part="own", **cell)
+    losses = stats.loss_shares(result, ("layer", "head"), reader_of).sel(part="own", **cell)
     assert rows["own loss"] == ["–", *words(losses)]
     traces = tab.evaluate("page.chosen('head').data.map(({name, y}) => [name, y])")
     assert [name for name, _ in traces] == ["attention", *STREAMS]
-    credit = result.credit.sel(stream="value", **cell)
+    credit = sum_readers(result.credit, reader_of).sel(stream="value", **cell)
     for _, share in traces:
         assert share[-1] == pytest.approx(1, abs=1e-4)
     octave = int((result.lag_end == 6).values.argmax())
@@ -94,4 +98,4 @@ def assert_head(tab, result, layer, head):
 def words(shares):
     """Return shares with their errors as the page writes them."""
     pairs = zip(shares.share.values.tolist(), shares.error.values.tolist(), strict=True)
-    return [percent(*pair).replace("-", "−").replace(" %", "\u00a0%") for pair in pairs]
+    return [percent(*pair, 5).replace("-", "−").replace(" %", "\u00a0%") for pair in pairs]

@@ -30,7 +30,9 @@ def two_digits(value) -> str:
 
 def test_the_figures_of_who_pays_hold_the_numbers_of_plain_numpy(paid):
     text = page(paid)
-    credit = np.nan_to_num(paid.loss_credit_by_document.values).sum(2)  # document, layer, written, part
+    credit = np.nan_to_num(paid.loss_credit_by_document.sel(reader_of="rest").values).sum(
+        2
+    )  # document, layer, written, part
     share, error = pooled(credit, credit.sum(-1, keepdims=True))
     for panel in range(len(WRITTEN)):
         bars = traces(text, "loss_parts", panel)
@@ -38,9 +40,10 @@ def test_the_figures_of_who_pays_hold_the_numbers_of_plain_numpy(paid):
         for number, name in enumerate(LOSS_PARTS.values()):
             np.testing.assert_allclose(bars[name]["y"], share[:, panel, number], rtol=1e-5)
             pairs = zip(share[:, panel, number], error[:, panel, number], strict=True)
-            assert bars[name]["customdata"] == [percent(*pair) for pair in pairs]
+            assert bars[name]["customdata"] == [percent(*pair, 5) for pair in pairs]
     own, later, inner = np.moveaxis(paid.hidden_by_document.values, -1, 0)
     share, error = pooled(own + inner, own + later + 2 * inner)
+    error = stats.uncertainty(error, 5)
     hidden = traces(text, "inputs", 0)
     np.testing.assert_allclose(hidden["own share"]["y"], share, rtol=1e-5)
     np.testing.assert_allclose(hidden["own share low"]["y"], share - error, rtol=1e-5)
@@ -73,7 +76,7 @@ def test_the_figure_of_the_parameters_adds_up_experts_and_leaves_out_what_is_in_
     lines = traces(text, "modules", 1)
     assert lines["own share"]["x"] == [0, 1, 2, 3]
     np.testing.assert_allclose(lines["own share"]["y"], share, rtol=1e-5)
-    np.testing.assert_allclose(lines["own share high"]["y"], share + error, rtol=1e-5)
+    np.testing.assert_allclose(lines["own share high"]["y"], share + stats.uncertainty(error, 5), rtol=1e-5)
     rest = tables(text)["Parameters of modules in no layer"]
     assert [row[0] for row in rest[1:]] == ["model.embed", "model.norm"]
     own, later, inner = terms[:, -1].T
@@ -82,7 +85,10 @@ def test_the_figure_of_the_parameters_adds_up_experts_and_leaves_out_what_is_in_
 
 def test_the_figures_of_the_horizons_hold_the_numbers_of_plain_numpy(paid):
     text = page(paid)
-    left, total = (np.nan_to_num(x.values) for x in (paid.horizon_by_document, paid.credit_by_document.sum("side")))
+    left, total = (
+        np.nan_to_num(x.sel(reader_of="rest").values)
+        for x in (paid.horizon_by_document, paid.credit_by_document.sum("side"))
+    )
     model, error = pooled(left.sum((1, 2)), total.sum((1, 2))[..., None])
     layers, _ = pooled(left.sum(2), total.sum(2)[..., None])
     horizons, beyond = [1, 2, 4, 8, 16, 32], 0
@@ -90,7 +96,9 @@ def test_the_figures_of_the_horizons_hold_the_numbers_of_plain_numpy(paid):
         lines = traces(text, "horizons", panel)
         assert lines["all layers"]["x"] == horizons
         np.testing.assert_allclose(lines["all layers"]["y"], model[panel], rtol=1e-5)
-        np.testing.assert_allclose(lines["all layers high"]["y"], model[panel] + error[panel], rtol=1e-5)
+        np.testing.assert_allclose(
+            lines["all layers high"]["y"], model[panel] + stats.uncertainty(error, 5)[panel], rtol=1e-5
+        )
         by_layer = [lines["first layer"], lines["scatter"], lines["scatter+"], lines["last layer"]]
         np.testing.assert_allclose([line["y"] for line in by_layer], layers[:, panel], rtol=1e-5)
         grey, coloured, *covers = traces(text, "head_horizons", panel).values()
@@ -176,7 +184,7 @@ def test_pages_show_only_what_was_measured(plain, paid):
     }
     for result, charts in only.values():
         figures = [attrs["data-chart"] for tag, attrs in Reader(page(result)).tags if "data-chart" in attrs]
-        assert figures == CHARTS + charts
+        assert set(figures) == {*CHARTS, *charts}
         assert tables(page(result)).keys() > tables(page(plain)).keys()
     assert "Effective horizon" not in Reader(page(only["losses"][0])).text
     assert "Parameters of modules in no layer" in tables(page(only["rest"][0]))

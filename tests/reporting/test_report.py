@@ -43,56 +43,68 @@ def test_the_data_of_the_page_is_json_that_no_parser_mistakes_for_markup(hostile
 
 
 def test_the_figures_of_layers_and_lags_hold_the_shares_and_their_errors(plain):
-    text, shares, profile = page(plain), stats.shares(plain, ("layer",)).sel(side="self"), stats.profile(plain)
+    text, profile = page(plain), stats.profile(plain, (), "rest")
+    shares = stats.shares(plain, ("layer",), "rest").sel(side="self")
+    shares["error"] = stats.uncertainty(shares.error, 5)
     for panel, stream in enumerate(STREAMS):
         layers, lags = traces(text, "layers", panel), traces(text, "lags", panel)
         share, error = (shares[name].sel(stream=stream).values for name in ("share", "error"))
         np.testing.assert_allclose(layers["self share"]["y"], share, rtol=1e-5)
         np.testing.assert_allclose(layers["self share low"]["y"], share - error, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(layers["self share high"]["y"], share + error, rtol=1e-5)
-        counted = stats.counts(plain, ("layer",)).isel(lag=0)
+        counted = stats.counts(plain, ("layer",), "rest").isel(lag=0)
         np.testing.assert_allclose(layers["counting edges alone"]["y"], counted, rtol=1e-5)
         np.testing.assert_allclose(lags["credit"]["y"], profile.share.sel(stream=stream).cumsum(), rtol=1e-5)
-        np.testing.assert_allclose(lags["attention"]["y"], stats.attention_profile(plain).cumsum(), rtol=1e-5)
+        np.testing.assert_allclose(
+            lags["attention"]["y"], stats.attention_profile(plain, (), "rest").cumsum(), rtol=1e-5
+        )
         np.testing.assert_allclose(lags["counting edges alone"]["y"], profile.counted.cumsum(), rtol=1e-5)
 
 
 def test_the_views_of_the_lags_hold_shares_per_doubling_and_of_single_lags_with_their_errors(plain):
-    figure, profile = data(page(plain))["figures"]["lags"], stats.profile(plain)
+    figure = data(page(plain))["figures"]["lags"]
+    for end, reader_of in (("", "rest"), (" all", "all")):
+        profile = stats.profile(plain, (), reader_of)
+        assert_views(figure, plain, profile.assign(error=stats.uncertainty(profile.error, 5)), end)
+
+
+def assert_views(figure, plain, profile, end):
+    """Hold the views whose names have an end to the shares of a profile."""
     first, last = plain.lag.values, plain.lag_end.values
     credit = [(index, trace) for index, trace in enumerate(figure["data"]) if trace.get("name") == "credit"]
     for (index, _), stream in zip(credit, STREAMS, strict=True):
         share, error = (profile[name].sel(stream=stream).values for name in ("share", "error"))
-        doubling = figure["views"]["doubling"]["data"]
+        doubling = figure["views"]["doubling" + end]["data"]
         np.testing.assert_allclose(doubling[str(index)]["y"], share / doublings(first, last), rtol=1e-5)
         wide = error / doublings(first, last)
         assert doubling[str(index)]["customdata"][3][1] == percent(share[3] / doublings(first, last)[3], wide[3])
-        single = figure["views"]["lag"]["data"][str(index)]["y"]
+        single = figure["views"]["lag" + end]["data"][str(index)]["y"]
         right = share / (last - first + 1)
         np.testing.assert_allclose(np.array(single, dtype=float), np.where(right > 1e-3 / 64, right, np.nan), rtol=1e-5)
-    assert figure["views"]["lag"]["layout"]["yaxis"]["type"] == "log"
+    assert figure["views"]["lag" + end]["layout"]["yaxis"]["type"] == "log"
     bands = [index for index, trace in enumerate(figure["data"]) if "fill" in trace]
     assert len(bands) == 3
-    assert all(figure["views"]["lag"]["data"][str(index)]["visible"] is False for index in bands)
+    assert all(figure["views"]["lag" + end]["data"][str(index)]["visible"] is False for index in bands)
 
 
 def test_the_error_of_an_added_up_share_is_that_of_the_sum(plain):
     lags = traces(page(plain), "lags", 2)
-    credit = plain.profile_by_document.sum("layer").sel(stream="value").values.cumsum(-1)
+    credit = plain.profile_by_document.sum("layer").sel(stream="value", reader_of="rest").values.cumsum(-1)
     share, total = credit.sum(0) / credit[:, -1].sum(), credit[:, -1:]
     residual = credit - share * total
     documents = len(credit)
     error = np.sqrt(documents / (documents - 1) * (residual**2).sum(0)) / abs(total.sum())
+    error = stats.uncertainty(error, documents)
     np.testing.assert_allclose(np.array(lags["credit high"]["y"]) - share, error, rtol=1e-3, atol=2e-6)
     assert lags["credit"]["customdata"][5] == ["0–5", percent(share[5], error[5])]
 
 
 def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
-    text, shares = page(plain), stats.shares(plain, ("layer", "head")).sel(side="self")
+    text, shares = page(plain), stats.shares(plain, ("layer", "head"), "rest").sel(side="self")
     for panel, stream in enumerate(STREAMS):
         grey, coloured = traces(text, "map", panel).values()
         assert (grey["hoverinfo"], coloured["hoverongaps"]) == ("skip", True)
-        weak = stats.weak_heads(plain).sel(stream=stream).values
+        weak = stats.weak_heads(plain, "rest").sel(stream=stream).values
         share = shares.share.sel(stream=stream).values
         np.testing.assert_allclose(
             np.array(coloured["z"], dtype=float), np.where(weak, np.nan, stretch(share)), rtol=1e-5
@@ -101,7 +113,7 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
         errors = shares.error.sel(stream=stream).values
         for layer, head in np.ndindex(weak.shape):
             words, _, note = coloured["customdata"][layer][head]
-            assert words == percent(share[layer, head], errors[layer, head])
+            assert words == percent(share[layer, head], errors[layer, head], 5)
             assert ("too small or too uncertain" in note) == weak[layer, head]
 
 
@@ -122,7 +134,7 @@ def test_escaped_json_means_the_same():
 
 def test_the_page_names_no_other_computer(plain):
     text = page(plain, sample(seed=1)).replace(packed_plotly(), "")
-    assert len(text) < 300_000
+    assert len(text) < 400_000
     assert not re.findall(r"(?:https?:)?//\w", re.sub(r"(?m)//\s.*$", "", text))
     assert not re.findall(r"@import|url\(|<link|<base|\bfetch\(|XMLHttp", text)
     assert not any({"src", "href", "action"} & set(attrs) - {"href"} for _, attrs in Reader(text).tags)
@@ -160,7 +172,7 @@ def test_the_script_of_plotly_is_in_the_page_once(plain):
 
 def test_numbers_that_are_not_known_do_not_stop_the_page(plain):
     broken = plain.copy(deep=True)
-    broken["credit_by_document"][0, 0, 0, 1, 0] = np.nan
+    broken["credit_by_document"][0, 0, 0, 1] = np.nan
     broken["profile_by_document"][:, :, 2] = np.nan
     broken["credit"][:, :, 0] = np.nan
     assert traces(page(broken), "lags", 2)["credit"]["y"] == [None] * broken.sizes["lag"]

@@ -63,14 +63,13 @@ class Reader(HTMLParser):
 
 
 def tables(text) -> dict[str, list[list[str]]]:
-    """Rows of text of each table with a caption, the first row that of the column headers; a minus is a hyphen."""
+    """Rows of text of each table with a caption, the first row that of the column headers."""
     found = {}
     for table in re.findall(r"<table>(<caption>.*?)</table>", text, re.DOTALL):
         caption = re.search("<caption>(.*?)</caption>", table)
         rows = re.findall("<tr.*?>(.*?)</tr>", table, re.DOTALL)
         found[html.unescape(caption[1])] = [
-            [html.unescape(cell).replace("−", "-") for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
-            for row in rows
+            [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows
         ]
     return found
 

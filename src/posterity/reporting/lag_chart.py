@@ -12,11 +12,12 @@ from posterity.axes import STREAMS
 from posterity.palette import ATTENTION, AXIS, COUNT, OTHER, PAPER, SELF
 from posterity.reporting.bins import bin_middles, bin_names, doublings, single_shares
 from posterity.reporting.panel_grid import Panel, PanelGrid
+from posterity.reporting.reach_chart import has_lags
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.traces import BEHIND, EDGES, band, counting_line, fine_percent, line, log_axis
 from posterity.results.formatting import json_numbers, percent
 from posterity.results.ratios import sum_over_heads, sum_readers
-from posterity.results.stats import attention_profile, profile, ratio
+from posterity.results.stats import attention_profile, profile, ratio, reach
 
 VIEWS = {  # the y axis of each
     "sum": {"title": "share up to this lag", "tickformat": ".0%", "type": "linear", "range": [0, 1.05]},
@@ -101,7 +102,22 @@ class _LagProfile:
             counted = lag_view(self.profile.counted.values, self.bins, view)
             traces.append(counting_line(name, colour=shade, **self._by_lag(counted, view)))
         traces.append(line(label, colour=colour, **credit))
+        traces.append(self._crossings(stream, visible=view == "sum"))
         return [*traces, self._self_edge(label, credit["x"][0], share[0], math.nan if view == "lag" else error[0])]
+
+    def _crossings(self, stream: str, visible: bool) -> go.Scatter:
+        """Mark the lags from which on the share within them stays above each level, with their numbers."""
+        lags = np.full(len(LEVELS), np.nan)
+        if has_lags(self.member.result):
+            within = reach(self.member.result, (), LEVELS, self.reader_of).sel(quantity=f"{stream} credit")
+            lags = within.lag.values
+        colour = self.group.colour(self.member, OTHER)
+        return go.Scatter(
+            x=json_numbers(bin_middles(lags, lags)), y=list(LEVELS), mode=f"markers{'+text' * self.group.single}",
+            text=[f"{lag:.0f}" for lag in lags], textposition="bottom right", textfont={"size": 11, "color": colour},
+            marker={"symbol": "diamond", "size": 8, "color": colour}, hoverinfo="skip",
+            visible=visible, showlegend=False,
+        )  # fmt: skip
 
     def _credit(self, stream: str, view: str) -> tuple[np.ndarray, np.ndarray]:
         """Return what a view shows of the credit, with its standard error."""

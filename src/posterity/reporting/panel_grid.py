@@ -114,10 +114,10 @@ class PanelGrid:
 
     def _legend_lines(self, width: int) -> int:
         """Return how many lines the legend takes: plotly sets one that is too long for a line in equal columns."""
-        widths = [58 + 7 * len(trace["name"]) for trace in self.traces if trace["showlegend"]]
+        widths = [58 + 6.8 * len(trace["name"]) for trace in self.traces if trace["showlegend"]]
         if sum(widths) <= width:
             return min(1, len(widths))
-        return math.ceil(len(widths) / max(1, width // max(widths)))
+        return math.ceil(len(widths) / max(1, int(width / max(widths))))
 
 
 def shorten(text: str, length: int) -> str:

@@ -12,7 +12,7 @@ from posterity.reporting.credit_charts import depths
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.tables import NumberTable, format_cells
-from posterity.reporting.traces import band, line, points
+from posterity.reporting.traces import line, points
 from posterity.results.formatting import UNKNOWN, percent, tokens_text
 from posterity.results.stats import reach, uncertainty
 
@@ -46,21 +46,20 @@ def draw_reach(group: ResultGroup) -> PanelGrid:
         for member, x, lags in zip(members, places, reaches, strict=True):
             for quantity, colour in QUANTITIES.items():
                 if group.single or quantity == "value credit":
-                    traces += _lines(group, member, x, lags.sel(quantity=quantity, level=level), quantity, colour)
+                    traces.append(_line(group, member, x, lags.sel(quantity=quantity, level=level), quantity, colour))
         what = "" if group.single else "value credit: "
         panels.append(Panel(f"{what}{level:.0%} within", traces, axis, y))
     return PanelGrid(title, panels, height=260, note=f"without the first {group.sinks} positions")
 
 
-def _lines(
+def _line(
     group: ResultGroup, member: NamedResult, x: np.ndarray, lags: xr.Dataset, quantity: str, colour: str
-) -> list[go.Scatter]:
+) -> go.Scatter:
+    """Draw one quantity; its errors are in the labels, as bands of several would hide each other."""
     name, colour = group.label(member, quantity), group.colour(member, colour)
     lag, error = lags.lag.values, member.uncertainty(lags.error.values)
-    low, high = (np.clip(lag + sign * error, 0, None) + 1 for sign in (-1, 1))
     labels = format_cells(_lag_text, lag, error).tolist()
-    trace = line(name, x, lag + 1, colour, hover="%{customdata}", customdata=labels, **points(x))
-    return [*band(name, x, (low + high) / 2, (high - low) / 2, colour), trace]
+    return line(name, x, lag + 1, colour, hover="%{customdata}", customdata=labels, **points(x))
 
 
 def _lag_text(lag: float, error: float) -> str:

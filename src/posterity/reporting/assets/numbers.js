@@ -96,13 +96,10 @@
     }
     const longest = columns.reduce((best, column) => (column.labels.length > best.labels.length ? column : best));
     const rows = [...new Set([...longest.labels, ...columns.flatMap((column) => column.labels)])];
-    return [[
-      [x, ...columns.map(({ name }) => name || "value")],
-      ...rows.map((label) => [
-        label,
-        ...columns.map(({ trace, labels: own }) => (own.includes(label) ? cell(trace, own.indexOf(label), percent) : "")),
-      ]),
-    ]];
+    const cellAt = ({ trace, labels: own }, label) =>
+      own.includes(label) ? cell(trace, own.indexOf(label), percent) : "";
+    const head = [x, ...columns.map(({ name }) => name || "value")];
+    return [[head, ...rows.map((label) => [label, ...columns.map((column) => cellAt(column, label))])]];
   }
 
   function tablesOf(name) {
