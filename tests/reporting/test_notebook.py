@@ -1,4 +1,4 @@
-"""Reports in a notebook: the first holds plotly's script, the others ask it, and a cell that runs again holds its own."""
+"""Reports in a notebook: the first holds plotly's script, the others ask it; a cell that runs again holds its own."""
 
 import sys
 from types import SimpleNamespace

@@ -28,8 +28,10 @@ def test_every_figure_has_its_numbers_as_a_table_that_follows_the_choices_and_ca
         for reader_of, label in (("rest", "left out"), ("all", "counted")):
             tab.get_by_label(label).check()
             share = stats.profile(result, (), reader_of).share.sel(stream="query")
-            first = next(row for row in rows(tab, "lags") if row[0] == "0")
-            assert first[2].startswith(percent(float(share[0])).split()[0])
+            head, first = rows(tab, "lags")[:2]
+            assert head == ["lag (tokens)", "attention", "counting edges alone", "credit"]
+            assert first[0] == "0"
+            assert first[3].startswith(percent(float(share[0])).split()[0])
             shares = stats.shares(result, ("layer", "head"), reader_of).sel(
                 side="self", stream="query", layer=2, head=1
             )

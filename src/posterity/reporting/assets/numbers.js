@@ -57,8 +57,8 @@
   }
 
   const isMap = (trace) => trace.type === "heatmap";
-  const isShown = (trace) =>
-    isMap(trace) ? trace.coloraxis : trace.line?.width !== 0 && trace.visible !== false && trace.x?.length;
+  const isDrawn = (trace) => trace.hoverinfo !== "skip" && trace.visible !== false && trace.x?.length;
+  const isShown = (trace) => (isMap(trace) ? trace.coloraxis : isDrawn(trace));
 
   const labels = (trace) => trace.x.map((x, index) => {
     const label = trace.customdata?.[index];
