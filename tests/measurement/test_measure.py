@@ -9,7 +9,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.batches import INPUTS, padded
-from support.reference import by_lag
+from support.reference import by_reader_and_lag
 from support.spy import spy_on
 from support.tiny import CONFIGS, summed_loss, tiny, tokens
 
@@ -50,19 +50,45 @@ def test_every_number_equals_the_dense_account_of_autograds_gradients(name, inpu
 
     dense = spy.accounts(readers)
     assert len(dense) == ours.sizes["layer"] > 1
-    same(ours.credit, [by_lag(x[0]).sum(1).movedim(0, 1) for x in dense])
-    same(ours.mass, [by_lag(x[1]).sum(1).movedim(0, 1) for x in dense])
-    same(ours.attention, [by_lag(x[2]).sum(0) for x in dense])
-    same(ours.edges, [by_lag(x[3][:, 0].long().expand(2, -1, -1)).sum(0) for x in dense])
     starts = [0, 0] if readers is None else readers.int().argmax(1).tolist()
+    credit, mass, attention = ([by_reader_and_lag(x[kind], starts) for x in dense] for kind in range(3))
+    pairs = [by_reader_and_lag(x[3][:, :1].long().expand(2, -1, -1, -1), starts) for x in dense]
+    same(ours.credit, [x.sum(1).movedim(0, 1) for x in credit])
+    same(ours.mass, [x.sum(1).movedim(0, 1) for x in mass])
+    same(ours.attention, [x.sum(0) for x in attention])
+    same(ours.edges, [x[:, 0].sum(0) for x in pairs])
     same(ours.attention_first, [sum(x[2][d, :, :, start].sum(-1) for d, start in enumerate(starts)) for x in dense])
-    same(ours.profile_by_document, [[by_lag(x[0]).sum(2)[:, d] for x in dense] for d in range(2)])
+    same(ours.profile_by_document, [[x.sum(2)[:, d] for x in credit] for d in range(2)])
+    same(ours.mass_by_document, [[x.sum(2)[:, d] for x in mass] for d in range(2)])
+    same(ours.attention_by_document, [[x.sum(1)[d] for x in attention] for d in range(2)])
+    sides = [torch.stack((x[..., 0], x[..., 1:].sum(-1)), -1) for x in credit]
+    same(ours.credit_by_document, [[x[:, d].transpose(0, 1) for x in sides] for d in range(2)])
+    _check_tail_moments(ours, credit, mass, attention)
     # the ledger balances against the gradients that autograd has for the model's own q, k, v
     for call, layer in zip(spy.calls, range(len(dense)), strict=True):
         for tensor, stream in zip(call[:3], ours.stream.values, strict=True):
             balance = ours.credit.sel(layer=layer, stream=stream).sum().item()
             assert balance == pytest.approx(tensor.grad.square().sum().item(), rel=1e-10)
     assert float(stats.balance(ours).max()) < 1e-10
+
+
+def _check_tail_moments(ours, credit, mass, attention):
+    """Compare the moments of the tails with those of the dense sums of each document's key/value heads."""
+    for layer, sums in enumerate(zip(attention, mass, credit, strict=True)):
+        numbers = ours.kv_head[layer].values
+        by_head = torch.cat([sums[0][None], sums[1], sums[2]])  # quantity, batch, head, reader, lag
+        for group in range(numbers.max() + 1):
+            first, rest = by_head[:, :, numbers == group].sum(2).unbind(2)
+            beyond, whole = (x.flip(-1).cumsum(-1).flip(-1) for x in (rest, first + rest))
+            actual = ours.tail_moment.isel(layer=layer, group=group)
+            for moment, pair in {
+                "rest . rest": (beyond, beyond), "rest . rest total": (beyond, beyond[..., :1]),
+                "rest . total": (beyond, whole[..., :1]), "all . all": (whole, whole),
+                "all . total": (whole, whole[..., :1]),
+            }.items():  # fmt: skip
+                expected = (pair[0] * pair[1]).sum(1)
+                scale = expected.abs().max().item()
+                np.testing.assert_allclose(actual.sel(moment=moment), expected, rtol=1e-9, atol=1e-10 * scale)
 
 
 PROJECTIONS = {  # rows of each parameter that make the query, key and value
