@@ -8,7 +8,7 @@ import xarray as xr
 
 from posterity.palette import SERIES
 from posterity.reporting.panel_grid import shorten
-from posterity.reporting.result_words import model_name, text_name
+from posterity.reporting.result_words import lead_reader, model_name, text_name
 from posterity.results import stats
 from posterity.results.netcdf import portable_value
 from posterity.results.steps import latest_step
@@ -49,8 +49,8 @@ class ResultGroup:
     @property
     def readers(self) -> tuple[str, ...]:
         """The edges that the page shows, by their key, those that it begins with first (`reader_of` of the stats)."""
-        both = all(stats.has_reader_axis(member.result) for member in self.members)
-        return ("rest", "all") if both else ("all",)
+        apart = all(lead_reader(member.result) == "rest" for member in self.members)
+        return ("rest", "all") if apart else ("all",)
 
     @property
     def sinks(self) -> str:

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from posterity.axes import STREAMS, WRITTEN
-from posterity.reporting.result_words import heading, reading_notes, verdict_sentence
+from posterity.reporting.result_words import beyond_words, heading, lead_reader, reading_notes, verdict_sentence
 from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, tokens_text
+from posterity.results.netcdf import portable_value
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
 
@@ -92,11 +93,10 @@ def _cells(cell: Callable[[str], str]) -> tuple[str, ...]:
 
 
 def _credit_rows(result: xr.Dataset) -> list[SummaryRow]:
-    part = "Credit of the gradient"
-    shares, counted, first = stats.shares(result), stats.counts(result), stats.first_position(result)
-    median = stats.median_lag(stats.profile(result).share)
+    part, reader = _title("Credit of the gradient", result), lead_reader(result)
+    shares, counted = stats.shares(result, reader_of=reader), stats.counts(result, reader_of=reader)
+    median = stats.median_lag(stats.profile(result, reader_of=reader).share)
     self_counted, median_counted = percent(float(counted.isel(lag=0))), tokens_text(float(stats.median_lag(counted)))
-    attention = percent(float(stats.attention_first(result)))
 
     def side_cells(side: str) -> tuple[str, ...]:
         return _cells(lambda stream: _percent(shares.sel(stream=stream, side=side), result))
@@ -107,14 +107,32 @@ def _credit_rows(result: xr.Dataset) -> list[SummaryRow]:
         SummaryRow(part, "other share", side_cells("other")),
         SummaryRow(part, "median lag of the credit", _cells(lambda s: tokens_text(float(median.sel(stream=s))))),
         SummaryRow(part, "  by counting alone", _cells(lambda _: median_counted)),
-        SummaryRow(part, "share of first position", _cells(lambda stream: _percent(first.sel(stream=stream), result))),
+        *_first_rows(result),
+    ]
+
+
+def _first_rows(result: xr.Dataset) -> list[SummaryRow]:
+    """Return what the first positions have of the whole; of an older file, the first one alone."""
+    first, attention = stats.first_position(result), percent(float(stats.attention_first(result)))
+    cells = ("", *(_percent(first.sel(stream=stream), result) for stream in WRITTEN))
+    if lead_reader(result) == "all":
+        part, label, rows = _title("Credit of the gradient", result), "share of first position", []
+    else:
+        part, label = "Sinks: part of all credit", "  the first position alone"
+        together = stats.first_share(result)
+        number = portable_value(result.attrs.get("sinks"))
+        edges = _cells(lambda stream: _percent(together.sel(stream=stream), result))
+        rows = [SummaryRow(part, f"edges into the first {number}" if number != 1 else "edges into the first", edges)]
+    return [
+        *rows,
+        SummaryRow(part, label, cells),
         SummaryRow(part, "  attention weight on it", ("", attention, attention)),
     ]
 
 
 def _extreme_rows(result: xr.Dataset) -> list[SummaryRow]:
-    part = "Extremes of the self share"
-    layers = stats.shares(result, ("layer",)).share.sel(side="self")
+    part, reader = _title("Extremes of the self share", result), lead_reader(result)
+    layers = stats.shares(result, ("layer",), reader).share.sel(side="self")
     heads = {stream: rank_heads(result, stream) for stream in STREAMS}
     head = "head in its group" if shares_keys(result) else "head"
     return [
@@ -125,10 +143,16 @@ def _extreme_rows(result: xr.Dataset) -> list[SummaryRow]:
     ]
 
 
+def _title(name: str, result: xr.Dataset) -> str:
+    """Return the name of a block, and which positions are left out of it."""
+    beyond = beyond_words(result)
+    return f"{name}, {beyond}" if beyond else name
+
+
 def _weight_rows(result: xr.Dataset) -> list[SummaryRow]:
     if "weight_mean" not in result:
         return []
-    part = "Gradient of the weights"
+    part = "Gradient of the weights" + (", all edges" if beyond_words(result) else "")
     shares = stats.weight_shares(result)
     agreement = shares.agreement.sel(part="whole")
     return [
@@ -140,14 +164,14 @@ def _weight_rows(result: xr.Dataset) -> list[SummaryRow]:
 
 def _loss_rows(result: xr.Dataset) -> list[SummaryRow]:
     """Return the block on own and later losses, as far as they were measured."""
-    part, rows = "Who pays for keys and values", []
+    part, rows = _title("Who pays for keys and values", result), []
     if "loss_credit" in result:
-        shares = stats.loss_shares(result)
+        shares = stats.loss_shares(result, reader_of=lead_reader(result))
         for loss_part, label in LOSS_PARTS.items():
             cells = (_percent(shares.sel(written=written, part=loss_part), result) for written in WRITTEN)
             rows.append(SummaryRow(part, label, ("", *cells)))
     if "horizon_by_document" in result:
-        reach = stats.effective_horizon(result)
+        reach = stats.effective_horizon(result, reader_of=lead_reader(result))
         ends = int(result.horizon[0]), int(result.horizon[-1])
         cells = _cells(lambda stream: horizon_text(float(reach.sel(stream=stream)), *ends))
         rows.append(SummaryRow(part, "effective horizon", cells))
@@ -155,10 +179,16 @@ def _loss_rows(result: xr.Dataset) -> list[SummaryRow]:
 
 
 def rank_heads(result: xr.Dataset, stream: str) -> list[RankedHead]:
-    """Rank heads by what their self edges bring, smallest first, without those that `stats.weak_heads` leaves out."""
-    by_head = stats.group_shares(result) if shares_keys(result) else stats.shares(result, ("layer", "head"))
+    """Rank heads by what their self edges bring, smallest first, without those that `stats.weak_heads` leaves out.
+
+    The edges are those of the numbers that lead (`lead_reader`).
+    """
+    reader = lead_reader(result)
+    by_head = (
+        stats.group_shares(result, reader) if shares_keys(result) else stats.shares(result, ("layer", "head"), reader)
+    )
     shares = by_head.sel(stream=stream, side="self")
-    ranked = shares.share.notnull().values & ~stats.weak_heads(result).sel(stream=stream).values
+    ranked = shares.share.notnull().values & ~stats.weak_heads(result, reader).sel(stream=stream).values
     columns = [shares.share.values, shares.error.values, credit_portions(result).sel(stream=stream).values]
     heads = zip(*ranked.nonzero(), *(values[ranked] for values in columns), strict=True)
     rows = [RankedHead(int(layer), int(head), *map(float, numbers)) for layer, head, *numbers in heads]

@@ -92,17 +92,36 @@ def mean_loss(result: xr.Dataset) -> str:
     return f"{loss:.3f} nats per token" + (f" (known for {number} of {windows} windows)" if number < windows else "")
 
 
+def lead_reader(result: xr.Dataset) -> str:
+    """Return which edges the numbers that lead are of: "rest", without those into the first keys, if they are apart.
+
+    "all" for an older file, for sinks=0 and where a window has no other keys.
+    """
+    if not stats.has_reader_axis(result) or result.attrs.get("sinks") == 0:
+        return "all"
+    return "rest" if int(result.edges.sel(reader_of="rest").sum()) else "all"
+
+
+def beyond_words(result: xr.Dataset) -> str:
+    """Return what is left out of the numbers that lead: "beyond the first 4 positions"; "" for nothing."""
+    if lead_reader(result) == "all":
+        return ""
+    number = portable_value(result.attrs.get("sinks"))
+    return "beyond the first position" if number == 1 else f"beyond the first {number} positions"
+
+
 def verdict_sentence(result: xr.Dataset) -> str:
     """Return in words which losses pay for the keys and values, if that was measured, and over which edges it comes."""
-    edges = stats.shares(result).sel(side="other")
+    reader = lead_reader(result)
+    edges = stats.shares(result, reader_of=reader).sel(side="other")
     sentences = []
     if "loss_credit" in result:
-        own = stats.loss_shares(result).sel(part="own").rename(written="stream")
+        own = stats.loss_shares(result, reader_of=reader).sel(part="own").rename(written="stream")
         paid = _share_sentence(result, own.assign(share=1 - own.share), LOSSES)
         sentences += [f"{paid}, the rest by the own loss."] if paid else []
     arrives = _share_sentence(result, edges, EDGES, named=not sentences)
     if arrives:
-        counted = percent(1 - float(stats.counts(result).isel(lag=0)))
+        counted = percent(1 - float(stats.counts(result, reader_of=reader).isel(lag=0)))
         sentences.append(
             f"{arrives}, where counting the edges alone would give {counted}{_median_words(result, edges)}."
         )
@@ -130,11 +149,13 @@ def _share_sentence(result: xr.Dataset, shares: xr.Dataset, kind: ShareWords, na
         return ""
     verdicts = {stream: kind.verdict(share[stream], error[stream], windows) for stream in streams}
     of_model = f" of {model_name(result)}" if named else ""
+    beyond = beyond_words(result)
+    start = f"{beyond[0].upper()}{beyond[1:]}, the" if beyond and named else "The"
     if len(set(verdicts.values())) == 1:
-        claim = f"The credit of the {'s and '.join(streams)}s{of_model} {kind.verb} {verdicts[streams[0]]}"
+        claim = f"{start} credit of the {'s and '.join(streams)}s{of_model} {kind.verb} {verdicts[streams[0]]}"
     else:
         key, value = verdicts.values()
-        claim = f"The credit of the keys{of_model} {kind.verb} {key}, that of the values {value}"
+        claim = f"{start} credit of the keys{of_model} {kind.verb} {key}, that of the values {value}"
     numbers = [f"{percent(share[stream], error[stream], windows)} ({stream}s)" for stream in streams]
     part = "" if set(verdicts.values()) == {kind.large} else f" {kind.part}"  # which the verdict names already
     return f"{claim}: {' and '.join(numbers)}{part}"
@@ -142,12 +163,13 @@ def _share_sentence(result: xr.Dataset, shares: xr.Dataset, kind: ShareWords, na
 
 def _median_words(result: xr.Dataset, edges: xr.Dataset) -> str:
     """Return the rest of the sentence on the median lag; nothing where it or the share of the edges is not known."""
-    median = stats.median_lag(stats.profile(result).share).where(edges.share.notnull())
+    reader = lead_reader(result)
+    median = stats.median_lag(stats.profile(result, reader_of=reader).share).where(edges.share.notnull())
     lags = [(stream, float(median.sel(stream=stream))) for stream in WRITTEN]
     medians = [f"lag {lag:.0f} ({stream}s)" for stream, lag in lags if not math.isnan(lag)]
     if not medians:
         return ""
-    counted = float(stats.median_lag(stats.counts(result)))
+    counted = float(stats.median_lag(stats.counts(result, reader_of=reader)))
     words = f"; half of the credit is reached at {' and '.join(medians)}"
     return words if math.isnan(counted) else f"{words}, by counting alone at lag {counted:.0f}"
 
@@ -201,12 +223,14 @@ def reading_notes(result: xr.Dataset) -> list[str]:
     left_out = str(portable_value(result.attrs.get("left_out_passes")))
     if left_out.isdecimal() and int(left_out):
         notes.append(f"Left out: {left_out} backward passes with gradients that are not finite.")
-    present = stats.existing_heads(result)
-    weak = int((stats.weak_heads(result) & present).sum())
+    if not stats.has_reader_axis(result):
+        notes.append("An older file: edges into the first positions, often sinks, are in every number. Measure again.")
+    present, reader = stats.existing_heads(result), lead_reader(result)
+    weak = int((stats.weak_heads(result, reader) & present).sum())
     if weak:
         heads = int(present.sum()) * len(STREAMS)
         notes.append(f"Not ranked: {weak} of {heads} heads × streams, of small, negative or uncertain credit.")
-    unknown = int(stats.shares(result, ("layer",)).share.isel(side=0).isnull().sum())
+    unknown = int(stats.shares(result, ("layer",), reader).share.isel(side=0).isnull().sum())
     if unknown:
         layers = result.sizes["layer"] * len(STREAMS)
         notes.append(f"{unknown} of {layers} layers × streams have no share: credit zero or not known.")
