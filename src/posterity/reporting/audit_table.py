@@ -93,15 +93,17 @@ def figure_rows(audit: xr.Dataset, number: int) -> Iterator[FigureRow]:
             formula=str(measure.formula.values),
             expected=str(measure.expected.values),
             units="" if units in ("1", SHARE) else units,
-            values=tuple(_value_cell(*map(float, numbers), units) for numbers in figures),
+            values=tuple(
+                _value_cell(float(value), float(error), float(count), units) for value, error, count in figures
+            ),
             baselines=tuple(_baseline_cell(float(baseline), units) for baseline in measure.baseline.values),
         )
 
 
 def _value_cell(value: float, error: float, windows: float, units: str) -> str:
     """Return a figure with what stands behind its ±: of no number of windows (0 or NaN), the error as it is."""
-    counted = {"windows": int(windows)} if windows > 0 else {}
-    return percent(value, error, **counted) if units == SHARE else value_with_error(value, error, **counted)
+    format_number = percent if units == SHARE else value_with_error
+    return format_number(value, error, windows=int(windows)) if windows > 0 else format_number(value, error)
 
 
 def _baseline_cell(baseline: float, units: str) -> str:
