@@ -128,7 +128,7 @@ def _difference_figure(differences: np.ndarray) -> Figure:
         "largest difference from a linear layer",
         value=float(finite.max()) if len(finite) else math.nan,
         baseline=0.0,
-        formula="largest |W x + b - output under a self-only mask| over the largest |output|, over layers",
+        formula="largest |W x + b − output under a self-only mask| over the largest |output|, over layers",
         expected="identity",
     )
 
