@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posterity.axes import STREAMS, WRITTEN
+from posterity.reporting.reader_table import reader_lags_table
 from posterity.reporting.result_words import heading, reading_notes, verdict_sentence
 from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, tokens_text
@@ -59,6 +60,9 @@ def print_result(result: xr.Dataset, console: Console) -> None:
     console.print(table)
     console.print()
     console.print(Text(verdict_sentence(result)))
+    if (readers := reader_lags_table(result)) is not None:
+        console.print()
+        console.print(readers)
     for note in reading_notes(result):
         console.print(Text(note, style="dim"))
 
