@@ -66,15 +66,12 @@ def test_the_lags_of_readers_are_those_of_the_result_on_the_page_and_in_the_tabl
         np.testing.assert_array_equal(np.array(lags, dtype=float), stats.reader_lags(result, by))
     assert pack_inspected_text(result.drop_vars(["reader_lag", "reader_lag_all"]))["reader_lags"] is None
     posterity.summary(result)
-    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
     lags = stats.reader_lags(result)[..., :-1].astype(int).astype(str).values
-    for token in (0, 4):
-        shown = [
-            [cell.strip() for cell in row if cell.strip()] for row in rows if row[0].strip().startswith(f"{token} ")
-        ]
-        assert shown == [
-            [f"{token} {WORDS[token].strip()}", *(" · ".join(lags[index, :, token]) for index in range(3))]
-        ]
+    for number in (0, 4):
+        (line,) = [line for line in lines if line.strip().startswith(f"{number} {WORDS[number].strip()} ")]
+        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        assert cells[1:] == [" · ".join(quantity[:, number]) for quantity in lags]
 
 
 def test_a_number_that_is_not_known_stays_so():
@@ -199,9 +196,11 @@ def test_the_readers_of_the_chosen_token_are_those_of_the_chosen_layer(tmp_path)
                 here = lags.sel(position=number) if layer == "all" else lags.sel(position=number, layer=2)
                 attention, key, value = ([int(lag) for lag in here.sel(reader_quantity=name).values]
                                          for name in ("attention", "key credit", "value credit"))  # fmt: skip
-                assert text.locator("[data-part=readers]").inner_text() == (
-                    f"Its readers: 50 % and 90 % of its key credit within lag {key[0]} and {key[1]}, of its value credit "
-                    f"within {value[0]} and {value[1]}, of the attention on it within {attention[0]} and {attention[1]}."
+                shown = text.locator("[data-part=readers]").inner_text()
+                assert shown == (
+                    f"Its readers: 50 % and 90 % of its key credit within lag {key[0]} and {key[1]}, of its value "
+                    f"credit within {value[0]} and {value[1]}, of the attention on it within {attention[0]} and "
+                    f"{attention[1]}."
                 )
         token(text, 11).hover()
         assert "key credit within lag not known" in text.locator("[data-part=readers]").inner_text()
