@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -108,6 +109,15 @@ def test_the_probe_is_the_documents_or_rows_to_evaluate_on_or_rows_to_train_on(t
         Monitor().attach(trainer_of(tmp_path))
     with pytest.raises(InputError, match="the training rows of the Trainer to hold input_ids or text; got a dict with"):
         Monitor().attach(trainer_of(tmp_path, [{"pixels": [1]}]))
+
+
+def test_rows_of_a_data_set_of_many_lengths_are_a_probe(tmp_path):
+    rows = {"input_ids": [list(range(1, 1 + length)) for length in (5, 30, 24, 30)]}
+    rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
+    probe = Monitor().attach(trainer_of(tmp_path, datasets.Dataset.from_dict(rows))).probe
+    assert [(name, document.ids.tolist()) for name, document in probe] == [
+        ("training row 1", list(range(1, 31))), ("training row 3", list(range(1, 31)))
+    ]  # fmt: skip
 
 
 def test_token_ids_shorter_than_a_window_of_text_set_its_length(tmp_path):

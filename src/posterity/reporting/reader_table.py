@@ -20,7 +20,7 @@ def reader_lags_table(result: xr.Dataset) -> Table | None:
     if "reader_lag_all" not in result:
         return None
     lags = stats.reader_lags(result).transpose("position", "reader_quantity", "level").values
-    title = "Lag within which the readers of a token take 50 % · 90 %, all layers (tokens)"
+    title = "Readers of a token: lags of 50 % · 90 %, all layers"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=title, title_justify="left")
     table.add_column("token", overflow="fold")
     for name in READER_QUANTITIES:

@@ -63,6 +63,7 @@ def print_result(result: xr.Dataset, console: Console) -> None:
     if (readers := reader_lags_table(result)) is not None:
         console.print()
         console.print(readers)
+        console.print()
     for note in reading_notes(result):
         console.print(Text(note, style="dim"))
 
