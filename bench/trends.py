@@ -12,8 +12,8 @@ from posterity.training.monitor import scalars
 from posterity.training.run import train
 from posterity.training.settings import Settings
 
-STEPS, EVERY = 400, 50
-SHOWN = (0, 50, 100, 200, 400)
+STEPS, EVERY = 200, 50
+SHOWN = (0, 50, 100, 200)
 TRAININGS = {
     "plain": {},
     "myopic, cut at hidden": {"horizon": "myopic", "cut": "hidden"},
