@@ -192,6 +192,8 @@ def _log_arrays(result: xr.Dataset) -> Iterator[tuple[str, xr.DataArray, xr.Data
         return values(model), values(layer)
 
     yield "self_share", *both(lambda by: stats.shares(result, by).share.sel(side="self"))
+    if stats.has_reader_axis(result):
+        yield "first_share", *both(lambda by: stats.first_share(result, by).share)
     if "weight_mean" in result:
         yield "weight_self_share", *both(lambda by: stats.weight_shares(result, by).share)
     if "loss_credit" in result:
