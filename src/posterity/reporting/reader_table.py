@@ -1,6 +1,7 @@
 """How far away the readers of each token of an inspected text are: for the page, and as a table in a terminal."""
 
 import math
+from typing import Any
 
 import xarray as xr
 from rich import box
@@ -33,7 +34,7 @@ def reader_lags_table(result: xr.Dataset) -> Table | None:
     return table
 
 
-def pack_reader_lags(result: xr.Dataset) -> dict[str, list] | None:
+def pack_reader_lags(result: xr.Dataset) -> dict[str, Any] | None:
     """Return the lags by quantity, level and position for the page, of `all` layers and of each; None: not known."""
     if "reader_lag_all" not in result:
         return None

@@ -197,8 +197,7 @@ def _log_arrays(result: xr.Dataset) -> Iterator[tuple[str, xr.DataArray, xr.Data
     if "weight_mean" in result:
         yield "weight_self_share", *both(lambda by: stats.weight_shares(result, by).share)
     if "loss_credit" in result:
-        own = both(lambda by: stats.loss_shares(result, by).share.sel(part="own"))
-        yield "own_share", *own
-        yield "later_share", *(1 - share for share in own)
+        yield "own_share", *both(lambda by: stats.loss_shares(result, by).share.sel(part="own"))
+        yield "later_share", *both(lambda by: 1 - stats.loss_shares(result, by).share.sel(part="own"))
     if "horizon_by_document" in result:
         yield "effective_horizon", *both(lambda by: stats.effective_horizon(result, by))
