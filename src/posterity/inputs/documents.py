@@ -133,6 +133,8 @@ class TokenReader:
         """Return the first `size` tokens of a document, all for None."""
         if isinstance(document, Conversation | Completion):
             return self._read_answers(name, document)
+        if isinstance(document, Tokens):
+            return replace(document, ids=_check_ids(name, document.ids, None))
         if not isinstance(document, str | TextStream):
             return Tokens(_check_ids(name, document, size), [])
         prefix = self.prefix  # refuses what is no tokenizer

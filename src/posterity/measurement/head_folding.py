@@ -85,13 +85,18 @@ class FoldedHeads:
         """The folded heads of each layer that has some."""
         return heads_by_layer(self.heads)
 
+    @property
+    def exceeds_budget(self) -> bool:
+        """Whether the loss on the held-out windows grows by more than the budget."""
+        return self.held_out.change > self.budget
+
     def __str__(self) -> str:
         """How many heads are folded in which layers, and what that costs, in lines."""
         lines = [f"{len(self.heads)} of {len(self.costs.order)} heads look only at themselves"]
         lines += [f"  layer {layer}: heads {', '.join(map(str, heads))}" for layer, heads in self.by_layer.items()]
         lines.append(f"loss on the windows that chose how many: {self.selection}")
         lines.append(f"loss on held-out windows: {self.held_out}")
-        if self.held_out.change > self.budget:
+        if self.exceeds_budget:
             lines.append(
                 f"there it is more than the budget of {self.budget:g}: on little text heads seem cheaper than they "
                 "are; give more of it (--documents, --context)"

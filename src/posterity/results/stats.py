@@ -72,6 +72,7 @@ __all__ = [
     "profile",
     "ratio",
     "reach",
+    "reader_lags",
     "shares",
     "uncertainty",
     "weak_heads",
@@ -259,6 +260,27 @@ def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     queries = sum_readers(result.edges, "all").isel(lag=0, drop=True) * existing_heads(result)
     weight = sum_over_heads(result, result.attention_first, by) / sum_over_heads(result, queries, by)
     return describe(weight, "mean attention weight on the first key")
+
+
+def reader_lags(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+    """Return how far away the readers of each token of an inspected text are.
+
+    The lag within which a part of what they take lies, nearest readers first, over all heads: of the attention on the
+    token's key, of its key credit and of its value credit. Credit can be negative: the first crossing counts.
+
+    Args:
+        result: A result of `posterity.inspect`.
+        by: () for all layers together, or ("layer",).
+
+    Returns:
+        Units tokens, dims (*by, reader_quantity, level, position); NaN where a token's edges cancel or carry nothing.
+
+    Raises:
+        InputError: The result is of no inspected text.
+    """
+    if tuple(by) not in ((), ("layer",)):
+        raise InputError(f"by expects () or ('layer',); got {by!r}")
+    return required_variable(result, "reader_lag" if by else "reader_lag_all")
 
 
 # ---- gradients of the weights
