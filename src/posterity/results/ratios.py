@@ -20,6 +20,7 @@ OPTIONS = {  # of `posterity.measure`, by the variable that needs it
     "loss_credit_by_document": _LOSSES,
     "hidden_by_document": _LOSSES,
     "parameter_by_document": "parameters=True (--parameters)",
+    "inspect_credit": "posterity.inspect (posterity inspect --text ...)",
     "horizon_by_document": "horizons=(1, 2, 4, 8) (--horizons 1,2,4,8)",
 }
 

@@ -23,6 +23,7 @@ from posterity.results.loss_stats import (
     effective_horizon,
     hidden_shares,
     horizon_curve,
+    loss_matrix,
     loss_parts,
     loss_shares,
     loss_shares_by_position,
@@ -45,11 +46,13 @@ __all__ = [
     "attention_profile",
     "balance",
     "counts",
+    "cumulative_profile",
     "effective_horizon",
     "existing_heads",
     "first_position",
     "hidden_shares",
     "horizon_curve",
+    "loss_matrix",
     "loss_parts",
     "loss_shares",
     "loss_shares_by_position",
@@ -109,6 +112,25 @@ def profile(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     premium = describe(lag_shares.share / counted, "share over the share of the edges")
     width = describe(result.lag_end - result.lag + 1, "lags in the bin", "tokens")
     return lag_shares.assign(counted=counted, premium=premium, width=width)
+
+
+def cumulative_profile(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+    """Return the share of the credit within each lag, beside the shares of the edges and of the attention weights.
+
+    Args:
+        result: A result of `posterity.measure`.
+        by: () or ("layer",).
+
+    Returns:
+        `share`, `error`: credit of lag 0 to `lag_end`, units 1, dims (*by, stream, lag).
+        `counted`, `attention`: the same of the edges and of the attention weights, units 1, dims (*by, lag).
+    """
+    credit = sum_over_heads(result, result.profile_by_document, by)
+    within = ratio(credit.cumsum("lag", skipna=False), credit.sum("lag", skipna=False))
+    beside = {"counted": counts(result, by), "attention": attention_profile(result, by)}
+    return within.assign(
+        {name: describe(share.cumsum("lag", skipna=False), share.long_name) for name, share in beside.items()}
+    )
 
 
 def counts(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
