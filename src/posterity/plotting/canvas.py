@@ -1,6 +1,6 @@
 """What all plots share: figures of a column's width, lines with bands of their errors, maps of cells."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -59,7 +59,14 @@ def check_choice(name: str, label: str, labels: Collection[str]) -> None:
         raise InputError(f"{name} expects {' or '.join(map(repr, labels))}; got {label!r}")
 
 
-def draw_line(ax: Axes, x: Any, value: xr.DataArray, error: xr.DataArray, colour: str, label: str, **style: Any) -> None:
+def plain_text(text: str) -> str:
+    """Return text that matplotlib shows as it is: dollars enclose no mathematics."""
+    return text.replace("$", r"\$")
+
+
+def draw_line(
+    ax: Axes, x: Any, value: xr.DataArray, error: xr.DataArray, colour: str, label: str, **style: Any
+) -> None:
     """Draw a line, and a band of one standard error on both sides where it is known."""
     ax.plot(x, value, color=colour, label=label, **style)
     if error.notnull().any():
@@ -79,11 +86,20 @@ def colour_map(scale: Scale) -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list("posterity", scale)
 
 
-def draw_colour_bar(ax: Axes, cells: Any, label: str) -> None:
+def draw_colour_bar(ax: Axes, cells: Any, label: str, ticks: Sequence[float] | None = None) -> None:
     """Draw the colours of shares beside the axes."""
-    bar = ax.figure.colorbar(cells, ax=ax, format=PercentFormatter(1, decimals=0))
+    place = ax.inset_axes((1.04, 0, 0.05, 1))  # as high as the axes, whatever their aspect
+    bar = ax.figure.colorbar(cells, cax=place, format=PercentFormatter(1, decimals=0), ticks=ticks)
     bar.set_label(label)
     bar.outline.set_linewidth(0.6)
+    bar.ax.minorticks_off()
+
+
+def share_scale() -> FuncNorm:
+    """Return the scale of colours for shares from 0 to 1: the arcsine of the root, which spreads both ends."""
+    return FuncNorm(
+        (lambda share: np.arcsin(np.sqrt(np.clip(share, 0, 1))), lambda angle: np.sin(angle) ** 2), vmin=0, vmax=1
+    )
 
 
 def show_percents(axis: Any) -> None:
@@ -99,12 +115,17 @@ def show_whole_numbers(*axes: Any) -> None:
 
 def show_powers(ax: Axes, last: int) -> None:
     """Make x a scale of tokens from 0 to `last`: 0 and 1 apart, then a step for each doubling."""
-    ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
+    ax.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
     steps = max(1, last.bit_length() // 6)
     ax.xaxis.set_major_locator(FixedLocator([0, *(2**power for power in range(0, last.bit_length(), steps))]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
     ax.xaxis.set_minor_locator(FixedLocator([]))
     ax.set_xlim(-0.1, last * 1.05)
+
+
+def draw_legend(ax: Axes, columns: int = 2, **handles: Any) -> None:
+    """Draw the legend above the axes, where it hides nothing."""
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, columnspacing=1.2, ncols=columns, **handles)
 
 
 def draw_level(ax: Axes, level: float, **style: Any) -> None:

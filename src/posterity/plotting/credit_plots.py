@@ -14,8 +14,10 @@ from posterity.plotting.canvas import (
     colour_map,
     draw_cells,
     draw_colour_bar,
+    draw_legend,
     draw_level,
     draw_line,
+    share_scale,
     show_percents,
     show_powers,
     show_whole_numbers,
@@ -23,6 +25,8 @@ from posterity.plotting.canvas import (
 from posterity.results import stats
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
+
+SHARE_TICKS = (0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1)  # of a scale that spreads both ends
 
 
 def plot_heads(result: xr.Dataset, ax: Axes | None = None, *, stream: str = "value") -> Axes:
@@ -46,15 +50,12 @@ def plot_heads(result: xr.Dataset, ax: Axes | None = None, *, stream: str = "val
         grid = {"edgecolors": "white", "linewidth": 0.3}
         absent = ~stats.existing_heads(result)
         draw_cells(axes, xr.ones_like(share).where(weak & ~absent), cmap=colour_map([(0, EMPTY), (1, EMPTY)]), **grid)
-        cells = draw_cells(axes, share.where(~weak), cmap=colour_map(DIVERGING), vmin=0, vmax=1, **grid)
-        draw_colour_bar(axes, cells, f"self share of the {stream} credit")
+        cells = draw_cells(axes, share.where(~weak), cmap=colour_map(DIVERGING), norm=share_scale(), **grid)
+        draw_colour_bar(axes, cells, f"self share of the {stream} credit", SHARE_TICKS)
         show_whole_numbers(axes.xaxis, axes.yaxis)
         axes.set(xlabel="head", ylabel="layer")
         if (weak & ~absent).any():
-            axes.legend(
-                handles=[Patch(color=EMPTY, label="too small or too uncertain")], loc="lower right",
-                bbox_to_anchor=(1, 1), borderaxespad=0.2,
-            )  # fmt: skip
+            draw_legend(axes, handles=[Patch(color=EMPTY, label="too small or too uncertain")])
     return axes
 
 
@@ -84,7 +85,7 @@ def plot_lags(result: xr.Dataset, ax: Axes | None = None) -> Axes:
         show_powers(axes, int(lag[-1]))
         show_percents(axes.yaxis)
         axes.set(xlabel="lag (tokens)", ylabel="share within this lag")
-        axes.legend()
+        draw_legend(axes)
     return axes
 
 
@@ -111,5 +112,5 @@ def plot_sinks(result: xr.Dataset, ax: Axes | None = None) -> Axes:
         show_whole_numbers(axes.xaxis)
         show_percents(axes.yaxis)
         axes.set(xlabel="layer", ylabel="share at position 0")
-        axes.legend()
+        draw_legend(axes)
     return axes

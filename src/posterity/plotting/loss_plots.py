@@ -14,8 +14,10 @@ from posterity.plotting.canvas import (
     colour_map,
     draw_cells,
     draw_colour_bar,
+    draw_legend,
     draw_level,
     draw_line,
+    plain_text,
     show_percents,
     show_whole_numbers,
 )
@@ -25,8 +27,8 @@ from posterity.results.steps import latest_step
 
 PARTS = {  # of the credit by losses: label, colour, marker
     "own": ("own loss", SELF, "o"),
-    "self later": ("later losses, self edge", LATE, "s"),
-    "future": ("later losses, future edges", OTHER, "^"),
+    "self later": ("later, self edge", LATE, "s"),
+    "future": ("later, future edges", OTHER, "^"),
 }
 MOST_TOKENS = 48  # that stand beside the axes; more would overlap
 
@@ -53,7 +55,7 @@ def plot_losses(result: xr.Dataset, ax: Axes | None = None, *, written: str = "v
         show_whole_numbers(axes.xaxis)
         show_percents(axes.yaxis)
         axes.set(xlabel="layer", ylabel=f"share of the {written} credit")
-        axes.legend()
+        draw_legend(axes)
     return axes
 
 
@@ -79,7 +81,7 @@ def plot_horizon(result: xr.Dataset, ax: Axes | None = None) -> Axes:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
         show_percents(axes.yaxis)
         axes.set(xlabel="horizon (tokens)", ylabel="share of the credit that remains")
-        axes.legend()
+        draw_legend(axes)
     return axes
 
 
@@ -123,8 +125,9 @@ def _show_tokens(ax: Axes, tokens: list[str]) -> None:
     font = get_font(findfont(FontProperties()))
 
     def label(position: int, token: str) -> str:
-        shown = token.replace(" ", "·").replace("$", r"\$")  # no mathematics between dollars
-        return shown if token and all(font.get_char_index(ord(char)) for char in shown) else str(position)
+        shown = token.replace(" ", "·")
+        known = token and all(font.get_char_index(ord(char)) for char in shown)
+        return plain_text(shown) if known else str(position)
 
     labels = [label(position, token) for position, token in enumerate(tokens)]
     size = min(6, 150 / len(tokens))
