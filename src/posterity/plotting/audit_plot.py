@@ -14,14 +14,15 @@ from posterity.plotting.canvas import axes_to_draw, draw_legend, plain_text
 from posterity.results.audit_schema import AUDIT
 
 MARKERS = "os^Dv<"  # of the models, one for each colour of the palette
-LABEL_COLUMNS = 28  # characters of a line beside the axes
+LABEL_COLUMNS, TITLE_COLUMNS = 28, 38  # characters of a line beside the axes and in them
 LINE, EDGE = 0.115, 0.9  # inches
 
 
 def plot_audit(audit: xr.Dataset, ax: Axes | None = None, *, clause: int | None = None, units: str = "1") -> Axes:
     """Draw the figures of an audit that have the same units, with their standard errors and baselines.
 
-    Shares and ratios (units of 1) stand on an axis that is linear from -1 to 1 and logarithmic beyond. A figure that is not known has no mark.
+    Shares and ratios (units of 1) stand on an axis that is linear from -1 to 1 and logarithmic beyond. A figure that is
+    not known has no mark.
 
     Args:
         audit: What `posterity.audit` returned.
@@ -44,7 +45,7 @@ def plot_audit(audit: xr.Dataset, ax: Axes | None = None, *, clause: int | None 
                       label="" if index else "counting or chance")  # fmt: skip
             axes.errorbar(
                 figures.figure, places, xerr=figures.error, linestyle="none", elinewidth=1, marker=MARKERS[index % 6],
-                color=SERIES[index % 6], label=_wrap(model),
+                color=SERIES[index % 6], label=_wrap(model, LABEL_COLUMNS),
             )  # fmt: skip
         axes.set_yticks(y, [row.label for row in rows if not row.is_title], fontsize=6)
         for row in (row for row in rows if row.is_title):
@@ -95,14 +96,16 @@ def _rows(measures: xr.Dataset) -> list[_Row]:
             clause = number
             entry = measures.sel(clause=number)
             verdicts = " / ".join(dict.fromkeys(map(str, entry.verdict.values)))
-            rows.append(_Row(f"{number} · {entry.name.values}: {verdicts}", end + 0.5, True))
-            end += 1.2
-        label = _wrap(str(measure))
+            title = _wrap(f"{number} · {entry.name.values}: {verdicts}", TITLE_COLUMNS)
+            lines = title.count("\n") + 1.2
+            rows.append(_Row(title, end + lines / 2, True))
+            end += lines
+        label = _wrap(str(measure), LABEL_COLUMNS)
         lines = max(label.count("\n") + 1, 1.2 * len(measures.model) ** 0.5)
         rows.append(_Row(label, end + lines / 2 - 0.5, False))
         end += lines
     return rows
 
 
-def _wrap(text: str) -> str:
-    return "\n".join(textwrap.wrap(plain_text(text), LABEL_COLUMNS))
+def _wrap(text: str, columns: int) -> str:
+    return "\n".join(textwrap.wrap(plain_text(text), columns))

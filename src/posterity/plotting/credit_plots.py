@@ -46,7 +46,7 @@ def plot_heads(result: xr.Dataset, ax: Axes | None = None, *, stream: str = "val
     check_choice("stream", stream, STREAMS)
     share = stats.shares(result, ("layer", "head")).share.sel(side="self", stream=stream)
     weak = stats.weak_heads(result).sel(stream=stream)
-    with axes_to_draw(ax, min(4.5, 1.2 + 0.09 * result.sizes["layer"])) as axes:
+    with axes_to_draw(ax, min(4.5, max(2.2, 1 + 0.1 * result.sizes["layer"]))) as axes:
         grid = {"edgecolors": "white", "linewidth": 0.3}
         absent = ~stats.existing_heads(result)
         draw_cells(axes, xr.ones_like(share).where(weak & ~absent), cmap=colour_map([(0, EMPTY), (1, EMPTY)]), **grid)

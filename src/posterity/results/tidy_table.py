@@ -98,9 +98,10 @@ def _check_source(dataset: xr.Dataset, kind: str, source: Kind) -> None:
     """Raise InputError unless the Dataset is a valid one of the kind that has this table."""
     name = kind_name(dataset)
     if name != source.name and name in {entry.source.name for entry in TABLES.values()}:
-        tables = [table_name for table_name, entry in TABLES.items() if entry.source.name == name]
+        tables = ", ".join(table_name for table_name, entry in TABLES.items() if entry.source.name == name)
+        article = "an" if name == AUDIT.name else "a"
         raise InputError(
-            f"the table {kind!r} is of {source.expected}; got {name or 'a result'}, which has: {', '.join(tables)}"
+            f"the table {kind!r} is of {source.expected}; got {article} {name or 'result'}, which has: {tables}"
         )
     source.check(dataset)
 
