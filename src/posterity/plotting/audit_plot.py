@@ -55,8 +55,9 @@ def plot_audit(audit: xr.Dataset, ax: Axes | None = None, *, clause: int | None 
         if units == "1":
             axes.set_xscale("symlog", linthresh=1, linscale=1.5)
             axes.xaxis.set_major_locator(FixedLocator([-100, -10, -1, 0, 1, 10, 100, 1000]))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
             axes.xaxis.set_minor_locator(FixedLocator([-0.5, 0.5]))
+        axes.margins(x=0.08)
         axes.grid(axis="x", linewidth=0.3)
         axes.set_xlabel("shares and ratios (units of 1)" if units == "1" else units)
         draw_legend(axes, 1)

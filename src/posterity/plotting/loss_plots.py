@@ -81,7 +81,7 @@ def plot_horizon(result: xr.Dataset, ax: Axes | None = None) -> Axes:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
         show_percents(axes.yaxis)
         axes.set(xlabel="horizon (tokens)", ylabel="share of the credit that remains")
-        draw_legend(axes)
+        draw_legend(axes, 3)
     return axes
 
 

@@ -84,7 +84,9 @@ def table(dataset: xr.Dataset, kind: str, by: Sequence[str] | None = None) -> pd
         if by:
             raise InputError(f"the table {kind!r} has no parts of a model: leave `by` out; got {by!r}")
         return _assemble(entry.quantities(dataset, ()))
-    parts = entry.parts if by is None else by if isinstance(by, str) else tuple(by)
+    if isinstance(by, str):
+        raise InputError(f"by expects a sequence such as ('layer', 'head'); got {by!r}")
+    parts = entry.parts if by is None else tuple(by)
     tables = {
         step: _existing(result, _assemble(entry.quantities(result, parts)))
         for step, result in split_steps(dataset).items()
@@ -115,12 +117,12 @@ def _existing(result: xr.Dataset, frame: pd.DataFrame) -> pd.DataFrame:
     if not {"layer", "head"} <= set(frame):
         return frame
     existing = stats.existing_heads(result).values
-    return frame[existing[frame["layer"], frame["head"]]].reset_index(drop=True)
+    return frame.loc[existing[frame["layer"], frame["head"]]].reset_index(drop=True)
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the columns in their order, whole numbers as such even where some rows have none."""
-    frame = frame[[name for name in (*LABELS, *NUMBERS) if name in frame]]
+    frame = frame.loc[:, [name for name in (*LABELS, *NUMBERS) if name in frame]]
     whole = [name for name in frame if name in LABELS and frame[name].dtype.kind == "f"]
     return frame.astype(dict.fromkeys(whole, "Int64"))
 
