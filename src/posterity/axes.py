@@ -2,8 +2,12 @@
 
 STREAMS = ("query", "key", "value")
 SIDES = ("self", "other")  # of a gradient: what a position sends to itself, and the rest
+READER_OF = ("first", "rest")  # edges by their key: the first positions of a document, and all others
 TERMS = ("self", "other", "inner")  # squared norms of the two sides, and their inner product
 WRITTEN = ("key", "value")  # the streams that later positions read
 PARTS = ("own", "self later", "future")  # of a gradient at a key or value, by the losses that send it
 PAIRS = ("own", "self later", "future", "own . self later", "own . future", "self later . future")
 LOSS_TERMS = ("own", "later", "inner")
+QUANTITIES = ("attention", *(f"{stream} {kind}" for kind in ("mass", "credit") for stream in STREAMS))
+# of the tails by lag of a document, with the rest of its edges, all of them, and their totals
+MOMENTS = ("rest . rest", "rest . rest total", "rest . total", "all . all", "all . total")

@@ -38,10 +38,10 @@ def test_every_account_equals_the_dense_one(length, name, softcap, sinks, dim_v)
     def same(actual, expected):
         torch.testing.assert_close(actual, expected.to(actual.dtype).expand_as(actual), rtol=1e-10, atol=1e-12)
 
-    same(ours.credit, by_lag(credit).movedim(0, 2))
-    same(ours.mass, by_lag(mass).movedim(0, 2))
-    same(ours.attention, by_lag(weight))
-    same(ours.edges, by_lag(pairs.long())[:, 0])
+    same(ours.credit.sum(-2), by_lag(credit).movedim(0, 2))
+    same(ours.mass.sum(-2), by_lag(mass).movedim(0, 2))
+    same(ours.attention.sum(-2), by_lag(weight))
+    same(ours.edges.sum(-2), by_lag(pairs.long())[:, 0])
     starts = [0, 0] if readers is None else readers.int().argmax(1).tolist()
     same(ours.attention_first, torch.stack([weight[d, :, :, start].sum(-1) for d, start in enumerate(starts)]))
     self_credit = credit.diagonal(0, -2, -1)
@@ -51,9 +51,49 @@ def test_every_account_equals_the_dense_one(length, name, softcap, sinks, dim_v)
     same(ours.credit_by_position, shifted)
     # the ledger balances against autograd
     for stream, expected in enumerate(grads):
-        same(ours.credit.sum((1, 3))[:, stream], expected.square().sum((1, 2, 3)))
+        same(ours.credit.sum((1, 3, 4))[:, stream], expected.square().sum((1, 2, 3)))
     # the elementwise self part is lag 0 of the sweep
-    same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0])
+    same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0].sum(-1))
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 4, 50])
+@pytest.mark.parametrize("name", [*MASKS, "packed documents"])
+@pytest.mark.parametrize("lags", ["all", "octaves", "self"])
+@pytest.mark.usefixtures("small_blocks")
+def test_edges_into_the_first_keys_of_each_document_are_told_apart(name, sinks, lags):
+    length, spans = 21, None
+    if name == "packed documents":
+        spans = [[slice(0, 6), slice(6, 12), slice(12, 18), slice(18, 21)]] * 2
+    query, key, value, _ = leaves(length)
+    bias = torch.randn(BIASES["whole"](length)).double()
+    mask, allowed, readers = mask_case(name.removesuffix(" documents"), length)
+    grad = torch.randn(2, HEADS, length, DIM_V, dtype=torch.double)
+    back = run_backward(query, key, value, grad, mask=mask, softcap=1.5, bias=bias)
+    credit, mass, weight, pairs, *_ = dense_account(query, key, value, grad, 0.7, allowed, 1.5, None, readers, bias)
+    starts = [0, 0] if readers is None else readers.int().argmax(1).tolist()
+    starts = [[start] for start in starts] if spans is None else [[span.start for span in row] for row in spans]
+    first = torch.zeros(2, 1, 1, length, dtype=torch.bool)
+    for row, columns in zip(first, starts, strict=True):
+        for start in columns:
+            row[..., start : min(start + sinks, start + 6 if spans else length)] = True
+    bins = Bins.of(lags, length)
+    ours = pass_credit(back, self_edge_gradients(back), bins, spans=spans, sinks=sinks)
+
+    def same(actual, by_edge):
+        expected = torch.stack([bins.sum(by_lag(by_edge * part)) for part in (first, ~first)], -2)
+        if not bins.needs_sweep and by_edge is not credit and by_edge is not pairs:
+            actual, expected = actual[..., 0], expected[..., 0]
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-10, atol=1e-12)
+
+    same(ours.credit.movedim(2, 0), credit)
+    same(ours.mass.movedim(2, 0), mass)
+    same(ours.attention, weight)
+    same(ours.edges[:, None], pairs)
+    by_side = torch.stack((credit.diagonal(0, -2, -1).sum(-1), credit.tril(-1).sum((-2, -1))), -1)
+    first_credit = credit * first
+    of_first = torch.stack((first_credit.diagonal(0, -2, -1).sum(-1), first_credit.tril(-1).sum((-2, -1))), -1)
+    expected = torch.stack((of_first, by_side - of_first), -2).movedim(0, 2)
+    torch.testing.assert_close(ours.credit_by_side, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -75,11 +115,11 @@ def test_every_account_under_a_bias_equals_the_dense_one(length, shape, softcap,
         torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=1e-10, atol=1e-12)
 
     starts = [0, 0] if real is None else real.int().argmax(1).tolist()
-    same(ours.credit, by_lag(credit).movedim(0, 2))
-    same(ours.mass, by_lag(mass).movedim(0, 2))
-    same(ours.attention, by_lag(weight))
+    same(ours.credit.sum(-2), by_lag(credit).movedim(0, 2))
+    same(ours.mass.sum(-2), by_lag(mass).movedim(0, 2))
+    same(ours.attention.sum(-2), by_lag(weight))
     same(ours.attention_first, torch.stack([weight[d, :, :, start].sum(-1) for d, start in enumerate(starts)]))
-    same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0])
+    same(ours.credit_by_position[:, :, :, 0].sum(-1), ours.credit[..., 0].sum(-1))
     same(participation_ratio(back)[0].nan_to_num(), (weight.sum(-2).square() / weight.square().sum(-2)).nan_to_num())
 
 
@@ -120,7 +160,7 @@ def test_bins_are_sums_of_lags(lags, length):
             torch.testing.assert_close(coarse.mass[..., b], fine.mass[..., first : last + 1].sum(-1))
             torch.testing.assert_close(coarse.attention[..., b], fine.attention[..., first : last + 1].sum(-1))
         else:
-            assert coarse.mass[..., b].isnan().all()
+            assert coarse.mass[..., 1, b].isnan().all()
 
 
 def test_bins_cover_every_lag_once():
@@ -141,7 +181,7 @@ def test_float32_balances_to_rounding():
     ours = pass_credit(back, self_edge_gradients(back), Bins.of("octaves", 700))
     for stream, leaf in enumerate((query, key, value)):
         total = leaf.grad.double().square().sum()
-        assert abs(ours.credit.sum((0, 1, 3))[stream] / total - 1) < 1e-5
+        assert abs(ours.credit.sum((0, 1, 3, 4))[stream] / total - 1) < 1e-5
 
 
 def equal_scores(context):
@@ -163,9 +203,9 @@ def test_every_edge_is_counted_once_at_every_block_edge(length, window):
     edges = torch.arange(1, length + 1).clamp(max=window or length).double()
     lag = torch.arange(length)
     expected = (1 / edges).flip(0).cumsum(0).flip(0) * (lag < (window or length))  # queries from `lag` on
-    torch.testing.assert_close(ours.attention, expected.expand(1, 2, -1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(ours.mass[:, :, 2], expected.expand(1, 2, -1), rtol=1e-12, atol=0)
-    assert (ours.edges == (length - lag) * (lag < (window or length))).all()
+    torch.testing.assert_close(ours.attention.sum(-2), expected.expand(1, 2, -1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.mass[:, :, 2].sum(-2), expected.expand(1, 2, -1), rtol=1e-12, atol=0)
+    assert (ours.edges.sum(-2) == (length - lag) * (lag < (window or length))).all()
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -207,7 +247,7 @@ def test_the_split_of_the_heads_over_threads_changes_nothing(threads, heads):
         (entry.mass, mass.movedim(0, 2)),
         (entry.attention, weight),
     ):
-        torch.testing.assert_close(actual, by_lag(expected), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(actual.sum(-2), by_lag(expected), rtol=1e-10, atol=1e-10)
 
 
 def test_heads_with_different_masks_are_refused():

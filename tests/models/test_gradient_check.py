@@ -96,7 +96,8 @@ def test_a_module_that_needs_what_another_left_behind_is_left_out():
     first.register_forward_hook(lambda module, args, output: left.update(first=output))
     last.register_forward_hook(lambda module, args, output: output + left.pop("first"))
     result = check(model)
-    assert result.ok and result.wrong_gradients == ()
+    assert result.ok
+    assert result.wrong_gradients == ()
 
 
 def test_a_wrong_gradient_stands_in_result_and_summary(monkeypatch, capsys):

@@ -137,7 +137,7 @@ def test_what_is_no_result_is_refused(tmp_path, plain):
 
 
 WRONG = {
-    "schema version is 2": lambda r: r.assign_attrs(schema_version=2),
+    "schema version is 3": lambda r: r.assign_attrs(schema_version=3),
     "schema version is 'x": lambda r: r.assign_attrs(schema_version="x" * 3),
     "has no 'credit'": lambda r: r.drop_vars("credit"),
     "has no 'module'": lambda r: r.drop_vars("module"),
@@ -165,7 +165,7 @@ def test_a_wrong_schema_is_refused_with_the_reason(plain, reason):
 
 
 @pytest.mark.parametrize(
-    "reason", ["schema version is 2", "'loss' holds <U", "go on without a gap", "holds an infinite"]
+    "reason", ["schema version is 3", "'loss' holds <U", "go on without a gap", "holds an infinite"]
 )
 def test_a_file_with_a_wrong_schema_is_neither_written_nor_read(tmp_path, plain, reason):
     wrong = next(change for name, change in WRONG.items() if reason in name)(plain)
@@ -182,7 +182,7 @@ def test_a_file_with_a_wrong_schema_is_neither_written_nor_read(tmp_path, plain,
 def test_a_file_that_claims_more_than_it_holds_is_not_loaded(tmp_path, plain):
     path = tmp_path / "run.nc"
     with h5netcdf.File(path, "w") as file:
-        file.attrs["schema_version"] = 1
+        file.attrs["schema_version"] = 2
         file.dimensions = {**plain.sizes, "position": 10**10}
         for name, variable in plain.variables.items():
             kind = h5py.string_dtype() if variable.dtype.kind == "U" else variable.dtype
@@ -301,8 +301,9 @@ def test_numbers_of_any_precision_become_those_of_the_schema():
 
 def _rebuilt(result, **changes):
     variables = {name: result[name].values for name in schema.SCHEMA if name in result} | changes
-    return schema.build_result(variables, modules=list(result.module.values), lag=result.lag.values,
-                         lag_end=result.lag_end.values, texts=list(result.text.values), attrs={})  # fmt: skip
+    coordinates = {name: result[name].values for name in ("lag", "lag_end", "position", "position_end", "kv_head")}
+    texts, modules = list(result.text.values), list(result.module.values)
+    return schema.build_result(variables, modules=modules, texts=texts, attrs={}, **coordinates)
 
 
 def test_result_imports_no_torch():

@@ -99,7 +99,7 @@ def test_a_layer_with_fewer_heads_counts_less(uneven):
     wide = uneven.copy(deep=True)
     wide["edges"][-1, 0] += 10_000
     weight = np.array([3, 3, 3, 2])[:, None]
-    expected = (wide.edges.values * weight).sum(0)
+    expected = (wide.edges.sum("reader_of").values * weight).sum(0)
     np.testing.assert_allclose(stats.counts(wide), expected / expected.sum(), rtol=1e-12)
 
 
@@ -136,7 +136,7 @@ def test_attention_shares_sum_to_one(uneven):
 
 def test_attention_on_the_first_key_is_a_mean_over_queries(uneven):
     exact = sample(missing_heads=1, seed=3, lags="all")
-    queries = exact.edges.isel(lag=0)
+    queries = exact.edges.sum("reader_of").isel(lag=0)
     by_head = exact.attention_first / queries
     np.testing.assert_allclose(stats.attention_first(exact), by_head.mean(), rtol=1e-12)
     uniform = uneven.assign(attention_first=stats.existing_heads(uneven) * queries * 0.25)
@@ -271,8 +271,9 @@ def test_heads_with_almost_no_credit_are_weak(uneven):
 
 def test_heads_with_an_uncertain_share_are_weak(plain):
     vague = plain.copy(deep=True)
-    size = plain.credit_by_document[:, 1, 0, 0].mean().item()
-    vague["credit_by_document"][:, 1, 0, 0] = size * np.array([[0, 1], [0, 1], [0, 1], [0, 1], [4, 0]])
+    size = plain.credit_by_document[:, 1, 0, 0].sum("reader_of").mean().item()
+    vague["credit_by_document"][:, 1, 0, 0, 0] = 0
+    vague["credit_by_document"][:, 1, 0, 0, 1] = size * np.array([[0, 1], [0, 1], [0, 1], [0, 1], [4, 0]])
     weak = stats.weak_heads(vague)
     assert stats.shares(vague, ("layer", "head")).error[1, 0, 0, 0] > 0.25
     assert weak[1, 0, 0]
@@ -296,7 +297,7 @@ def test_the_shares_of_own_and_later_losses_add_up():
 
 def test_the_effective_horizon_is_where_half_the_credit_is_reached():
     result = sample(horizons=(1, 2, 4, 8))
-    credit = result.credit_by_document.sum("side").transpose("document", "layer", "head", "stream")
+    credit = result.credit_by_document.sum("side")
 
     def with_curve(*curve):
         values = (credit.values[..., None] * np.array(curve)).astype(float)
@@ -345,7 +346,8 @@ def test_what_was_not_measured_is_refused_with_the_option_that_measures_it(funct
 
 def test_every_public_function_of_stats_is_listed_and_documented():
     homes = (stats.__name__, loss_stats.__name__)
-    functions = {"ratio", "mean_and_error", "existing_heads"}  # of ratios, which holds helpers too
+    functions = {"ratio", "mean_and_error", "existing_heads", "has_reader_axis"}  # of ratios, which holds helpers too
+    functions.add("reach")
     functions |= {
         name for name, value in [*vars(stats).items(), *vars(loss_stats).items()]
         if getattr(value, "__module__", "") in homes and name[0] != "_"

@@ -27,6 +27,9 @@ ATTRS = {
 }
 
 
+SINKS = 4
+
+
 def bins(context: int, lags: str = "octaves") -> tuple[np.ndarray, np.ndarray]:
     """Return first and last lag of each bin: exact to 15, then quarter octaves; "all"; or lag 0 and the rest."""
     starts = {"all": range(context), "self": range(min(2, context)), "octaves": range(min(16, context))}[lags]
@@ -42,32 +45,50 @@ def sample(
 ) -> xr.Dataset:  # fmt: skip
     """Build a result; `changes` are attributes; the last layer lacks `missing_heads` heads."""
     random = np.random.default_rng(seed)
+    groups = heads // 2 if heads % 2 == 0 and not missing_heads else heads
     first, last = bins(context, lags)
     edge = _edges(random, layers, heads, context, documents)  # document, layer, head, stream, lag, position
     edge[:, -1, heads - missing_heads :] = 0
     attention = _attention(random, layers, heads, context, documents)  # layer, head, query, key
     lag = np.subtract.outer(np.arange(context), np.arange(context))
-    by_lag = np.stack([np.where(lag == number, attention, 0).sum((2, 3)) for number in range(context)], -1)
+    key = np.arange(context)
+    by_key = _split(attention, key < SINKS, -3)
+    by_lag = np.stack([np.where(lag == number, by_key, 0).sum((-2, -1)) for number in range(context)], -1)
+    position, distance = key, key[:, None]
+    is_first = np.stack([position - distance < SINKS, *[np.broadcast_to(position < SINKS, lag.shape)] * 2])
     side = np.stack([edge[..., 0, :], edge[..., 1:, :].sum(4)], 4)
-    binned = np.add.reduceat(edge.sum(-1), first, axis=-1)
-    count = documents * (context - np.arange(context))
+    split = _split(edge, is_first, 4)  # document, layer, head, stream, reader, lag, position
+    binned = np.add.reduceat(split.sum(-1), first, axis=-1)
+    mass = np.add.reduceat(np.abs(split).sum(-1), first, axis=-1) * 3
+    mass[..., 1, :] += 1 / documents
+    mass[:, -1, heads - missing_heads :] = 0
+    parts = random.dirichlet(np.full(documents, 8.0))
+    binned_attention = np.add.reduceat(by_lag, first, axis=-1)
+    attention_by_document = parts[:, None, None, None, None] * binned_attention
+    attention_by_document[:, -1, heads - missing_heads :] = 0
+    count = np.stack([np.minimum(context - key, SINKS), np.maximum(context - key - SINKS, 0)]) * documents
     variables = {
         "credit": binned.sum(0),
-        "mass": np.add.reduceat(np.abs(edge).sum(-1), first, axis=-1).sum(0) * 3 + 1,
-        "attention": np.add.reduceat(by_lag, first, axis=-1),
-        "edges": np.broadcast_to(np.add.reduceat(count, first), (layers, len(first))).copy(),
+        "mass": mass.sum(0),
+        "attention": binned_attention,
+        "edges": np.broadcast_to(np.add.reduceat(count, first, axis=-1), (layers, 2, len(first))).copy(),
         "credit_by_position": side.sum(0),
         "attention_first": attention[..., 0].sum(-1),
-        "credit_by_document": side.sum(-1),
+        "credit_by_document": np.stack([split[..., 0, :].sum(-1), split[..., 1:, :].sum((-2, -1))], -1),
         "first_by_document": side[..., 0].sum(-1),
         "profile_by_document": binned.sum(2),
+        "mass_by_document": mass.sum(2),
+        "attention_by_document": attention_by_document.sum(2),
+        "tail_moment": _tail_moments(binned, mass, attention_by_document, groups),
         "loss": 3 + random.random(documents),
         "tokens": np.full(documents, context - 1),
     }
     if lags == "self":
-        for name in ("mass", "attention"):
+        for name in ("mass", "attention", "mass_by_document", "attention_by_document"):
             variables[name][..., 1:] = np.nan
-    coordinates = {}
+    kv_head = np.tile(np.arange(heads) // (heads // groups), (layers, 1))
+    kv_head[-1, heads - missing_heads :] = -1
+    coordinates = {"kv_head": kv_head}
     if losses:
         variables |= _losses(random, side)
     if parameters:
@@ -80,7 +101,8 @@ def sample(
     if horizons:
         coordinates["horizon"] = list(horizons)
         reach = random.uniform(5, 60, (layers, heads, 3, 1))
-        variables["horizon_by_document"] = side.sum((-1, -2))[..., None] * (1 - np.exp(-np.array(horizons) / reach))
+        by_reader = split.sum((-1, -2))[..., None]
+        variables["horizon_by_document"] = by_reader * (1 - np.exp(-np.array(horizons) / reach[..., None, :]))
     if tokens:
         assert len(tokens) == context
         coordinates["token"] = list(tokens)
@@ -97,8 +119,17 @@ def sample(
         modules=modules or [f"model.layers.{layer}.self_attn" for layer in range(layers)],
         lag=first,
         lag_end=last,
+        position=key,
+        position_end=key,
         texts=texts or [f"text {document % 2}" for document in range(documents)],
-        attrs={**ATTRS, "context": context, "documents": documents, "tokens": documents * (context - 1), "lags": lags}
+        attrs={
+            **ATTRS,
+            "context": context,
+            "documents": documents,
+            "tokens": documents * (context - 1),
+            "lags": lags,
+            "sinks": SINKS,
+        }
         | changes,
         **coordinates,
     )
@@ -117,7 +148,7 @@ def _losses(random, side) -> dict[str, np.ndarray]:
     return {
         "loss_credit": parts.sum(0),
         "loss_gram": np.stack(gram, 3),
-        "loss_credit_by_document": parts.sum(-1),
+        "loss_credit_by_document": np.stack([parts[..., :SINKS].sum(-1), parts[..., SINKS:].sum(-1)], -2),
         "hidden": hidden.sum(0).swapaxes(-1, -2),
         "hidden_by_document": hidden.sum(2),
     }
@@ -127,6 +158,21 @@ def _terms(gradient: np.ndarray) -> np.ndarray:
     """Return squared norms and inner product of two parts: (..., part, number) to (..., term)."""
     first, second = gradient[..., 0, :], gradient[..., 1, :]
     return np.stack([(first**2).sum(-1), (second**2).sum(-1), (first * second).sum(-1)], -1)
+
+
+def _split(values: np.ndarray, is_first: np.ndarray, axis: int) -> np.ndarray:
+    """Return the entries of first keys and all others, along a new axis."""
+    return np.stack([np.where(is_first, values, 0), np.where(is_first, 0, values)], axis)
+
+
+def _tail_moments(credit, mass, attention, groups) -> np.ndarray:
+    """Return the moments (layer, group, quantity, moment, bin) of document, layer, head, ..., reader, bin."""
+    by_head = np.concatenate([attention[:, :, :, None], mass, credit], 3)
+    by_group = by_head.reshape(*by_head.shape[:2], groups, -1, *by_head.shape[3:]).sum(3)
+    tail = np.flip(np.flip(by_group, -1).cumsum(-1), -1)
+    rest, whole = tail[..., 1, :], tail.sum(-2)
+    pairs = [(rest, rest), (rest, rest[..., :1]), (rest, whole[..., :1]), (whole, whole), (whole, whole[..., :1])]
+    return np.stack([(left * right).sum(0) for left, right in pairs], -2)
 
 
 def weight_norms(gradient: np.ndarray) -> dict[str, np.ndarray]:

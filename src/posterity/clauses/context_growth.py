@@ -75,20 +75,21 @@ def _part_and_whole(result: xr.Dataset, curve: str) -> tuple[float, float]:
     """Return numerator and denominator of a self share, over all layers, heads and windows."""
     if curve == SELF_WEIGHT:
         heads, self_weight = float(stats.existing_heads(result).sum()), result.attention.isel(lag=0)
-        return float(self_weight.sum()), heads * result.sizes["document"] * result.sizes["position"]
+        return float(self_weight.sum()), heads * result.sizes["document"] * (int(result.position_end[-1]) + 1)
     if curve.startswith("W_"):
         norms = result.weight_by_document.sel(stream={"W_K": "key", "W_V": "value"}[curve]).sum(
             ("document", "layer"), skipna=False
         )
         own, other, inner = (float(norms.sel(term=term)) for term in ("self", "other", "inner"))
         return own + inner, own + other + 2 * inner
-    credit = result.credit_by_document.sel(stream=curve.split()[0]).sum(("document", "layer", "head"))
+    credit = result.credit_by_document.sel(stream=curve.split()[0]).sum(("document", "layer", "head", "reader_of"))
     return float(credit.sel(side="self")), float(credit.sum())
 
 
 def _layer_shares(results: list[xr.Dataset]) -> xr.DataArray:
     """Return the self share of the credit by layer and stream, over all blocks."""
-    by_block: list[xr.DataArray] = [result.credit_by_document.sum(("document", "head")) for result in results]
+    summed = ("document", "head", "reader_of")
+    by_block: list[xr.DataArray] = [result.credit_by_document.sum(summed) for result in results]
     credit = xr.concat(by_block, "block").sum("block")
     return (credit.sel(side="self", drop=True) / credit.sum("side")).sel(stream=list(WRITTEN))
 

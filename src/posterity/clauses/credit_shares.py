@@ -118,7 +118,8 @@ def measure_weights(subject: Subject) -> Finding:
     """
     result = subject.ledger
     pooled, layers = stats.weight_shares(result), stats.weight_shares(result, ("layer",))
-    self_edges, edges = (float(x) for x in (result.edges.isel(lag=0).mean(), result.edges.sum("lag").mean()))
+    edge_counts = result.edges.sum("reader_of")
+    self_edges, edges = (float(x) for x in (edge_counts.isel(lag=0).mean(), edge_counts.sum("lag").mean()))
     figures = [
         Figure(
             "later terms for one own",

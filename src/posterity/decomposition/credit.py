@@ -11,10 +11,10 @@ whole gradient that it helped to make, its mass the norm of the term (docs/metho
 dk_j and dv_j are the gradients of the key and value themselves, summed over the query heads that share them. Credits of
 all edges therefore add up to the squared norms of the gradients that autograd computes: the ledger balances.
 
-The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are swept, block by block (lag_sums.py).
+The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are swept, block by block (lag_sums.py), those
+into the first keys of a document apart (first_keys.py).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,20 +22,21 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from posterity.decomposition.lag_sums import Scratch, sum_by_lag
+from posterity.decomposition.first_keys import SINKS, FirstKeys, Spans
+from posterity.decomposition.lag_sums import LagSums, Scratch, sum_by_lag
 from posterity.errors import InputError, NotFiniteError
 from posterity.ops.attention import Backward
 from posterity.ops.mask import Tile
 from posterity.ops.precision import dot, working_dtype
 from posterity.ops.scores import self_edges, single_edge
 
-Spans = Sequence[Sequence[slice]]  # of the documents in each row
 EXACT_LAGS = 16  # lags below this have a bin each; beyond, four bins an octave
+EXACT_POSITIONS = 512  # positions likewise, by default
 
 
 @dataclass(frozen=True)
 class Bins:
-    """Bins of lags: `first[b] <= lag <= last[b]`. Bin 0 is the self edge alone."""
+    """Bins of lags (or positions): `first[b] <= lag <= last[b]`. Bin 0 is the self edge alone."""
 
     first: tuple[int, ...]
     last: tuple[int, ...]
@@ -53,12 +54,17 @@ class Bins:
         elif lags == "self":
             first = [0, 1]
         elif lags == "octaves":
-            quarters = (round(EXACT_LAGS * 2 ** (n / 4)) for n in range(4 * max(context.bit_length(), 1)))
-            first = [*range(EXACT_LAGS), *quarters]
+            first = _quarter_octaves(EXACT_LAGS, context)
         else:
             raise InputError(f'lags expects "octaves", "all" or "self"; got {lags!r}')
         first = [lag for lag in first if lag < context]
         return cls(tuple(first), (*(lag - 1 for lag in first[1:]), context - 1), lags != "self")
+
+    @classmethod
+    def of_positions(cls, exact: int, context: int) -> "Bins":
+        """Cover all positions of a context: those below `exact` have a bin each, the others a quarter octave each."""
+        first = [position for position in _quarter_octaves(exact, context) if position < context]
+        return cls(tuple(first), (*(position - 1 for position in first[1:]), context - 1), True)
 
     def sum(self, by_lag: Num[Tensor, "*rest lag"]) -> Num[Tensor, "*rest bin"]:
         """Add up the lags of each bin."""
@@ -66,6 +72,12 @@ class Bins:
             return by_lag
         sums = by_lag.new_zeros(*by_lag.shape[:-1], len(self.first))
         return sums.index_add_(-1, _bin_numbers(self, by_lag.device), by_lag)
+
+
+def _quarter_octaves(exact: int, context: int) -> list[int]:
+    """Return the first number of each bin: all below `exact`, then four an octave until beyond the context."""
+    quarters = (round(exact * 2 ** (n / 4)) for n in range(4 * max(context.bit_length(), 1)))
+    return list(dict.fromkeys((*range(exact), *quarters)))
 
 
 @lru_cache(maxsize=16)
@@ -78,12 +90,16 @@ def _bin_numbers(bins: Bins, device: torch.device) -> Int[Tensor, " lag"]:
 
 @dataclass(frozen=True)
 class PassCredit:
-    """The entry of one backward pass of one layer in the ledger, per document of the batch, in float64."""
+    """The entry of one backward pass of one layer in the ledger, per document of the batch, in float64.
 
-    credit: Float[Tensor, "batch head stream bin"]
-    mass: Float[Tensor, "batch head stream bin"]
-    attention: Float[Tensor, "batch head bin"]
-    edges: Int[Tensor, "batch bin"]
+    The axis `reader` (`posterity.axes.READER_OF`) tells the edges into the first keys of a document from all others.
+    """
+
+    credit: Float[Tensor, "batch head stream reader bin"]
+    mass: Float[Tensor, "batch head stream reader bin"]
+    attention: Float[Tensor, "batch head reader bin"]
+    edges: Int[Tensor, "batch reader bin"]
+    credit_by_side: Float[Tensor, "batch head stream reader side"]
     credit_by_position: Float[Tensor, "batch head stream side position"]
     attention_first: Float[Tensor, "batch head"]
 
@@ -142,10 +158,17 @@ def pass_credit(
     bins: Bins,
     scratch: Scratch | None = None,
     spans: Spans | None = None,
+    sinks: int = SINKS,
 ) -> PassCredit:
     """Sum credit, mass and attention of every edge by lag and by position.
 
-    `spans`: of the documents packed into each row, whose positions are then counted from each document's first token.
+    Args:
+        back: The backward pass.
+        self_part: Its self edges.
+        bins: Of lags.
+        scratch: Keeps memory between calls.
+        spans: Of the documents packed into each row, whose positions are then counted from each document's first token.
+        sinks: Number of first positions of a document whose readers are told apart.
     """
     batch, length = len(back.lse), back.lse.shape[2]
     query, key, value = back.total_gradients()
@@ -157,24 +180,31 @@ def pass_credit(
     total_credits = (dot(back.grad_query, query), dot(back.grad_key, key), dot(back.grad_value, value))
     self_credit, total_credit = (torch.stack(credits, 2).double() for credits in (self_credits, total_credits))
     by_position = torch.stack((self_credit, total_credit - self_credit), 3)
-    edges = bins.sum(back.mask.edges(length, back.lse.device)).expand(batch, -1)
+    first_keys = FirstKeys.of(back, sinks, spans)
+    first = first_keys.sum_by_lag(back)
     if bins.needs_sweep:
-        sums = sum_by_lag(back, scratch)
-        for stream, factor in enumerate((None, back.key_factor, back.value_factor)):
-            if factor is not None:
-                sums.credit[stream] *= factor
-                sums.mass[stream] *= factor
-        credit, mass, attention = (bins.sum(x) for x in (sums.credit, sums.mass, sums.attention))
-        credit, mass = credit.movedim(0, 2), mass.movedim(0, 2)
+        rest = _bin(sum_by_lag(back, scratch, first_keys.columns()), bins)
     else:
-        credit, mass, attention = _self_and_other(back, self_part, by_position)
-        credit, mass, attention = (x[..., : len(bins.first)] for x in (credit, mass, attention))
+        rest = _self_and_other(back, self_part, by_position, first, bins)
+    credit, mass, attention = (torch.stack(parts, -2) for parts in zip(_bin(first, bins), rest, strict=True))
+    edges, first_edges = back.mask.edges(length, back.lse.device).expand(batch, -1), first_keys.edges(back)
+    edges = bins.sum(torch.stack((first_edges, edges - first_edges), 1))
+    first_sides = torch.stack((first.credit[..., 0], first.credit[..., 1:].sum(-1)), -1).movedim(0, 2)
+    by_side = torch.stack((first_sides, by_position.sum(-1) - first_sides), -2)
     positions = _shift_to_first_token(by_position, back) if spans is None else restart_positions(by_position, spans)
-    return PassCredit(credit, mass, attention, edges, positions, _attention_first(back, spans))
+    return PassCredit(credit, mass, attention, edges, by_side, positions, _attention_first(back, spans))
 
 
-def _self_and_other(back: Backward, self_part: SelfEdgeGradients, by_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return credit, mass and attention of the bins self and other.
+def _bin(sums: LagSums, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
+    """Return credit, mass (batch, head, stream, bin) and attention (batch, head, bin)."""
+    credit, mass, attention = (bins.sum(x) for x in (sums.credit, sums.mass, sums.attention))
+    return credit.movedim(0, 2), mass.movedim(0, 2), attention
+
+
+def _self_and_other(
+    back: Backward, self_part: SelfEdgeGradients, by_position: Tensor, first: LagSums, bins: Bins
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return credit, mass and attention of the bins self and other, less those of the first keys.
 
     Without a sweep only the credit of the others is known: their mass and attention are NaN.
     """
@@ -187,7 +217,9 @@ def _self_and_other(back: Backward, self_part: SelfEdgeGradients, by_position: T
     mass = torch.stack([x.sum(-1, dtype=torch.float64) for x in terms], -1)
     attention = _reader_weights(self_part.attention, back).sum(-1, dtype=torch.float64)
     mass, attention = (torch.stack((x, torch.full_like(x, torch.nan)), -1) for x in (mass, attention))
-    return by_position.sum(-1), mass, attention
+    totals = (x[..., : len(bins.first)] for x in (by_position.sum(-1), mass, attention))
+    credit, mass, attention = (total - part for total, part in zip(totals, _bin(first, bins), strict=True))
+    return credit, mass, attention
 
 
 def restart_positions(x: Float[Tensor, "batch *rest position"], spans: Spans) -> Float[Tensor, "batch *rest position"]:

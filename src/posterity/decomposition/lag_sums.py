@@ -6,7 +6,7 @@ read with rows of `stride + 1` numbers, every column of what is read is one diag
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _LOG2_E = math.log2(math.e)
 # The sums of an edge lie in one tensor, in the order credit of (query, key, value), mass of the same, attention.
 _MASS = len(STREAMS)
 _ATTENTION = 2 * len(STREAMS)
-_SUMS = _ATTENTION + 1
+SUMS = _ATTENTION + 1
 
 HeadGroup = tuple[int, slice]  # a document and a few of its heads
 Job = tuple[HeadGroup, list[Tile]]
@@ -50,24 +50,44 @@ class LagSums:
     mass: Float[Tensor, "stream batch head lag"]
     attention: Float[Tensor, "batch head lag"]
 
+    @classmethod
+    def of(cls, sums: Float[Tensor, "sum batch head lag"], back: Backward) -> "LagSums":
+        """Split sums that lie in one tensor; those of ds_ij get the scale of queries and keys, all a horizon's factors.
 
-def sum_by_lag(back: Backward, scratch: "Scratch | None" = None) -> LagSums:
+        The sums are changed in place.
+        """
+        credit, mass = sums[:_MASS], sums[_MASS:_ATTENTION]
+        for terms in (credit, mass):
+            terms[:2] *= back.scale
+            for stream, factor in ((1, back.key_factor), (2, back.value_factor)):
+                if factor is not None:
+                    terms[stream] *= factor
+        return cls(credit, mass, sums[_ATTENTION])
+
+
+def sum_by_lag(
+    back: Backward, scratch: "Scratch | None" = None, left_out: Sequence[Sequence[slice]] | None = None
+) -> LagSums:
     """Sweep all blocks of one backward pass; memory is O(heads N + d N + block^2).
 
-    `scratch` keeps the memory of the blocks between calls.
+    Args:
+        back: A backward pass.
+        scratch: Keeps the memory of the blocks between calls.
+        left_out: Keys whose edges are not counted, for each document of the batch.
     """
+    left_out = [()] * len(back.lse) if left_out is None else left_out
     scratch = Scratch() if scratch is None else scratch
     batch, heads, length = back.lse.shape
     device = back.lse.device
     tiles = [tile for _, row in back.mask.tiles(length, length, device) for tile in row]
     tiles.sort(key=lambda tile: tile.shape)
     if not tiles:
-        return _split(torch.zeros(_SUMS, batch, heads, length, dtype=torch.float64, device=device))
+        return LagSums.of(torch.zeros(SUMS, batch, heads, length, dtype=torch.float64, device=device), back)
     height, width = (max(sizes) for sizes in zip(*(tile.shape for tile in tiles), strict=True))
     # The largest lag first, as in the blocks: index `length - lag`. Beyond lag 0 there is room
     # for the masked entries (key after query) of blocks on the diagonal.
     diagonals = 1 + length + height + width
-    sums = torch.zeros(_SUMS, batch, heads, diagonals, dtype=torch.float64, device=device)
+    sums = torch.zeros(SUMS, batch, heads, diagonals, dtype=torch.float64, device=device)
     threads = min(len(tiles), torch.get_num_threads() if device.type == "cpu" else 1)
     budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_LARGE)
     size = max(1, int(budget / (_Blocks.COUNT * height * (height + width) * back.lse.element_size())))
@@ -79,17 +99,10 @@ def sum_by_lag(back: Backward, scratch: "Scratch | None" = None) -> LagSums:
     jobs = _jobs(head_chunks, tiles, threads)
     back.total_gradients()  # computed once, before the threads start
     with _thread_map(threads) as thread_map:
-        for results in thread_map(partial(_run_jobs, back, diagonals), jobs, scratch.parts(threads)):
+        for results in thread_map(partial(_run_jobs, back, diagonals, left_out), jobs, scratch.parts(threads)):
             for (document, group), x in results:
                 sums[:, document, group] += x
-    by_lag = sums[..., 1 : length + 1].flip(-1)
-    by_lag[:2] *= back.scale  # the blocks summed ds_ij; the terms of query and key also carry the scale c
-    by_lag[_MASS : _MASS + 2] *= back.scale
-    return _split(by_lag)
-
-
-def _split(sums: Float[Tensor, "sum batch head lag"]) -> LagSums:
-    return LagSums(sums[:_MASS], sums[_MASS:_ATTENTION], sums[_ATTENTION])
+    return LagSums.of(sums[..., 1 : length + 1].flip(-1), back)
 
 
 def _jobs(chunks: list[HeadGroup], tiles: list[Tile], threads: int) -> list[list[Job]]:
@@ -116,10 +129,13 @@ def _thread_map(threads: int) -> Iterator[Callable]:
 
 @torch.no_grad()
 def _run_jobs(
-    back: Backward, diagonals: int, jobs: list[Job], scratch: "Scratch"
+    back: Backward, diagonals: int, left_out: Sequence[Sequence[slice]], jobs: list[Job], scratch: "Scratch"
 ) -> list[tuple[HeadGroup, Float[Tensor, "sum head diagonal"]]]:
     """Sum some blocks of some heads, one after the other: the work of one thread."""
-    return [(group, _sum_tiles(back, _Operands(back, *group), diagonals, tiles, scratch)) for group, tiles in jobs]
+    return [
+        (group, _sum_tiles(back, _Operands(back, *group, left_out[group[0]]), diagonals, tiles, scratch))
+        for group, tiles in jobs
+    ]
 
 
 def _sum_tiles(
@@ -127,7 +143,7 @@ def _sum_tiles(
 ) -> Float[Tensor, "sum head diagonal"]:
     """Sum some blocks along their diagonals, for a few heads of one document."""
     length = operands.query.shape[1]
-    sums = torch.zeros(_SUMS, len(operands.query), diagonals, dtype=torch.float64, device=operands.query.device)
+    sums = torch.zeros(SUMS, len(operands.query), diagonals, dtype=torch.float64, device=operands.query.device)
     for shape, group in groupby(tiles, lambda tile: tile.shape):
         blocks = scratch.blocks(len(operands.query), *shape, operands.query)
         weight, score, credit = blocks.tiles
@@ -139,6 +155,7 @@ def _sum_tiles(
             bias = None if back.bias is None else operands.select(bias_block(back.bias, tile))
             write_edges_(weight, score, rows, (operands.key[j], operands.value[j]), back, bias)
             back.mask.fill_(weight, tile, 0.0, operands.document, operands.heads)
+            operands.leave_out_(weight, tile)
             score.mul_(weight)
             for stream, (left, right, edge) in enumerate(
                 (
@@ -191,7 +208,7 @@ def write_edges_(
 class _Operands:
     """The operands of the products, for a few heads of one document: each (head, position, width)."""
 
-    def __init__(self, back: Backward, document: int, heads: slice):
+    def __init__(self, back: Backward, document: int, heads: slice, left_out: Sequence[slice]):
         dtype, heads_per_group = back.lse.dtype, back.query.shape[1] // back.key.shape[1]
         groups = slice(heads.start // heads_per_group, (heads.stop - 1) // heads_per_group + 1)
         first = groups.start * heads_per_group
@@ -216,7 +233,14 @@ class _Operands:
         if readers is not None:
             reader = readers[document].to(dtype).expand_as(reader)
         self.readers = torch.stack((self.grad.norm(dim=-1), reader), 1)
-        self.document, self.heads = document, heads
+        self.document, self.heads, self.left_out = document, heads, left_out
+
+    def leave_out_(self, weight: Float[Tensor, "head rows columns"], tile: Tile) -> None:
+        """Write 0 over the attention on the keys that are left out, in place."""
+        for keys in self.left_out:
+            first, last = max(keys.start, tile.columns.start), min(keys.stop, tile.columns.stop)
+            if first < last:
+                weight[..., first - tile.columns.start : last - tile.columns.start] = 0.0
 
     def select(self, bias: Tensor) -> Tensor:
         """Return the part of a bias that these heads of this document have."""
@@ -264,4 +288,4 @@ class _Blocks:
         memory = [like.new_zeros(heads, size) for _ in range(self.COUNT)]
         self.tiles = [x.as_strided((heads, height, width), (size, stride, 1), height) for x in memory]
         self.sheared = [x.as_strided((heads, height, stride + 1), (size, stride + 1, 1)) for x in memory]
-        self.sums = like.new_empty(_SUMS, heads, stride + 1)
+        self.sums = like.new_empty(SUMS, heads, stride + 1)

@@ -12,9 +12,11 @@ from torch.nn.functional import pad
 from posterity.axes import STREAMS
 from posterity.decomposition.accumulator import Accumulator, stack_layers
 from posterity.decomposition.adapter_gradients import AdapterSplit, merge_passes
-from posterity.decomposition.credit import Bins, Spans, check_finite, pass_credit, self_edge_gradients
+from posterity.decomposition.credit import EXACT_POSITIONS, Bins, check_finite, pass_credit, self_edge_gradients
+from posterity.decomposition.first_keys import SINKS, Spans
 from posterity.decomposition.lag_sums import Scratch
 from posterity.decomposition.projections import find_projections
+from posterity.decomposition.tail_moments import tail_moments
 from posterity.decomposition.weight_gradients import Projections, WeightSplit
 from posterity.errors import InputError, NotFiniteError, warn
 from posterity.measurement.loss_split import LossSplit
@@ -27,7 +29,13 @@ from posterity.results.schema import build_result
 
 
 @contextlib.contextmanager
-def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> Iterator["Ledger"]:
+def account(
+    model: nn.Module,
+    lags: str = "octaves",
+    weights: bool = True,
+    sinks: int = SINKS,
+    positions: int = EXACT_POSITIONS,
+) -> Iterator["Ledger"]:
     """Account for any forward and backward passes of your own.
 
     Every backward pass counts the rows of its batch as new documents. Padding is honoured where the model is
@@ -45,11 +53,13 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
         lags: "octaves" (exact up to 15, then a quarter octave each), "all", or "self" (self and other only, no sweep:
             mass and attention of the others are NaN).
         weights: Whether to split the gradients of W_Q, W_K and W_V too.
+        sinks: The edges into so many first keys of each document (attention sinks) are told apart from all others.
+        positions: Positions below this are exact; beyond, four bins an octave.
 
     Raises:
         InputError: The model cannot be measured, with the reason.
     """
-    with open_ledger(model, lags, weights, atomic=True) as ledger:
+    with open_ledger(model, lags, weights, sinks, positions, atomic=True) as ledger:
         hook = ledger.watch.model.register_forward_pre_hook(lambda *_: ledger.settle())
         try:
             yield ledger
@@ -58,17 +68,21 @@ def account(model: nn.Module, lags: str = "octaves", weights: bool = True) -> It
 
 
 @contextlib.contextmanager
-def open_ledger(model: nn.Module, lags: str, weights: bool, atomic: bool = False) -> Iterator["Ledger"]:
+def open_ledger(
+    model: nn.Module, lags: str, weights: bool, sinks: int, positions: int, atomic: bool = False
+) -> Iterator["Ledger"]:
     """Account for the backward passes of the block.
 
     Args:
-        model, lags, weights: As in `account`.
+        model, lags, weights, sinks, positions: As in `account`.
         atomic: Let a backward pass enter as a whole or not at all, and leave it out if a gradient is not finite, which
             is an error otherwise. That takes the memory of a second ledger during a pass.
     """
     Bins.of(lags, 2)
+    if sinks < 0 or positions < 1:
+        raise InputError(f"expected sinks of at least 0 and positions of at least 1; got {sinks} and {positions}")
     with watch_model(model) as watch:
-        ledger = Ledger(model, watch, lags, weights, atomic)
+        ledger = Ledger(model, watch, lags, weights, sinks, positions, atomic)
         with watch.report_to(ledger.observe):
             yield ledger
 
@@ -76,9 +90,19 @@ def open_ledger(model: nn.Module, lags: str, weights: bool, atomic: bool = False
 class Ledger:
     """Credit, mass and attention of every layer, summed over documents; `result()` labels the sums."""
 
-    def __init__(self, model: nn.Module, watch: Watch, lags: str, weights: bool, atomic: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        watch: Watch,
+        lags: str,
+        weights: bool,
+        sinks: int = SINKS,
+        positions: int = EXACT_POSITIONS,
+        atomic: bool = False,
+    ):
         """Start empty, with the layers in the order of the forward pass; `atomic`: see `open_ledger`."""
         self.model, self.watch, self.lags, self.weights, self.atomic = model, watch, lags, weights, atomic
+        self.sinks, self.positions = sinks, positions
         self.sums = Accumulator()  # for the whole model: "loss" and "tokens" of each document, if known
         self.left_out = 0  # backward passes with gradients that are not finite
         self.loss_split: LossSplit | None = None
@@ -92,7 +116,9 @@ class Ledger:
 
     def split_losses(self, losses: bool, horizons: Sequence[int], parameters: bool) -> LossSplit:
         """Make the loss split of the same documents a part of the ledger."""
-        self.loss_split = LossSplit(self.model, self.watch, losses, horizons, parameters, self.sums)
+        self.loss_split = LossSplit(
+            self.model, self.watch, losses, horizons, parameters, self.sums, self.sinks, self.positions
+        )
         return self.loss_split
 
     def observe_forward(self) -> contextlib.AbstractContextManager:
@@ -155,19 +181,31 @@ class Ledger:
             raise InputError(
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
             )
-        self_edge = self_edge_gradients(back)
-        credit = pass_credit(back, self_edge, Bins.of(self.lags, back.lse.shape[2]), self._scratch, self._spans)
-        check_finite(credit.credit_by_position, f"the gradient of layer {layer}")
+        self_edge, length = self_edge_gradients(back), back.lse.shape[2]
+        credit = pass_credit(back, self_edge, Bins.of(self.lags, length), self._scratch, self._spans, self.sinks)
+        by_position = credit.credit_by_position
+        check_finite(by_position, f"the gradient of layer {layer}")
         entries, name = self._entries, str(layer)
         if self.weights:
             self._weights[layer].add(back, self_edge, project)
             self._check_weights(name, len(back.query))
-        for variable, x in vars(credit).items():
+        totals = {
+            "credit": credit.credit,
+            "mass": credit.mass,
+            "attention": credit.attention,
+            "edges": credit.edges,
+            "credit_by_position": Bins.of_positions(self.positions, length).sum(by_position),
+            "attention_first": credit.attention_first,
+        }
+        for variable, x in totals.items():
             entries.add((name, variable), x.sum(0))
-        by_position = credit.credit_by_position
-        entries.append_rows((name, "credit_by_document"), by_position.sum(-1))
+        entries.add((name, "tail_moment"), tail_moments(credit, back.key.shape[1]))
+        entries.append_rows((name, "length"), torch.full((len(by_position),), length))
+        entries.append_rows((name, "credit_by_document"), credit.credit_by_side)
         entries.append_rows((name, "first_by_document"), by_position[..., 0].sum(-1))
         entries.append_rows((name, "profile_by_document"), credit.credit.sum(1))
+        entries.append_rows((name, "mass_by_document"), credit.mass.sum(1))
+        entries.append_rows((name, "attention_by_document"), credit.attention.sum(1))
 
     def _check_weights(self, layer: str, documents: int) -> None:
         """Raise NotFiniteError unless the gradients of the weights that a layer has are finite."""
@@ -193,17 +231,18 @@ class Ledger:
         """
         self.settle()
         self._check_complete(texts)
-        context = max(self.sums.total[str(layer), "credit_by_position"].shape[-1] for layer in self.watch.layers)
-        bins = Bins.of(self.lags, context)
-        variables = self._layer_variables(context, len(bins.first)) | self._document_variables()
-        coordinates: dict[str, list] = {}
+        context = max(int(x) for layer in self.watch.layers for x in self.sums.rows[str(layer), "length"])
+        bins, positions = Bins.of(self.lags, context), Bins.of_positions(self.positions, context)
+        variables = self._layer_variables(len(positions.first), len(bins.first)) | self._document_variables()
+        coordinates: dict[str, object] = {"kv_head": self._kv_heads(variables["credit"].shape[1])}
         if self.loss_split is not None:
             variables |= self.loss_split.variables()
-            coordinates = self.loss_split.coordinates()
+            coordinates |= self.loss_split.coordinates()
         ledger_attrs = {
             "context": context,
             "documents": self.documents,
             "lags": self.lags,
+            "sinks": self.sinks,
             "left_out_passes": self.left_out,
             "other_paths": "; ".join(self.watch.other_paths),
             "wrong_gradients": "; ".join(self.watch.wrong_gradients),
@@ -217,6 +256,8 @@ class Ledger:
             modules=[str(layer) for layer in self.watch.layers],
             lag=bins.first,
             lag_end=bins.last,
+            position=positions.first,
+            position_end=positions.last,
             texts=texts or [""] * self.documents,
             attrs=provenance(self.model) | ledger_attrs | attrs,
             **coordinates,
@@ -253,18 +294,28 @@ class Ledger:
         if texts is not None and len(texts) != documents:
             raise InputError(f"expected one text for each of {documents} documents; got {len(texts)}")
 
-    def _layer_variables(self, context: int, bins: int) -> dict[str, np.ndarray]:
+    def _kv_heads(self, heads: int) -> np.ndarray:
+        """Return the key/value head of each query head, (layer, head); -1 for a head that the layer does not have."""
+        numbers = np.full((len(self.watch.layers), heads), -1)
+        for row, layer in zip(numbers, map(str, self.watch.layers), strict=True):
+            count, groups = len(self.sums.total[layer, "credit"]), len(self.sums.total[layer, "tail_moment"])
+            row[:count] = np.arange(count) // (count // groups)
+        return numbers
+
+    def _layer_variables(self, positions: int, bins: int) -> dict[str, np.ndarray]:
         """Stack all layers; bins and positions that a layer does not have are zero, heads are NaN."""
         layers, total, rows = [str(layer) for layer in self.watch.layers], self.sums.total, self.sums.rows
         variables = {}
-        for name, length in {"credit": bins, "mass": bins, "attention": bins, "credit_by_position": context}.items():
+        by_bin = dict.fromkeys(("credit", "mass", "attention", "tail_moment"), bins)
+        for name, length in {**by_bin, "credit_by_position": positions}.items():
             variables[name] = stack_layers([_pad_last(total[layer, name], length) for layer in layers], 0)
         variables["attention_first"] = stack_layers([total[layer, "attention_first"] for layer in layers], 0)
         variables["edges"] = torch.stack([_pad_last(total[layer, "edges"], bins).cpu() for layer in layers])
         for name in ("credit_by_document", "first_by_document"):
             variables[name] = stack_layers([torch.stack(rows[layer, name]) for layer in layers], 1)
-        profiles = [[_pad_last(row, bins) for row in rows[layer, "profile_by_document"]] for layer in layers]
-        variables["profile_by_document"] = torch.stack([torch.stack(profile).cpu() for profile in profiles], 1)
+        for name in ("profile_by_document", "mass_by_document", "attention_by_document"):
+            by_layer = [torch.stack([_pad_last(row, bins) for row in rows[layer, name]]) for layer in layers]
+            variables[name] = torch.stack([x.cpu() for x in by_layer], 1)
         if self.weights:
             terms = [torch.stack(rows[layer, "weight_by_document"]).cpu() for layer in layers]
             variables["weight_by_document"] = torch.stack(terms, 1)

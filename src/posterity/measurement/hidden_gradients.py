@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from posterity.decomposition.accumulator import Accumulator
-from posterity.decomposition.credit import Spans, check_finite, restart_positions
+from posterity.decomposition.credit import Bins, check_finite, restart_positions
+from posterity.decomposition.first_keys import Spans
 from posterity.models.language_model import enclosing_layer
 from posterity.models.watch import Layer, Watch
 from posterity.ops.precision import working_dtype
@@ -19,9 +20,9 @@ class HiddenGradients:
     A layer's input is that of the module around its attention module: the residual stream in front of the norm.
     """
 
-    def __init__(self, model: nn.Module, watch: Watch, sums: Accumulator):
-        """Start empty; accumulate into `sums`."""
-        self.watch, self.sums = watch, sums
+    def __init__(self, model: nn.Module, watch: Watch, sums: Accumulator, positions: int):
+        """Start empty; accumulate into `sums`; `positions` below this are exact."""
+        self.watch, self.sums, self.positions = watch, sums, positions
         self._modules = {layer: enclosing_layer(model, layer.name) for layer in watch.layers}
         self._grads: dict[str, dict[Layer, Tensor]] = {"total": {}, "own": {}}
         self._part: str | None = None  # of the gradient, in the present backward pass
@@ -67,7 +68,8 @@ class HiddenGradients:
         by_position = torch.stack(rows, 1)  # window, layer, term, position
         if spans is not None:
             by_position = restart_positions(by_position, spans)
-        self.sums.add((None, "hidden"), by_position.sum(0))
+        bins = Bins.of_positions(self.positions, positions)
+        self.sums.add((None, "hidden"), bins.sum(by_position.sum(0)))
         self.sums.append_rows((None, "hidden"), by_position.sum(-1))
         for grads in self._grads.values():
             grads.clear()

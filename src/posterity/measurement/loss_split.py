@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity.decomposition.accumulator import Accumulator, stack_layers
-from posterity.decomposition.credit import Spans, check_finite, restart_positions, self_edge_gradients
+from posterity.decomposition.credit import Bins, check_finite, restart_positions, self_edge_gradients
+from posterity.decomposition.first_keys import FirstKeys, Spans
 from posterity.decomposition.gram import gram_terms
 from posterity.decomposition.projections import is_packed
 from posterity.decomposition.weight_gradients import Projections
@@ -38,9 +39,17 @@ class LossSplit:
     """Sums over windows of the loss split and the horizon curve; `variables()` are those of the result."""
 
     def __init__(
-        self, model: nn.Module, watch: Watch, losses: bool, horizons: Sequence[int], parameters: bool, sums: Accumulator
+        self,
+        model: nn.Module,
+        watch: Watch,
+        losses: bool,
+        horizons: Sequence[int],
+        parameters: bool,
+        sums: Accumulator,
+        sinks: int,
+        positions: int,
     ):
-        """Start empty; accumulate into `sums`.
+        """Start empty; accumulate into `sums`. `sinks` and `positions` as in `posterity.account`.
 
         Raises:
             InputError: The model has other paths between positions; a horizon is in force; weights that are asked for
@@ -53,8 +62,8 @@ class LossSplit:
         if parameters and any(x.is_meta for x in self.model.parameters()):
             raise InputError("parameters=True needs all weights in memory; some are offloaded: leave it out")
         self.horizons, self.losses = tuple(horizons), losses or parameters
-        self.sums = sums
-        self._hidden = HiddenGradients(self.model, watch, sums)
+        self.sums, self.sinks, self.positions = sums, sinks, positions
+        self._hidden = HiddenGradients(self.model, watch, sums, positions)
         self._total_passes: dict[Layer, Backward] = {}  # the ordinary pass
         self._spans: Spans | None = None  # of the present windows
         self._curve: dict[Layer, list[Tensor]] = {}  # remaining credit of the present windows, by horizon
@@ -144,10 +153,13 @@ class LossSplit:
             if horizon == OWN and self.losses:
                 self._add_products(layer, total, back)
             if horizon in self.horizons:
-                grads = zip((back.grad_query, back.grad_key, back.grad_value), total.total_gradients(), strict=True)
+                totals = total.total_gradients()
+                grads = zip((back.grad_query, back.grad_key, back.grad_value), totals, strict=True)
                 credit = torch.stack([dot(x, y).sum(-1, dtype=torch.float64) for x, y in grads], -1)
                 check_finite(credit, f"at horizon {horizon} the gradient of layer {layer}")
-                self._curve[layer].append(credit)
+                first_keys = FirstKeys.of(back, self.sinks, self._spans)
+                first = first_keys.sum_by_lag(back, totals).credit.sum(-1).movedim(0, -1)
+                self._curve[layer].append(torch.stack((first, credit - first), -1))
 
         return observe
 
@@ -163,8 +175,11 @@ class LossSplit:
         check_finite(products, f"what the own losses send to layer {layer}")
         if self._spans is not None:
             products = restart_positions(products, self._spans)
-        self.sums.add((str(layer), "loss_products"), products.sum(0))  # head, written, nine, position
-        self.sums.append_rows((str(layer), "loss_credit_by_document"), products[..., :3, :].sum(-1))
+        bins = Bins.of_positions(self.positions, products.shape[-1])
+        self.sums.add((str(layer), "loss_products"), bins.sum(products.sum(0)))  # head, written, nine, position
+        credit = products[..., :3, :]
+        by_reader = [x.sum(-1) for x in (credit[..., : self.sinks], credit[..., self.sinks :])]
+        self.sums.append_rows((str(layer), "loss_credit_by_document"), torch.stack(by_reader, -2))
 
     def _parameter_gradients(self) -> dict[str, Tensor]:
         if not self.parameters:

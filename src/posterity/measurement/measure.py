@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from posterity._version import __version__
+from posterity.decomposition.credit import EXACT_POSITIONS
+from posterity.decomposition.first_keys import SINKS
 from posterity.errors import InputError, NotFiniteError
 from posterity.inputs.windows import Window, read_corpus, token_digest
 from posterity.measurement.account import Ledger, open_ledger
@@ -47,6 +49,8 @@ def measure(
     losses: bool = False,
     horizons: Sequence[int] = (),
     parameters: bool = False,
+    sinks: int = SINKS,
+    positions: int = EXACT_POSITIONS,
     batch: int = 1,
     checkpoint: bool = False,
     progress: bool = True,
@@ -80,6 +84,9 @@ def measure(
             (1 - 1/h)^d (one more backward pass for each h).
         parameters: Whether to split the gradient of every module's parameters by own and later losses too; implies
             `losses`, takes a batch of 1 and three times the memory of the parameters.
+        sinks: The edges into so many first keys of each window (attention sinks) are told apart from all others, along
+            the axis `reader_of`.
+        positions: Positions below this are exact; beyond, four bins an octave.
         batch: Windows in one pass.
         checkpoint: Whether layers run again in the backward pass (gradient checkpointing): a window then holds the
             inputs of its layers and the outputs of attention, and no other activations. The numbers are the same.
@@ -115,8 +122,8 @@ def measure(
     check_tokens(inner, windows)
     settings = {
         "version": __version__, "dtype": str(inner.dtype), "context": context, "pack": pack, "documents": len(windows),
-        "lags": lags, "weights": weights, "losses": losses, "horizons": horizons, "parameters": parameters,
-        "batch": batch, "seed": seed, "text": token_digest(windows),
+        "lags": lags, "sinks": sinks, "positions": positions, "weights": weights, "losses": losses,
+        "horizons": horizons, "parameters": parameters, "batch": batch, "seed": seed, "text": token_digest(windows),
         "model": "" if state is None else fingerprint(inner),
     }  # fmt: skip
     run_state = RunState.open(state, settings, processes)
@@ -127,7 +134,7 @@ def measure(
         run_state.hold_lock(len(remaining)),
         freeze_parameters(inner, parameters),
         seed_rng(seed),
-        open_ledger(model, lags, weights) as ledger,
+        open_ledger(model, lags, weights, sinks, positions) as ledger,
         checkpoint_layers(ledger.watch) if checkpoint else contextlib.nullcontext(),
     ):
         if losses or parameters or horizons:

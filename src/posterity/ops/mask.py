@@ -64,6 +64,7 @@ class Mask:
         self._counted: Mask | None = None  # whose edges are counted, where they are not those of `allowed`
         self._tiles: dict[tuple, list[TileRow]] = {}
         self._first_columns: dict[int, list[int]] = {}
+        self._edges_into: dict[tuple, Tensor] = {}
 
     @property
     def plain(self) -> bool:
@@ -255,23 +256,49 @@ class Mask:
                 self._edges = self._count(length, device)
         return self._edges
 
+    def edges_into(
+        self, length: int, device: torch.device, keys: int, documents: tuple[tuple[tuple[int, int], ...], ...]
+    ) -> Int[Tensor, "#batch lag"]:
+        """Count those of `edges` that end in the first `keys` keys of a document.
+
+        `documents`: for each row the first query of each document, and its end.
+
+        Raises:
+            InputError: The heads have different masks.
+        """
+        if self._counted is not None:
+            return self._counted.edges_into(length, device, keys, documents)
+        call = (length, device, keys, documents)
+        if call not in self._edges_into:
+            count = torch.zeros(len(documents), length, dtype=torch.long, device=device)
+            for row, spans in enumerate(documents):
+                for start, stop in spans:
+                    if self.plain:
+                        count[row] += (stop - start - torch.arange(length, device=device)).clamp(0, keys)
+                    else:
+                        tile = Tile(slice(start, stop), slice(start, min(start + keys, stop)), 0, False)
+                        pairs = self._pairs(tile, length, device)
+                        count[row] += _count_by_lag(pairs[row if len(pairs) > 1 else 0, 0], tile, length)
+            self._edges_into[call] = count
+        return self._edges_into[call]
+
     def _count(self, length: int, device: torch.device) -> Int[Tensor, "batch lag"]:
-        readers = self.readers(length)
         count = None
         for _, tiles in self.tiles(length, length, device):
             for tile in tiles:
-                allowed = self._evaluate(tile, device)
-                if allowed.shape[1] > 1:
-                    raise InputError("the mask differs between heads, which no count of edges by lag can express")
-                if readers is not None:
-                    allowed = allowed & readers[:, None, tile.rows, None]
+                allowed = self._pairs(tile, length, device)
                 if count is None:
                     count = torch.zeros(max(len(allowed), 1), length, dtype=torch.long, device=device)
-                rows = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None]
-                lag = rows - torch.arange(tile.columns.start, tile.columns.stop, device=device)
                 for document, pairs in zip(count, allowed[:, 0], strict=True):
-                    document += torch.bincount(lag[pairs], minlength=length)
+                    document += _count_by_lag(pairs, tile, length)
         return torch.zeros(1, length, dtype=torch.long, device=device) if count is None else count
+
+    def _pairs(self, tile: Tile, length: int, device: torch.device) -> Bool[Tensor, "#batch 1 rows columns"]:
+        """Return the edges of a block that have a reader."""
+        allowed, readers = self._evaluate(tile, device), self.readers(length)
+        if allowed.shape[1] > 1:
+            raise InputError("the mask differs between heads, which no count of edges by lag can express")
+        return allowed if readers is None else allowed & readers[:, None, tile.rows, None]
 
     def _evaluate(self, tile: Tile, device: torch.device) -> Bool[Tensor, "#batch #head rows columns"]:
         rows = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None] + tile.offset
@@ -283,6 +310,13 @@ class Mask:
 def _later_keys(rows: int, columns: int, lag: int, device: torch.device) -> Bool[Tensor, "rows columns"]:
     """Mark the pairs with key > query, in a block whose upper left pair has this lag."""
     return torch.ones(rows, columns, dtype=torch.bool, device=device).triu(lag + 1)
+
+
+def _count_by_lag(pairs: Bool[Tensor, "rows columns"], tile: Tile, length: int) -> Int[Tensor, " lag"]:
+    """Count the pairs of a block by lag."""
+    rows = torch.arange(tile.rows.start, tile.rows.stop, device=pairs.device)[:, None]
+    lag = rows - torch.arange(tile.columns.start, tile.columns.stop, device=pairs.device)
+    return torch.bincount(lag[pairs], minlength=length)
 
 
 def _causal(tile: Tile, device: torch.device) -> Bool[Tensor, "rows columns"]:

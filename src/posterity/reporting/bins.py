@@ -1,15 +1,23 @@
 """Bins of lags and positions: their edges and names, and where they stand on an axis of number + 1 with a log scale."""
 
 import numpy as np
+import xarray as xr
 
 EXACT = 16  # positions that have a bin of their own; the rest is binned by quarter octaves, as lags are
 
 
-def position_bins(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and the last position of each bin."""
+def position_bins(result: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and the last position of each bin, made of whole bins of the result."""
+    length = int(result.position_end[-1]) + 1
     octaves = (round(EXACT * 2 ** (step / 4)) for step in range(4 * max(length.bit_length(), 1)))
-    first = np.array([*range(min(EXACT, length)), *(edge for edge in octaves if edge < length)])
+    first = np.intersect1d([*range(EXACT), *octaves], result.position.values)
     return first, np.append(first[1:] - 1, length - 1)
+
+
+def sum_positions(values: np.ndarray, result: xr.Dataset, axis: int = -1) -> np.ndarray:
+    """Add up, along one axis, the positions of each bin of `position_bins`."""
+    first, _ = position_bins(result)
+    return np.add.reduceat(values, np.searchsorted(result.position.values, first), axis=axis)
 
 
 def bin_names(first: np.ndarray, last: np.ndarray) -> list[str]:

@@ -8,7 +8,7 @@ import xarray as xr
 
 from posterity.axes import SIDES, STREAMS
 from posterity.palette import ATTENTION, COUNT, INK, MEAN, OTHER, SELF
-from posterity.reporting.bins import position_bins
+from posterity.reporting.bins import position_bins, sum_positions
 from posterity.reporting.panel_grid import Axis, Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.traces import (
@@ -78,13 +78,13 @@ def draw_positions(group: ResultGroup) -> PanelGrid:
     panels = []
     for stream in STREAMS:
         for member, share in zip(group.members, shares, strict=True):
-            bins = position_bins(member.result.sizes["position"])
-            own, other = (np.add.reduceat(share.sel(stream=stream, side=side).values, bins[0]) for side in SIDES)
+            bins = position_bins(member.result)
+            own, other = (sum_positions(share.sel(stream=stream, side=side).values, member.result) for side in SIDES)
             counted = count_by_position(member.result, stream)
             traces = (
                 []
                 if counted is None
-                else [counting_line(EDGES, **by_position(bins, np.add.reduceat(counted, bins[0])))]
+                else [counting_line(EDGES, **by_position(bins, sum_positions(counted, member.result)))]
             )
             traces += [
                 line("other edges", colour=OTHER, **by_position(bins, other), **position_points(bins, OTHER)),
@@ -106,12 +106,14 @@ def count_by_position(result: xr.Dataset, stream: str) -> np.ndarray | None:
 
     Every pair is one under a plain causal mask without padding.
     """
-    readers = np.arange(result.sizes["position"], 0, -1)
-    edges = result.edges / result.edges.sum("lag")
+    readers = np.arange(int(result.position_end[-1]) + 1, 0, -1)
+    edges = result.edges.sum("reader_of")
+    edges = edges / edges.sum("lag")
     every_pair = np.add.reduceat(readers, result.lag.values) / readers.sum()
     if not np.allclose(edges, every_pair, rtol=1e-9, atol=0):
         return None
-    return (readers[::-1] if stream == "query" else readers) / readers.sum()
+    by_position = readers[::-1] if stream == "query" else readers
+    return np.add.reduceat(by_position, result.position.values) / readers.sum()
 
 
 def draw_first_position(group: ResultGroup) -> PanelGrid:

@@ -6,7 +6,7 @@ import xarray as xr
 
 from posterity.axes import STREAMS, WRITTEN
 from posterity.palette import COUNT, INK, LATE, MEAN, OTHER, SELF
-from posterity.reporting.bins import position_bins
+from posterity.reporting.bins import position_bins, sum_positions
 from posterity.reporting.credit_charts import depths
 from posterity.reporting.module_kinds import shares_by_kind
 from posterity.reporting.panel_grid import Axis, Panel, PanelGrid
@@ -78,9 +78,9 @@ def draw_loss_positions(group: ResultGroup) -> PanelGrid:
     panels = []
     for written in WRITTEN:
         for member, share in zip(members, shares, strict=True):
-            bins = position_bins(member.result.sizes["position"])
+            bins = position_bins(member.result)
             own, at_self, future = (
-                np.add.reduceat(share.sel(written=written, part=part).values, bins[0]) for part in LOSS_PARTS
+                sum_positions(share.sel(written=written, part=part).values, member.result) for part in LOSS_PARTS
             )
             traces = [
                 line(name, colour=colour, **by_position(bins, values), **position_points(bins, colour))

@@ -146,7 +146,7 @@ def rank_heads(result: xr.Dataset, stream: str) -> list[RankedHead]:
 
 def credit_portions(result: xr.Dataset) -> xr.DataArray:
     """Return the credit of each head over an equal part of its layer's credit; dims (layer, head, stream)."""
-    credit = result.credit_by_document.sum(("document", "side"), skipna=False)
+    credit = result.credit_by_document.sum(("document", "reader_of", "side"), skipna=False)
     present = stats.existing_heads(result)
     return credit / credit.where(present, 0.0).sum("head", skipna=False) * present.sum("head")
 

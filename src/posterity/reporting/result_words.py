@@ -16,7 +16,7 @@ def heading(result: xr.Dataset) -> tuple[str, ...]:
     """Return model, text and amounts in three short lines, and what was left out of the text."""
     attrs = {name: str(portable_value(value)) for name, value in result.attrs.items()}
     parameters = f"{int(attrs['parameters']):,} parameters" if attrs.get("parameters", "").isdecimal() else ""
-    windows, context = result.sizes["document"], result.sizes["position"]
+    windows, context = result.sizes["document"], int(result.position_end[-1]) + 1
     step = f"after {int(attrs['step']):,} steps" if attrs.get("step", "").isdecimal() else ""
     model = (attrs.get("architecture"), parameters, attrs.get("dtype"), step)
     most = "at most " if attrs.get("packed") else ""

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from posterity.axes import STREAMS, WRITTEN
-from posterity.reporting.bins import bin_names, position_bins
+from posterity.reporting.bins import bin_names, position_bins, sum_positions
 from posterity.reporting.module_kinds import shares_by_kind
 from posterity.reporting.result_table import LOSS_PARTS
 from posterity.results import stats
@@ -126,8 +126,8 @@ def _inputs(result: xr.Dataset) -> NumberTable:
 def _loss_positions(result: xr.Dataset) -> NumberTable:
     """Return the share of the whole credit in each bin of positions."""
     share = stats.loss_shares_by_position(result).transpose("position", "written", "part")
-    first, last = position_bins(result.sizes["position"])
-    binned = np.add.reduceat(share.values, first, axis=0)
+    first, last = position_bins(result)
+    binned = sum_positions(share.values, result, axis=0)
     own_and_later = np.stack([binned[..., 0], binned[..., 1] + binned[..., 2]], -1).reshape(len(first), -1)
     head = ("position", *(f"{written}, {loss}" for written in WRITTEN for loss in ("own", "later")))
     names = bin_names(first, last)

@@ -20,6 +20,7 @@ class Kind:
     expected_file: str  # names the kind in an error about a file
     file_advice: str
     find_flaw: Callable[[xr.Dataset], str | None]  # the first flaw as half a sentence, or None
+    upgrade: Callable[[xr.Dataset], xr.Dataset] = lambda dataset: dataset  # from the schema of an older file
     restore: Callable[[xr.Dataset], xr.Dataset] = lambda dataset: dataset  # adds what a file does not keep
 
     def check(self, dataset: object) -> xr.Dataset:
@@ -32,6 +33,7 @@ class Kind:
 
     def check_file(self, dataset: xr.Dataset, path: str | os.PathLike[str]) -> xr.Dataset:
         """Return the Dataset that was read from a file, restored; raise InputError unless it is a valid one."""
+        dataset = self.upgrade(dataset)
         flaw = self.find_flaw(dataset)
         if flaw is not None:
             raise InputError(f"{path}: expected {self.expected_file}, but {flaw}; {self.file_advice}")

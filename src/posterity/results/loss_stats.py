@@ -7,17 +7,18 @@ import numpy as np
 import xarray as xr
 
 from posterity.axes import LOSS_TERMS, PAIRS, PARTS
-from posterity.results.ratios import describe, ratio, required_variable, sum_over_heads
+from posterity.results.ratios import describe, ratio, required_variable, sum_over_heads, sum_readers
 
 CANCELLED = 1e-3  # of the sizes of the parts, below which their sum is about nothing
 
 
-def loss_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+def loss_shares(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit of keys and values that comes from the own loss and from later losses.
 
     Args:
         result: A result of `posterity.measure` with `losses=True`.
-        by: Any of "layer" and "head".
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: Which keys and values: "all", "first" (those of the first positions) or "rest".
 
     Returns:
         `share` and `error`, units 1, dims (*by, written, part). The parts: own loss; later losses through the self
@@ -26,7 +27,8 @@ def loss_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     Raises:
         InputError: The result has no split by losses.
     """
-    credit = sum_over_heads(result, required_variable(result, "loss_credit_by_document"), by)
+    credit = sum_readers(required_variable(result, "loss_credit_by_document"), reader_of)
+    credit = sum_over_heads(result, credit, by)
     return ratio(credit, credit.sum("part", skipna=False))
 
 
@@ -145,12 +147,13 @@ def angles(result: xr.Dataset) -> xr.Dataset:
     )
 
 
-def horizon_curve(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+def horizon_curve(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit that remains when later losses are discounted at the rate 1 - 1/h a token.
 
     Args:
         result: A result of `posterity.measure` with `horizons`.
-        by: Any of "layer" and "head".
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: Which edges, by their key: "all", "first" (the first keys of a document) or "rest".
 
     Returns:
         `share` and `error`, units 1, dims (*by, stream, horizon).
@@ -158,18 +161,23 @@ def horizon_curve(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     Raises:
         InputError: The result has no horizons.
     """
-    credit = sum_over_heads(result, result.credit_by_document, by).sum("side", skipna=False)
-    return ratio(sum_over_heads(result, required_variable(result, "horizon_by_document"), by), credit)
+    discounted, credit = (
+        required_variable(result, "horizon_by_document"),
+        result.credit_by_document.sum("side", skipna=False),
+    )
+    parts = (sum_over_heads(result, sum_readers(values, reader_of), by) for values in (discounted, credit))
+    return ratio(*parts)
 
 
-def effective_horizon(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+def effective_horizon(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the horizon h at which the horizon curve first reaches one half.
 
     Between two measured horizons the curve is taken as linear in log h.
 
     Args:
         result: A result of `posterity.measure` with `horizons`.
-        by: Any of "layer" and "head".
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: As in `horizon_curve`.
 
     Returns:
         Units tokens, dims (*by, stream). Where the smallest horizon gives one half or more, that horizon (an upper
@@ -178,7 +186,7 @@ def effective_horizon(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArra
     Raises:
         InputError: The result has no horizons.
     """
-    share = horizon_curve(result, by).share.transpose(..., "horizon")
+    share = horizon_curve(result, by, reader_of).share.transpose(..., "horizon")
     log_horizons, values = np.log(share.horizon.values.astype(float)), share.values
     crossed = values >= 0.5
     after = crossed.argmax(-1)

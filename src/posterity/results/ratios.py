@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from posterity.axes import READER_OF
 from posterity.errors import InputError
 
 _LOSSES = "losses=True (--losses)"
@@ -21,6 +22,7 @@ OPTIONS = {  # of `posterity.measure`, by the variable that needs it
     "hidden_by_document": _LOSSES,
     "parameter_by_document": "parameters=True (--parameters)",
     "inspect_credit": "posterity.inspect (posterity inspect --text ...)",
+    "tail_moment": "this version of posterity",
     "horizon_by_document": "horizons=(1, 2, 4, 8) (--horizons 1,2,4,8)",
 }
 
@@ -70,7 +72,34 @@ def existing_heads(result: xr.Dataset) -> xr.DataArray:
     Returns:
         bool, dims (layer, head).
     """
-    return result.credit.notnull().any(("stream", "lag"))
+    return result.credit.notnull().any(("stream", "reader_of", "lag"))
+
+
+def has_reader_axis(result: xr.Dataset) -> bool:
+    """Tell whether a result keeps the edges into the first keys of a document apart from all others.
+
+    Returns:
+        False for a file of an earlier version.
+    """
+    return set(READER_OF) <= set(result.reader_of.values)
+
+
+def sum_readers(values: xr.DataArray, reader_of: str) -> xr.DataArray:
+    """Sum over edges by their key: all, those into the first keys of a document, or the rest.
+
+    Raises:
+        InputError: `reader_of` is none of these, or the result does not tell them apart.
+    """
+    if reader_of not in ("all", *READER_OF):
+        raise InputError(f"reader_of expects 'all', {' or '.join(map(repr, READER_OF))}; got {reader_of!r}")
+    if reader_of == "all":
+        return values.sum("reader_of", skipna=False)
+    if reader_of not in values.reader_of.values:
+        raise InputError(
+            f"expected a result that tells first keys apart, for reader_of={reader_of!r}; this file of an earlier "
+            "version does not: measure again"
+        )
+    return values.sel(reader_of=reader_of, drop=True)
 
 
 def required_variable(result: xr.Dataset, name: str) -> xr.DataArray:
@@ -85,18 +114,38 @@ def required_variable(result: xr.Dataset, name: str) -> xr.DataArray:
 
 
 def sum_over_heads(result: xr.Dataset, values: xr.DataArray, by: Sequence[str]) -> xr.DataArray:
-    """Sum over layers and heads except `by`. A head that the layer has not counts nothing; any other NaN stays NaN."""
+    """Sum over layers and heads except `by`. A head that the layer has not counts nothing; any other NaN stays NaN.
+
+    By "kv_head" the query heads of each key/value head are added up.
+    """
     dims = [dim for dim in layer_and_head_dims(values, by) if dim not in by]
     if dims and "head" in values.dims:
         values = values.where(existing_heads(result), 0.0)
+    if "kv_head" in by:
+        groups, order = _group_members(result), ["kv_head" if dim == "head" else dim for dim in values.dims]
+        values = (values * groups).sum("head", skipna=False).transpose(*order)
+        dims.remove("head")
+        if "layer" in by:
+            values = values.where(groups.any("head"))
     return values.sum(dims, skipna=False)
+
+
+def _group_members(result: xr.Dataset) -> xr.DataArray:
+    """Return which query heads belong to each key/value head: bool, dims (layer, head, kv_head)."""
+    if "kv_head" not in result:
+        raise InputError(
+            "expected a result with the key/value head of each head; an earlier version left it out: measure again"
+        )
+    numbers = np.arange(int(result.kv_head.max()) + 1)
+    return result.kv_head.drop_vars("kv_head") == xr.DataArray(numbers, {"kv_head": numbers}, "kv_head")
 
 
 def layer_and_head_dims(values: xr.DataArray, by: Sequence[str]) -> list[str]:
     """Return those of "layer" and "head" that the values have; raise InputError if `by` names anything else."""
     dims = [dim for dim in ("layer", "head") if dim in values.dims]
-    if isinstance(by, str) or not set(by) <= set(dims):
-        raise InputError(f"by expects a sequence of {' and '.join(map(repr, dims))} or of fewer of them; got {by!r}")
+    names = [*dims, *["kv_head"] * ("head" in dims)]
+    if isinstance(by, str) or not set(by) <= set(names) or {"head", "kv_head"} <= set(by):
+        raise InputError(f"by expects a sequence of {' and '.join(map(repr, names))} or of fewer of them; got {by!r}")
     return dims
 
 

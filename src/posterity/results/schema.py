@@ -9,13 +9,28 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from posterity.axes import LOSS_TERMS, PAIRS, PARTS, SIDES, STREAMS, TERMS, WRITTEN
+from posterity.axes import (
+    LOSS_TERMS,
+    MOMENTS,
+    PAIRS,
+    PARTS,
+    QUANTITIES,
+    READER_OF,
+    SIDES,
+    STREAMS,
+    TERMS,
+    WRITTEN,
+)
 from posterity.results.kind import Kind
 from posterity.results.netcdf import portable_value
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UNSPLIT = ("all",)  # labels of `reader_of` in a result of version 1, which does not tell first keys apart
 AXIS_LABELS = {
     "stream": STREAMS,
+    "reader_of": READER_OF,
+    "quantity": QUANTITIES,
+    "moment": MOMENTS,
     "side": SIDES,
     "term": TERMS,
     "written": WRITTEN,
@@ -40,11 +55,17 @@ COORDINATES = {
     "layer": Entry(("layer",), "1", "attention layer", "int"),
     "module": Entry(("layer",), "", "name of the attention module", "str"),
     "head": Entry(("head",), "1", "query head", "int"),
+    "kv_head": Entry(("layer", "head"), "1", "key/value head of a query head, -1 for none", "int", required=False),
+    "group": Entry(("group",), "1", "key/value head", "int", required=False),
     "stream": Entry(("stream",), "", "whose gradient is accounted", "str"),
     "lag": Entry(("lag",), "tokens", "lag, first of the bin", "int"),
     "lag_end": Entry(("lag",), "tokens", "lag, last of the bin", "int"),
     "side": Entry(("side",), "", "self edge or all other edges", "str"),
-    "position": Entry(("position",), "tokens", "position in the window", "int"),
+    "reader_of": Entry(("reader_of",), "", "edges into the first keys of a document, and all others", "str"),
+    "quantity": Entry(("quantity",), "", "what lies at a lag", "str", required=False),
+    "moment": Entry(("moment",), "", "second moment of a tail, with what", "str", required=False),
+    "position": Entry(("position",), "tokens", "position in the window, first of the bin", "int"),
+    "position_end": Entry(("position",), "tokens", "position in the window, last of the bin", "int"),
     "document": Entry(("document",), "1", "window of text", "int"),
     "text": Entry(("document",), "", "where the window came from", "str"),
     "term": Entry(("term",), "", "term of a squared norm", "str"),
@@ -61,15 +82,27 @@ COORDINATES = {
 }
 _HEADS = ("layer", "head", "stream")
 SCHEMA = {
-    "credit": Entry((*_HEADS, "lag"), "nats^2", "credit of the edges of a lag"),
-    "mass": Entry((*_HEADS, "lag"), "nats", "sum of the norms of the terms of a lag"),
-    "attention": Entry(("layer", "head", "lag"), "1", "sum of the attention weights of a lag"),
-    "edges": Entry(("layer", "lag"), "1", "number of edges per head", "int"),
+    "credit": Entry((*_HEADS, "reader_of", "lag"), "nats^2", "credit of the edges of a lag"),
+    "mass": Entry((*_HEADS, "reader_of", "lag"), "nats", "sum of the norms of the terms of a lag"),
+    "attention": Entry(("layer", "head", "reader_of", "lag"), "1", "sum of the attention weights of a lag"),
+    "edges": Entry(("layer", "reader_of", "lag"), "1", "number of edges per head", "int"),
     "credit_by_position": Entry((*_HEADS, "side", "position"), "nats^2", "credit by position of key or query"),
     "attention_first": Entry(("layer", "head"), "1", "sum of the attention weights on the first key"),
-    "credit_by_document": Entry(("document", *_HEADS, "side"), "nats^2", "credit of one window"),
+    "credit_by_document": Entry(("document", *_HEADS, "reader_of", "side"), "nats^2", "credit of one window"),
     "first_by_document": Entry(("document", *_HEADS), "nats^2", "credit of the first position of one window"),
-    "profile_by_document": Entry(("document", "layer", "stream", "lag"), "nats^2", "credit of one window, all heads"),
+    "profile_by_document": Entry(
+        ("document", "layer", "stream", "reader_of", "lag"), "nats^2", "credit of one window, all heads"
+    ),
+    "mass_by_document": Entry(
+        ("document", "layer", "stream", "reader_of", "lag"), "nats", "mass of one window, all heads", required=False
+    ),
+    "attention_by_document": Entry(
+        ("document", "layer", "reader_of", "lag"), "1", "attention of one window, all heads", required=False
+    ),
+    "tail_moment": Entry(
+        ("layer", "group", "quantity", "moment", "lag"), "squared units of the quantity",
+        "second moment of a lag and all beyond", required=False,
+    ),
     "loss": Entry(("document",), "nats", "mean loss of a token"),
     "tokens": Entry(("document",), "tokens", "number of losses", "int"),
     "weight_by_document": Entry(
@@ -89,7 +122,8 @@ SCHEMA = {
         ("layer", "head", "written", "pair", "position"), "nats^2", "inner products of the parts", required=False
     ),
     "loss_credit_by_document": Entry(
-        ("document", "layer", "head", "written", "part"), "nats^2", "credit of one window by who pays", required=False
+        ("document", "layer", "head", "written", "reader_of", "part"), "nats^2", "credit of one window by who pays",
+        required=False,
     ),
     "hidden": Entry(
         ("layer", "loss_term", "position"), "nats^2", "gradient of the layer's input, squared norm", required=False
@@ -101,7 +135,8 @@ SCHEMA = {
         ("document", "parameter", "loss_term"), "nats^2", "gradient of a module's parameters", required=False
     ),
     "horizon_by_document": Entry(
-        ("document", *_HEADS, "horizon"), "nats^2", "credit of one window under a discount", required=False
+        ("document", *_HEADS, "reader_of", "horizon"), "nats^2", "credit of one window under a discount",
+        required=False,
     ),
     "inspect_credit": Entry(
         ("layer", "written", "loss_position", "position"), "nats^2", "credit of one loss", required=False
@@ -111,6 +146,7 @@ SCHEMA = {
     ),
 }  # fmt: skip
 GROUPS = (  # optional variables that a result has all of, or none
+    ("mass_by_document", "attention_by_document", "tail_moment", "kv_head", "group"),
     ("weight_by_document", "weight_mean"),
     ("adapter_by_document", "adapter_mean"),
     ("loss_credit", "loss_gram", "loss_credit_by_document", "hidden", "hidden_by_document"),
@@ -125,6 +161,8 @@ def build_result(
     modules: Sequence[str],
     lag: Sequence[int] | np.ndarray,
     lag_end: Sequence[int] | np.ndarray,
+    position: Sequence[int] | np.ndarray,
+    position_end: Sequence[int] | np.ndarray,
     texts: Sequence[str],
     attrs: Mapping[str, object],
     **coordinates: Sequence[object] | np.ndarray,
@@ -136,16 +174,20 @@ def build_result(
         modules: Name of each attention layer, in order.
         lag: First lag of each bin; the first bin is lag 0 alone.
         lag_end: Last lag of each bin, inclusive.
+        position: First position of each bin.
+        position_end: Last position of each bin, inclusive.
         texts: For each window the name of the text it came from.
         attrs: Provenance; None becomes "".
-        coordinates: Those that only some results have: `adapter`, `parameter`, `horizon`, `token`.
+        coordinates: Those that only some results have: `kv_head`, `adapter`, `parameter`, `horizon`, `token`.
     """
-    head, position = np.shape(variables["credit"])[1], np.shape(variables["credit_by_position"])[-1]
+    head = np.shape(variables["credit"])[1]
+    groups = np.shape(variables["tail_moment"])[1] if "tail_moment" in variables else 0
     values = {
         **{name: np.array(labels) for name, labels in AXIS_LABELS.items()}, **coordinates,
-        "loss_position": np.arange(position),
+        "loss_position": np.asarray(position), "group": np.arange(groups),
         "layer": np.arange(len(modules)), "module": _texts(modules), "head": np.arange(head),
-        "lag": np.asarray(lag), "lag_end": np.asarray(lag_end), "position": np.arange(position),
+        "lag": np.asarray(lag), "lag_end": np.asarray(lag_end),
+        "position": np.asarray(position), "position_end": np.asarray(position_end),
         "document": np.arange(len(texts)), "text": _texts(texts),
     }  # fmt: skip
     assert set(variables) <= set(SCHEMA), set(variables) - set(SCHEMA)
@@ -154,7 +196,7 @@ def build_result(
     coords = {
         name: _variable(entry, values[name])
         for name, entry in COORDINATES.items()
-        if entry.required or (name in values and (name in used or name == "token"))
+        if entry.required or (name in values and (name in used or name in ("token", "kv_head")))
     }
     provenance = {name: portable_value(value) for name, value in attrs.items()}
     result = xr.Dataset(data, coords, {**provenance, "schema_version": SCHEMA_VERSION})
@@ -213,19 +255,24 @@ def _flaw_of_form(result: xr.Dataset) -> str | None:
 def _flaw_of_values(result: xr.Dataset) -> str | None:
     """Return the first flaw of the values."""
     for name, labels in AXIS_LABELS.items():
+        if name == "reader_of" and tuple(result[name].values) == UNSPLIT:
+            continue
         if name in result.variables and tuple(result[name].values) != labels:
             return f"the labels of {name!r} are {list(map(str, result[name].values))} where {list(labels)} belong"
-    for name in ("layer", "head", "position", "document", "loss_position"):
+    for name in ("layer", "head", "group", "document"):
         if name in result.variables and not np.array_equal(result[name], np.arange(result.sizes[name])):
             return f"{name!r} does not count from 0 to {result.sizes[name] - 1}"
+    if "loss_position" in result and not np.array_equal(result["loss_position"], result["position"]):
+        return "its positions of losses are not its positions"
     horizon = result["horizon"].values if "horizon" in result else np.array([1])
     if (horizon < 1).any() or (np.diff(horizon) <= 0).any():
         return "its horizons do not begin at 1 or more and grow"
     if "step" in result.dims and ((result.step < 0).any() or (np.diff(result.step) <= 0).any()):
         return "its steps do not begin at 0 or more and grow"
-    lag, lag_end = result["lag"].values, result["lag_end"].values
-    if lag[0] != 0 or lag_end[0] != 0 or (lag_end < lag).any() or not np.array_equal(lag[1:], lag_end[:-1] + 1):
-        return "its lags do not begin with lag 0 alone and go on without a gap"
+    for name in ("lag", "position"):
+        first, last = result[name].values, result[f"{name}_end"].values
+        if first[0] != 0 or last[0] != 0 or (last < first).any() or not np.array_equal(first[1:], last[:-1] + 1):
+            return f"its {name}s do not begin with {name} 0 alone and go on without a gap"
     for name, entry in SCHEMA.items():
         if name in result and entry.kind == "float" and np.isinf(result[name].values).any():
             return f"{name!r} holds an infinite number"
@@ -262,6 +309,24 @@ def _restore(result: xr.Dataset) -> xr.Dataset:
     return xr.Dataset(variables, coords, result.attrs)
 
 
+def _upgrade(result: xr.Dataset) -> xr.Dataset:
+    """Give a file of version 1, which has no `reader_of`, that axis with a single label; other Datasets as they are."""
+    if portable_value(result.attrs.get("schema_version")) != 1:
+        return result
+    variables = dict(result.variables)
+    for name, entry in SCHEMA.items():
+        if "reader_of" in entry.dims and name in variables:
+            variable, dims = variables[name], ("step", *entry.dims) if "step" in result.dims else entry.dims
+            axis = dims.index("reader_of")
+            if variable.dims == (*dims[:axis], *dims[axis + 1 :]):
+                variables[name] = xr.Variable(dims, np.expand_dims(variable.values, axis), variable.attrs)
+    variables["reader_of"] = xr.Variable("reader_of", _texts(UNSPLIT))
+    if "position" in variables and variables["position"].dims == ("position",):
+        variables["position_end"] = variables["position"].copy()
+    coords = {name: variables.pop(name) for name in (*result.coords, "reader_of", "position_end") if name in variables}
+    return xr.Dataset(variables, coords, {**result.attrs, "schema_version": SCHEMA_VERSION})
+
+
 RESULT = Kind(
     name="",
     expected="a result as posterity.measure returns it",
@@ -269,5 +334,6 @@ RESULT = Kind(
     expected_file="a result file of posterity",
     file_advice="run `posterity measure` again, or read it with the version that wrote it",
     find_flaw=_flaw,
+    upgrade=_upgrade,
     restore=_restore,
 )

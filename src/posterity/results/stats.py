@@ -5,8 +5,10 @@
 
 A result holds sums and counts only. Every ratio is formed here, once, after all sums; its standard error is taken over
 the windows of text (dimension `document`). Shares have units "1" and sum to one over the labels that they compare.
-`by` names the dimensions that are kept, "layer" and "head"; all others are summed over, so that () gives one number for
-the model. A `by` that the sums do not have raises InputError. NaN marks a head that a layer does not have, and what was
+`by` names the dimensions that are kept, "layer" and "head" (or "kv_head", which adds up the query heads of each
+key/value head); all others are summed over, so that () gives one number for the model. A `by` that the sums do not have
+raises InputError. `reader_of` selects edges by their key: "all", "first" (the first keys of a document, attention
+sinks) or "rest". NaN marks a head that a layer does not have, and what was
 not measured.
 """
 
@@ -32,12 +34,15 @@ from posterity.results.loss_stats import (
 from posterity.results.ratios import (
     describe,
     existing_heads,
+    has_reader_axis,
     layer_and_head_dims,
     mean_and_error,
     ratio,
     required_variable,
     sum_over_heads,
+    sum_readers,
 )
+from posterity.results.reach import reach
 
 __all__ = [
     "adapter_shares",
@@ -49,7 +54,10 @@ __all__ = [
     "cumulative_profile",
     "effective_horizon",
     "existing_heads",
+    "first_attention",
     "first_position",
+    "first_share",
+    "has_reader_axis",
     "hidden_shares",
     "horizon_curve",
     "loss_matrix",
@@ -61,6 +69,7 @@ __all__ = [
     "parameter_shares",
     "profile",
     "ratio",
+    "reach",
     "shares",
     "weak_heads",
     "weight_shares",
@@ -79,26 +88,28 @@ def __dir__() -> list[str]:
 # ---- credit by side, by lag and by position
 
 
-def shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+def shares(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit that the self edge and all other edges have.
 
     Args:
         result: A result of `posterity.measure`.
-        by: Any of "layer" and "head".
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: Which edges are compared, by their key.
 
     Returns:
         `share` and `error`, units 1, dims (*by, stream, side).
     """
-    credit = sum_over_heads(result, result.credit_by_document, by)
+    credit = sum_over_heads(result, sum_readers(result.credit_by_document, reader_of), by)
     return ratio(credit, credit.sum("side", skipna=False))
 
 
-def profile(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+def profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit by lag, beside what counting edges predicts.
 
     Args:
         result: A result of `posterity.measure`.
         by: () or ("layer",): credit by window and lag is kept for all heads together.
+        reader_of: Which edges are compared, by their key.
 
     Returns:
         `share`, `error`: units 1, dims (*by, stream, lag).
@@ -106,59 +117,64 @@ def profile(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
         `premium`: share / counted, units 1, dims (*by, stream, lag).
         `width`: lags in the bin, units tokens, dims (lag); share / width is the density per lag.
     """
-    credit = sum_over_heads(result, result.profile_by_document, by)
+    credit = sum_over_heads(result, sum_readers(result.profile_by_document, reader_of), by)
     lag_shares = ratio(credit, credit.sum("lag", skipna=False))
-    counted = counts(result, by)
+    counted = counts(result, by, reader_of)
     premium = describe(lag_shares.share / counted, "share over the share of the edges")
     width = describe(result.lag_end - result.lag + 1, "lags in the bin", "tokens")
     return lag_shares.assign(counted=counted, premium=premium, width=width)
 
 
-def cumulative_profile(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+def cumulative_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit within each lag, beside the shares of the edges and of the attention weights.
 
     Args:
         result: A result of `posterity.measure`.
         by: () or ("layer",).
+        reader_of: Which edges are compared, by their key.
 
     Returns:
         `share`, `error`: credit of lag 0 to `lag_end`, units 1, dims (*by, stream, lag).
         `counted`, `attention`: the same of the edges and of the attention weights, units 1, dims (*by, lag).
     """
-    credit = sum_over_heads(result, result.profile_by_document, by)
+    credit = sum_over_heads(result, sum_readers(result.profile_by_document, reader_of), by)
     within = ratio(credit.cumsum("lag", skipna=False), credit.sum("lag", skipna=False))
-    beside = {"counted": counts(result, by), "attention": attention_profile(result, by)}
+    beside = {"counted": counts(result, by, reader_of), "attention": attention_profile(result, by, reader_of)}
     return within.assign(
         {name: describe(share.cumsum("lag", skipna=False), share.long_name) for name, share in beside.items()}
     )
 
 
-def counts(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+def counts(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the share of the edges by lag, which is what counting alone predicts for the credit.
 
     Args:
         result: A result of `posterity.measure`.
         by: () or ("layer",). Over layers, each measured head counts its layer's edges once.
+        reader_of: Which edges are counted, by their key.
 
     Returns:
         Units 1, dims (*by, lag).
     """
     layer_and_head_dims(result.edges, by)
-    edges = result.edges if "layer" in by else (result.edges * existing_heads(result).sum("head")).sum("layer")
+    edges = sum_readers(result.edges, reader_of)
+    if "layer" not in by:
+        edges = (edges * existing_heads(result).sum("head")).sum("layer")
     return describe(edges / edges.sum("lag"), "share of the edges")
 
 
-def attention_profile(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+def attention_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the share of the attention weights by lag.
 
     Args:
         result: A result of `posterity.measure`.
-        by: Any of "layer" and "head".
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: Which edges are compared, by their key.
 
     Returns:
         Units 1, dims (*by, lag); NaN where the weights were not measured (lags="self").
     """
-    attention = sum_over_heads(result, result.attention, by)
+    attention = sum_over_heads(result, sum_readers(result.attention, reader_of), by)
     return describe(attention / attention.sum("lag", skipna=False), "share of the attention weights")
 
 
@@ -199,8 +215,28 @@ def first_position(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     Returns:
         `share` and `error`, units 1, dims (*by, stream).
     """
-    credit = sum_over_heads(result, result.credit_by_document, by).sum("side", skipna=False)
+    credit = sum_over_heads(result, sum_readers(result.credit_by_document, "all"), by).sum("side", skipna=False)
     return ratio(sum_over_heads(result, result.first_by_document, by), credit)
+
+
+def first_share(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
+    """Return the share of the credit that the edges into the first keys of each document have.
+
+    How many keys are meant says the result's attribute `sinks`.
+
+    Args:
+        result: A result of `posterity.measure`.
+        by: Any of "layer" and "head" (or "kv_head").
+
+    Returns:
+        `share` and `error`, units 1, dims (*by, stream).
+
+    Raises:
+        InputError: The result does not tell them apart.
+    """
+    credit = result.credit_by_document.sum("side", skipna=False)
+    parts = (sum_over_heads(result, sum_readers(credit, reader_of), by) for reader_of in ("first", "all"))
+    return ratio(*parts)
 
 
 def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
@@ -213,9 +249,27 @@ def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     Returns:
         Units 1, dims (*by).
     """
-    queries = result.edges.isel(lag=0, drop=True) * existing_heads(result)
+    queries = sum_readers(result.edges, "all").isel(lag=0, drop=True) * existing_heads(result)
     weight = sum_over_heads(result, result.attention_first, by) / sum_over_heads(result, queries, by)
     return describe(weight, "mean attention weight on the first key")
+
+
+def first_attention(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+    """Return the share of the attention weights on the first keys of each document.
+
+    Args:
+        result: A result of `posterity.measure`.
+        by: Any of "layer" and "head" (or "kv_head").
+
+    Returns:
+        Units 1, dims (*by); NaN where the weights were not measured (lags="self").
+
+    Raises:
+        InputError: The result does not tell the first keys apart.
+    """
+    sums = (sum_readers(result.attention, reader_of).sum("lag", skipna=False) for reader_of in ("first", "all"))
+    first, whole = (sum_over_heads(result, values, by) for values in sums)
+    return describe(first / whole, "share of the attention weights on the first keys")
 
 
 # ---- gradients of the weights
@@ -296,7 +350,7 @@ def weak_heads(result: xr.Dataset) -> xr.DataArray:
     Returns:
         bool, dims (layer, head, stream).
     """
-    credit = result.credit_by_document.sum(("document", "side"), skipna=False)
+    credit = result.credit_by_document.sum(("document", "reader_of", "side"), skipna=False)
     equal_part = sum_over_heads(result, credit, ("layer",)) / existing_heads(result).sum("head")
     uncertain = shares(result, ("layer", "head")).error.sel(side="self", drop=True) > MAX_ERROR
     return ~(credit >= MIN_CREDIT * equal_part) | ~(credit > 0) | uncertain
@@ -312,10 +366,10 @@ def balance(result: xr.Dataset) -> xr.DataArray:
     Returns:
         Units 1, dims (layer, stream).
     """
-    by_lag = result.credit.sum("lag", skipna=False)
+    by_lag = result.credit.sum(("reader_of", "lag"), skipna=False)
     accounts = (
         result.credit_by_position.sum(("side", "position"), skipna=False),
-        result.credit_by_document.sum(("document", "side"), skipna=False),
+        result.credit_by_document.sum(("document", "reader_of", "side"), skipna=False),
     )
     differences = [sum_over_heads(result, abs(by_lag - account), ("layer",)) for account in accounts]
     largest = xr.where(differences[0] > differences[1], differences[0], differences[1])
