@@ -1,4 +1,4 @@
-"""The command that writes the numbers of a run as a table for other programs. `main` registers it."""
+"""The commands that print and write tables of a run: reach, and table for other programs. `main` registers them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,13 +17,14 @@ FORMATS = {".csv": "csv", ".parquet": "parquet", ".tex": "latex"}  # by the suff
 def table_command(
     run: ResultFile,
     kind: Annotated[
-        str, typer.Option(help="shares, profile, sinks, losses, horizons, weights; audit; comparison.")
+        str, typer.Option(help="shares, profile, reach, sinks, losses, horizons, weights; audit; comparison.")
     ] = "shares",
     by: Annotated[
         str | None,
         typer.Option(
             metavar="PART,PART",
-            help="Parts with rows of their own: layer; layer,head; '' for the whole.  [default: the finest there are]",
+            help="Parts with rows of their own: layer; layer,kv_head; layer,head; '' for the whole.  "
+            "[default: the finest there are]",
         ),
     ] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values; the default.")] = False,
@@ -52,6 +53,23 @@ def table_command(
         typer.echo(content.decode(), nl=False)
     else:
         write_atomically(check_output_path(output), content)
+
+
+def reach_command(
+    run: ResultFile,
+    level: Annotated[
+        float | None, typer.Option(help="The share that lies within a lag, between 0 and 1.  [default: 0.95]")
+    ] = None,
+) -> None:
+    """Print how far back each layer and key/value head reaches: which window it needs.
+
+    The lags within which most of its attention, mass and credit lie, without the first positions, and what these
+    positions and a window hold together.
+    """
+    require_one_process()
+    from posterity.reporting.reach_table import print_reach
+
+    print_reach(posterity.load(run), **drop_unset(level=level))
 
 
 def _choose_format(flags: dict[str, bool], output: Path | None) -> str:

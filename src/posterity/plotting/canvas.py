@@ -15,6 +15,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentF
 
 from posterity.errors import InputError
 from posterity.palette import AXIS, COUNT, INK, Scale
+from posterity.results.formatting import first_positions_text
+from posterity.results.stats import has_reader_axis
 
 COLUMN = 3.3  # inches: the width of one column of a paper
 STYLE: dict[Any, Any] = {
@@ -64,18 +66,28 @@ def check_choice(name: str, label: str, labels: Collection[str]) -> None:
         raise InputError(f"{name} expects {' or '.join(map(repr, labels))}; got {label!r}")
 
 
+def choose_readers(result: xr.Dataset, reader_of: str | None) -> tuple[str, str]:
+    """Return which edges are drawn, by their key, and a second line for the label of x that says so.
+
+    None means those without the first positions (attention sinks), where the result tells them apart.
+    """
+    if reader_of is None:
+        reader_of = "rest" if has_reader_axis(result) else "all"
+    first = first_positions_text(int(result.attrs.get("sinks", 0)))
+    words = {"first": f"\n{first} alone", "rest": f"\nwithout {first}"} if first else {}
+    return reader_of, words.get(reader_of, "")
+
+
 def plain_text(text: str) -> str:
     """Return text that matplotlib shows as it is: dollars enclose no mathematics."""
     return text.replace("$", r"\$")
 
 
-def draw_line(
-    ax: Axes, x: Any, value: xr.DataArray, error: xr.DataArray, colour: str, label: str, **style: Any
-) -> None:
+def draw_line(ax: Axes, x: Any, value: xr.DataArray, error: xr.DataArray, color: str, label: str, **style: Any) -> None:
     """Draw a line, and a band of one standard error on both sides where it is known."""
-    ax.plot(x, value, color=colour, label=label, **style)
+    ax.plot(x, value, color=color, label=label, **style)
     if error.notnull().any():
-        ax.fill_between(x, value - error, value + error, color=colour, alpha=0.2, linewidth=0)
+        ax.fill_between(x, value - error, value + error, color=color, alpha=0.2, linewidth=0)
 
 
 def draw_cells(ax: Axes, values: xr.DataArray, **style: Any) -> Any:
@@ -118,14 +130,14 @@ def show_whole_numbers(*axes: Any) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def show_powers(ax: Axes, last: int) -> None:
-    """Make x a scale of tokens from 0 to `last`: 0 and 1 apart, then a step for each doubling."""
-    ax.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
-    steps = max(1, last.bit_length() // 6)
-    ax.xaxis.set_major_locator(FixedLocator([0, *(2**power for power in range(0, last.bit_length(), steps))]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
-    ax.xaxis.set_minor_locator(FixedLocator([]))
-    ax.set_xlim(-0.1, last * 1.05)
+def show_powers(ax: Axes, name: str, last: int) -> None:
+    """Make an axis a scale of tokens from 0 to `last`: 0 and 1 apart, then a step for each doubling."""
+    getattr(ax, f"set_{name}scale")("symlog", base=2, linthresh=1, linscale=0.5)
+    axis, steps = getattr(ax, f"{name}axis"), max(1, last.bit_length() // 6)
+    axis.set_major_locator(FixedLocator([0, *(2**power for power in range(0, last.bit_length(), steps))]))
+    axis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    axis.set_minor_locator(FixedLocator([]))
+    getattr(ax, f"set_{name}lim")(-0.1, last * 1.05)
 
 
 def draw_legend(ax: Axes, columns: int = 2, **handles: Any) -> None:

@@ -11,6 +11,7 @@ from posterity.palette import LATE, OTHER, SELF, SEQUENTIAL, STREAM
 from posterity.plotting.canvas import (
     axes_to_draw,
     check_choice,
+    choose_readers,
     colour_map,
     draw_cells,
     draw_colour_bar,
@@ -33,20 +34,26 @@ PARTS = {  # of the credit by losses: label, colour, marker
 MOST_TOKENS = 48  # that stand beside the axes; more would overlap
 
 
-def plot_losses(result: xr.Dataset, ax: Axes | None = None, *, written: str = "value") -> Axes:
+def plot_losses(
+    result: xr.Dataset, ax: Axes | None = None, *, written: str = "value", reader_of: str | None = None
+) -> Axes:
     """Draw which part of each layer's credit comes from the own loss and from later losses (`stats.loss_shares`).
 
     Args:
         result: A result of `posterity.measure` with `losses=True`.
         ax: Axes to draw on.
         written: "key" or "value".
+        reader_of: "all", "first" or "rest": keys and values by their position. By default "rest", without the first
+            positions, where the result tells them apart.
 
     Raises:
-        InputError: What came is no result, or has no split by losses; an unknown stream.
+        InputError: What came is no result, has no split by losses, or does not tell first positions apart; an unknown
+            stream.
     """
     result = latest_step(RESULT.check(result))
     check_choice("written", written, WRITTEN)
-    shares = stats.loss_shares(result, ("layer",)).sel(written=written)
+    reader_of, words = choose_readers(result, reader_of)
+    shares = stats.loss_shares(result, ("layer",), reader_of).sel(written=written)
     with axes_to_draw(ax, 2.2) as axes:
         draw_level(axes, 0)
         for part, (label, colour, marker) in PARTS.items():
@@ -54,23 +61,25 @@ def plot_losses(result: xr.Dataset, ax: Axes | None = None, *, written: str = "v
             draw_line(axes, shares.layer, share.share, share.error, colour, label, marker=marker)
         show_whole_numbers(axes.xaxis)
         show_percents(axes.yaxis)
-        axes.set(xlabel="layer", ylabel=f"share of the {written} credit")
+        axes.set(xlabel=f"layer{words}", ylabel=f"share of the {written} credit")
         draw_legend(axes)
     return axes
 
 
-def plot_horizon(result: xr.Dataset, ax: Axes | None = None) -> Axes:
+def plot_horizon(result: xr.Dataset, ax: Axes | None = None, *, reader_of: str | None = None) -> Axes:
     """Draw the credit that remains when later losses are discounted, for each stream (`stats.horizon_curve`).
 
     Args:
         result: A result of `posterity.measure` with `horizons`.
         ax: Axes to draw on.
+        reader_of: "all", "first" or "rest": edges by their key. By default "rest", where the result tells them apart.
 
     Raises:
-        InputError: What came is no result, or has no horizons.
+        InputError: What came is no result, has no horizons, or does not tell first keys apart.
     """
     result = latest_step(RESULT.check(result))
-    curve = stats.horizon_curve(result)
+    reader_of, words = choose_readers(result, reader_of)
+    curve = stats.horizon_curve(result, (), reader_of)
     with axes_to_draw(ax, 2.2) as axes:
         draw_level(axes, 0.5)
         for stream, marker in zip(STREAMS, "os^", strict=True):
@@ -80,7 +89,7 @@ def plot_horizon(result: xr.Dataset, ax: Axes | None = None) -> Axes:
         axes.xaxis.set_major_locator(FixedLocator(curve.horizon.values))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
         show_percents(axes.yaxis)
-        axes.set(xlabel="horizon (tokens)", ylabel="share of the credit that remains")
+        axes.set(xlabel=f"horizon (tokens){words}", ylabel="share of the credit that remains")
         draw_legend(axes, 3)
     return axes
 

@@ -9,12 +9,13 @@ are one standard error over windows; there are none for one window.
 from posterity.plotting.audit_plot import plot_audit as audit
 from posterity.plotting.credit_plots import plot_heads as heads
 from posterity.plotting.credit_plots import plot_lags as lags
+from posterity.plotting.credit_plots import plot_reach as reach
 from posterity.plotting.credit_plots import plot_sinks as sinks
 from posterity.plotting.loss_plots import plot_horizon as horizon
 from posterity.plotting.loss_plots import plot_losses as losses
 from posterity.plotting.loss_plots import plot_matrix as matrix
 
-__all__ = ["audit", "heads", "horizon", "lags", "losses", "matrix", "sinks"]
+__all__ = ["audit", "heads", "horizon", "lags", "losses", "matrix", "reach", "sinks"]
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from posterity.axes import READER_OF
 from posterity.errors import InputError
 from posterity.results import stats
 from posterity.results.audit_schema import AUDIT
@@ -17,7 +18,7 @@ from posterity.results.steps import split_steps
 
 LABELS = (  # the columns of labels in their order; a table has those that its rows need
     "quantity", "step", "model", "clause", "verdict", "arm", "seeds", "layer", "kv_head", "head", "stream", "written",
-    "side", "part", "horizon", "lag", "lag_end", "position",
+    "measure", "reader_of", "side", "part", "level", "window", "horizon", "lag", "lag_end", "position",
 )  # fmt: skip
 NUMBERS = ("value", "error", "baseline", "units", "weak")
 Parts = tuple[str, ...]  # the dimensions of the parts of a model that have rows of their own
@@ -55,22 +56,24 @@ def table(dataset: xr.Dataset, kind: str, by: Sequence[str] | None = None) -> pd
     """Return one kind of numbers as a tidy table, a row for each number.
 
     Kinds of a result: "shares" (of the self edge and of all others), "profile" (by lag, beside edges and attention),
-    "sinks" (at the first position), "losses" (own and later), "horizons" (credit that remains under a discount),
-    "weights" (self part in the gradients of W_Q, W_K and W_V). Of an audit: "audit". Of compared runs: "comparison".
-    Every number is one of `posterity.stats`.
+    "reach" (lags that hold most of attention, mass and credit, and what windows hold), "sinks" (at the first
+    positions), "losses" (own and later), "horizons" (credit that remains under a discount), "weights" (self part in the
+    gradients of W_Q, W_K and W_V). Of an audit: "audit". Of compared runs: "comparison". Every number is one of
+    `posterity.stats`.
 
     Args:
         dataset: What `posterity.measure`, `audit` or `compare` returned. A result of several training steps gives the
             rows of every step.
         kind: One of the kinds above.
-        by: The parts of the model that have rows of their own: (), ("layer",) or ("layer", "head"); by default the
-            finest that the kind has.
+        by: The parts of the model that have rows of their own: (), ("layer",), ("layer", "kv_head") or
+            ("layer", "head"); by default the finest that the kind has.
 
     Returns:
-        `quantity` and the labels of a row (layer, head, stream, lag, ...); `value`; its standard `error` over windows,
-        NaN where there is none; `units`; `weak`: True where a value is not known, a share's error is above
-        `stats.MAX_ERROR`, or a head's credit is too small or too uncertain to report (`stats.weak_heads`). An audit has
-        `baseline` too, what counting or chance predicts. Heads that a layer lacks have no rows.
+        `quantity` and the labels of a row (layer, head, stream, lag, ...), among them `reader_of`: "all" edges, those
+        into the "first" keys of a document, or the "rest" (not in files of earlier versions). `value`; its standard
+        `error` over windows, NaN where there is none; `units`; `weak`: True where a value is not known, a share's error
+        is above `stats.MAX_ERROR`, or a head's credit is too small or too uncertain to report (`stats.weak_heads`). An
+        audit has `baseline` too, what counting or chance predicts. Heads that a layer lacks have no rows.
 
     Raises:
         InputError: An unknown kind; one that was not measured, naming the option that measures it; one that another
@@ -114,46 +117,83 @@ def _assemble(quantities: Iterator[Quantity]) -> pd.DataFrame:
 
 def _existing(result: xr.Dataset, frame: pd.DataFrame) -> pd.DataFrame:
     """Leave out the heads that a layer does not have."""
-    if not {"layer", "head"} <= set(frame):
+    existing = stats.existing_heads(result)
+    if {"layer", "head"} <= set(frame):
+        kept = existing.values[frame["layer"], frame["head"]]
+    elif {"layer", "kv_head"} <= set(frame):
+        groups = {(layer, int(result.kv_head[layer, head])) for layer, head in np.argwhere(existing.values).tolist()}
+        kept = [pair in groups for pair in zip(frame["layer"], frame["kv_head"], strict=True)]
+    else:
         return frame
-    existing = stats.existing_heads(result).values
-    return frame.loc[existing[frame["layer"], frame["head"]]].reset_index(drop=True)
+    return frame.loc[kept].reset_index(drop=True)
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the columns in their order, whole numbers as such even where some rows have none."""
     frame = frame.loc[:, [name for name in (*LABELS, *NUMBERS) if name in frame]]
-    whole = [name for name in frame if name in LABELS and frame[name].dtype.kind == "f"]
+    numbers = [name for name in frame if name in LABELS and frame[name].dtype.kind == "f"]
+    whole = [name for name in numbers if (frame[name].dropna() % 1 == 0).all()]
     return frame.astype(dict.fromkeys(whole, "Int64"))
 
 
 # ---- the quantities of a result
 
 
+def _readers(result: xr.Dataset) -> tuple[str | None, ...]:
+    """Return which edges have rows of their own, by their key; None alone for a file that does not tell them apart."""
+    return ("all", *READER_OF) if stats.has_reader_axis(result) else (None,)
+
+
+def _label_readers(values: xr.DataArray, reader_of: str | None) -> xr.DataArray:
+    return values if reader_of is None else values.assign_coords(reader_of=reader_of)
+
+
 def _shares(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
-    yield _share(result, "share of the credit", stats.shares(result, by))
+    yield from _shares_of_readers(result, "share of the credit", stats.shares, by)
 
 
 def _profile(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
-    profile = stats.profile(result, by)
-    yield _share(result, "share of the credit", profile)
-    yield Quantity("share of the edges", profile.counted)
-    yield Quantity("share of the attention", stats.attention_profile(result, by))
+    yield from _shares_of_readers(result, "share of the credit", stats.profile, by)
+    functions = {"share of the edges": stats.counts, "share of the attention": stats.attention_profile}
+    for name, function in functions.items():
+        for reader_of in _readers(result):
+            yield Quantity(name, _label_readers(function(result, by, reader_of or "all"), reader_of))
+
+
+def _reach(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
+    for reader_of in ("all", "rest"):
+        reach = stats.reach(result, by, reader_of=reader_of).rename(quantity="measure")
+        yield Quantity("lag within which the level lies", _label_readers(reach.lag, reader_of), reach.error)
+    covered = _label_readers(reach.covered, "all")
+    yield Quantity("share of the first positions and the window", covered, reach.covered_error)
 
 
 def _sinks(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
+    if stats.has_reader_axis(result):
+        yield _share(result, "share of the credit at the first positions", stats.first_share(result, by))
+        yield Quantity("share of the attention on the first positions", stats.first_attention(result, by))
     yield _share(result, "share of the credit at position 0", stats.first_position(result, by))
     yield Quantity("mean attention weight on position 0", stats.attention_first(result, by))
 
 
 def _losses(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
-    yield _share(result, "share of the credit", stats.loss_shares(result, by))
+    yield from _shares_of_readers(result, "share of the credit", stats.loss_shares, by)
 
 
 def _horizons(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
-    yield _share(result, "share of the credit that remains", stats.horizon_curve(result, by))
-    reach = stats.effective_horizon(result, by)
-    yield Quantity("effective horizon", reach, weak=_weak_heads(result, reach))
+    yield from _shares_of_readers(result, "share of the credit that remains", stats.horizon_curve, by)
+    for reader_of in _readers(result):
+        horizon = _label_readers(stats.effective_horizon(result, by, reader_of or "all"), reader_of)
+        yield Quantity("effective horizon", horizon, weak=_weak_heads(result, horizon))
+
+
+def _shares_of_readers(
+    result: xr.Dataset, name: str, function: Callable[..., xr.Dataset], by: Parts
+) -> Iterator[Quantity]:
+    """Yield the shares of a function of `stats`: of all edges, of those into the first keys, and of the rest."""
+    for reader_of in _readers(result):
+        shares = function(result, by, reader_of or "all")
+        yield _share(result, name, shares.assign(share=_label_readers(shares.share, reader_of)))
 
 
 def _weights(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
@@ -199,6 +239,7 @@ def _comparison(comparison: xr.Dataset, by: Parts) -> Iterator[Quantity]:
 TABLES = {
     "shares": TableKind(_shares, ("layer", "head")),
     "profile": TableKind(_profile, ("layer",)),
+    "reach": TableKind(_reach, ("layer", "kv_head")),
     "sinks": TableKind(_sinks, ("layer", "head")),
     "losses": TableKind(_losses, ("layer", "head")),
     "horizons": TableKind(_horizons, ("layer", "head")),
