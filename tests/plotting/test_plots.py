@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from support.sample import sample
-from support.sample_kinds import sample_audit
+from support.sample_kinds import earlier_version, sample_audit
 
 matplotlib.use("agg")
 
@@ -64,16 +64,22 @@ def shown(mesh, shape):
     return mesh.get_array().filled(np.nan).reshape(shape)
 
 
-@pytest.mark.parametrize("stream", STREAMS)
-def test_the_map_shows_every_reported_head_and_marks_the_others(result, stream):
-    ax = plot.heads(result, stream=stream)
+READERS = [None, "all", "first"]  # None: the rest
+WORDS = {None: "\nwithout the first 4 positions", "first": "\nthe first 4 positions alone", "all": ""}
+
+
+@pytest.mark.parametrize("reader_of", READERS)
+@pytest.mark.parametrize("stream", ["query", "value"])
+def test_the_map_shows_every_reported_head_and_marks_the_others(result, stream, reader_of):
+    ax = plot.heads(result, stream=stream, reader_of=reader_of)
     weak_cells, cells = [mesh for mesh in ax.collections if isinstance(mesh, QuadMesh)]
-    share = stats.shares(result, ("layer", "head")).share.sel(side="self", stream=stream)
-    weak = stats.weak_heads(result).sel(stream=stream)
-    np.testing.assert_array_equal(shown(cells, share.shape), share.where(~weak))
+    shares = stats.shares(result, ("layer", "head"), reader_of or "rest").sel(side="self", stream=stream)
+    weak = stats.weak_heads(result).sel(stream=stream) | (shares.error > stats.MAX_ERROR)
+    np.testing.assert_array_equal(shown(cells, weak.shape), shares.share.where(~weak))
     existing = stats.existing_heads(result)
-    np.testing.assert_array_equal(np.isfinite(shown(weak_cells, share.shape)), weak & existing)
+    np.testing.assert_array_equal(np.isfinite(shown(weak_cells, weak.shape)), weak & existing)
     assert to_hex(weak_cells.cmap(0.5)) == EMPTY
+    assert ax.get_xlabel() == f"head{WORDS[reader_of]}"
 
 
 def test_the_colours_of_a_map_spread_both_ends_and_keep_the_middle():
@@ -84,40 +90,85 @@ def test_the_colours_of_a_map_spread_both_ends_and_keep_the_middle():
     assert [norm(share) for share in (-0.5, 1.5)] == [0, 1]
 
 
-def test_lags_are_added_up(result):
-    profile = stats.cumulative_profile(result)
+@pytest.mark.parametrize("reader_of", READERS)
+def test_lags_are_added_up(result, reader_of):
+    profile = stats.cumulative_profile(result, (), reader_of or "rest")
     lag = result.lag_end
     expected = {f"{s} credit": (lag, *(profile[n].sel(stream=s) for n in ("share", "error"))) for s in STREAMS}
     expected |= {"attention": (lag, profile.attention, None), "edges, counted": (lag, profile.counted, None)}
-    assert_lines(plot.lags(result), expected)
+    ax = plot.lags(result, reader_of=reader_of)
+    assert_lines(ax, expected)
+    assert ax.get_xlabel() == f"lag (tokens){WORDS[reader_of]}"
 
 
-def test_sinks_show_credit_and_attention_at_the_first_position(result):
-    shares = stats.first_position(result, LAYERS)
+@pytest.mark.parametrize(("stream", "level"), [("key", 0.5), ("value", 0.9)])
+def test_the_reach_shows_attention_mass_and_credit(result, stream, level):
+    reach = stats.reach(result, LAYERS, (level,)).sel(level=level)
+    lines = {
+        quantity: (result.layer, reach.lag.sel(quantity=quantity), reach.error.sel(quantity=quantity))
+        for quantity in ("attention", f"{stream} mass", f"{stream} credit")
+    }
+    ax = plot.reach(result, stream=stream, level=level)
+    for label, (x, lag, error) in lines.items():
+        (line,) = (line for line in ax.get_lines() if line.get_label() == label)
+        np.testing.assert_array_equal(line.get_xdata(), x)
+        np.testing.assert_array_equal(line.get_ydata(), lag)
+        points = np.concatenate([band.get_paths()[0].vertices for band in ax.collections])
+        for bound in (lag - error, lag + error):
+            assert {*zip(x.values.astype(float), bound.values, strict=True)} <= {*map(tuple, points)}
+    assert ax.get_ylabel() == f"{100 * level:g} % within this lag (tokens)"
+
+
+def test_sinks_show_credit_and_attention_at_the_first_positions(result):
+    shares = stats.first_share(result, LAYERS)
+    expected = {f"{s} credit": (result.layer, shares.share.sel(stream=s), shares.error.sel(stream=s)) for s in STREAMS}
+    expected["attention"] = (result.layer, stats.first_attention(result, LAYERS), None)
+    ax = plot.sinks(result)
+    assert_lines(ax, expected)
+    assert ax.get_ylabel() == "share at the first 4 positions"
+
+
+def test_a_file_of_an_earlier_version_is_drawn_as_a_whole(result):
+    earlier = earlier_version(result)
+    shares = stats.first_position(earlier, LAYERS)
     expected = {
         f"{s} credit": (result.layer, shares.share.sel(stream=s), shares.error.sel(stream=s)) for s in STREAMS[1:]
     }
-    expected["mean attention weight"] = (result.layer, stats.attention_first(result, LAYERS), None)
-    assert_lines(plot.sinks(result), expected)
+    expected["mean attention weight"] = (result.layer, stats.attention_first(earlier, LAYERS), None)
+    assert_lines(plot.sinks(earlier), expected)
+    for name in ("lags", "heads", "losses", "horizon"):
+        assert "first" not in getattr(plot, name)(earlier).get_xlabel()
+    with pytest.raises(InputError, match=r"tells first keys apart, for reader_of='rest'.*: measure again"):
+        plot.lags(earlier, reader_of="rest")
+    with pytest.raises(InputError, match="measure with this version of posterity"):
+        plot.reach(earlier)
 
 
+def test_the_attention_on_the_first_keys_is_theirs_over_all(result):
+    for by in ((), LAYERS, ("layer", "head")):
+        attention = result.attention.where(stats.existing_heads(result), 0).sum("lag")
+        summed = attention.sum([dim for dim in ("layer", "head") if dim not in by])
+        right = summed.sel(reader_of="first") / summed.sum("reader_of")
+        np.testing.assert_allclose(stats.first_attention(result, by), right, rtol=1e-12)
+
+
+@pytest.mark.parametrize("reader_of", READERS)
 @pytest.mark.parametrize("written", ["key", "value"])
-def test_losses_show_the_three_parts(result, written):
-    shares = stats.loss_shares(result, LAYERS).sel(written=written)
+def test_losses_show_the_three_parts(result, written, reader_of):
+    shares = stats.loss_shares(result, LAYERS, reader_of or "rest").sel(written=written)
     labels = {"own loss": "own", "later, self edge": "self later", "later, future edges": "future"}
     expected = {
         label: (result.layer, shares.share.sel(part=part), shares.error.sel(part=part))
         for label, part in labels.items()
     }
-    assert_lines(plot.losses(result, written=written), expected)
+    assert_lines(plot.losses(result, written=written, reader_of=reader_of), expected)
 
 
-def test_the_horizon_plot_shows_the_curve(result):
-    curve = stats.horizon_curve(result)
-    assert_lines(
-        plot.horizon(result),
-        {s: (result.horizon, curve.share.sel(stream=s), curve.error.sel(stream=s)) for s in STREAMS},
-    )
+@pytest.mark.parametrize("reader_of", READERS)
+def test_the_horizon_plot_shows_the_curve(result, reader_of):
+    curve = stats.horizon_curve(result, (), reader_of or "rest")
+    expected = {s: (result.horizon, curve.share.sel(stream=s), curve.error.sel(stream=s)) for s in STREAMS}
+    assert_lines(plot.horizon(result, reader_of=reader_of), expected)
 
 
 @pytest.mark.parametrize("layer", [None, 2])
@@ -145,8 +196,10 @@ def test_the_shares_of_all_losses_sum_to_one(inspected):
 
 
 def test_the_cumulative_profile_is_the_profile_added_up(result):
-    for by in ((), LAYERS):
-        cumulative, profile = stats.cumulative_profile(result, by), stats.profile(result, by)
+    for by, reader_of in itertools.product(((), LAYERS), ("all", "first", "rest")):
+        cumulative, profile = (
+            function(result, by, reader_of) for function in (stats.cumulative_profile, stats.profile)
+        )
         np.testing.assert_allclose(cumulative.share, profile.share.cumsum("lag"), rtol=1e-9)
         np.testing.assert_allclose(cumulative.counted, profile.counted.cumsum("lag"))
         np.testing.assert_allclose(cumulative.error.isel(lag=0), profile.error.isel(lag=0), rtol=1e-9)
@@ -241,6 +294,9 @@ def test_a_mistake_is_one_line_and_leaves_no_figure(result, inspected):
         r"'inspect_credit'.*was not measured: measure with posterity.inspect": lambda: plot.matrix(bare),
         r"expected a result as posterity.measure returns it": lambda: plot.lags(sample_audit()),
         r"expected an audit as posterity.audit returns it": lambda: plot.audit(bare),
+        r"which was not measured: measure with lags=": lambda: plot.reach(sample(lags="self")),
+        r"levels expects shares between 0 and 1": lambda: plot.reach(bare, level=90),
+        r"reader_of expects 'all', 'first' or 'rest'; got 'last'": lambda: plot.lags(bare, reader_of="last"),
         r"stream expects 'query' or 'key' or 'value'; got 'keys'": lambda: plot.heads(bare, stream="keys"),
         r"written expects 'key' or 'value'; got 'query'": lambda: plot.losses(result, written="query"),
         r"layer expects a number from 0 to 3; got 4": lambda: plot.matrix(inspected, layer=4),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from support.sample import sample
-from support.sample_kinds import sample_audit, sample_comparison
+from support.sample_kinds import earlier_version, sample_audit, sample_comparison
 
 from posterity.errors import InputError
 from posterity.results import stats
@@ -22,56 +22,96 @@ def result():
     return sample(losses=True, horizons=(1, 4, 16), missing_heads=1)
 
 
+SHARES = {
+    "shares": (CREDIT, stats.shares),
+    "profile": (CREDIT, stats.profile),
+    "losses": (CREDIT, stats.loss_shares),
+    "horizons": ("share of the credit that remains", stats.horizon_curve),
+}
+
+
 def quantities(result, kind, by):
-    """Name value and error of every quantity of a table, from `stats`."""
-    shares = {
-        "shares": (CREDIT, stats.shares),
-        "profile": (CREDIT, stats.profile),
-        "sinks": ("share of the credit at position 0", stats.first_position),
-        "losses": (CREDIT, stats.loss_shares),
-        "horizons": ("share of the credit that remains", stats.horizon_curve),
-        "weights": ("self share, one window", stats.weight_shares),
-    }
-    name, function = shares[kind]
-    numbers = function(result, by)
-    yield name, numbers.share, numbers.error
-    if kind == "profile":
-        yield "share of the edges", numbers.counted, None
-        yield "share of the attention", stats.attention_profile(result, by), None
+    """Yield name, reader, value and error of every quantity of a table, from `stats`."""
     if kind == "sinks":
-        yield "mean attention weight on position 0", stats.attention_first(result, by), None
-    if kind == "horizons":
-        yield "effective horizon", stats.effective_horizon(result, by), None
+        first, zero = stats.first_share(result, by), stats.first_position(result, by)
+        yield "share of the credit at the first positions", None, first.share, first.error
+        yield "share of the attention on the first positions", None, stats.first_attention(result, by), None
+        yield "share of the credit at position 0", None, zero.share, zero.error
+        yield "mean attention weight on position 0", None, stats.attention_first(result, by), None
     if kind == "weights":
-        yield "self share, mean over windows", numbers.share_mean, None
-        yield "agreement of windows", numbers.agreement, None
+        shares = stats.weight_shares(result, by)
+        yield "self share, one window", None, shares.share, shares.error
+        yield "self share, mean over windows", None, shares.share_mean, None
+        yield "agreement of windows", None, shares.agreement, None
+    if kind == "reach":
+        for reader_of in ("all", "rest"):
+            reach = stats.reach(result, by, reader_of=reader_of).rename(quantity="measure")
+            yield "lag within which the level lies", reader_of, reach.lag, reach.error
+        yield "share of the first positions and the window", "all", reach.covered, reach.covered_error
+    for reader_of in ("all", "first", "rest") if kind in SHARES else ():
+        name, function = SHARES[kind]
+        shares = function(result, by, reader_of)
+        yield name, reader_of, shares.share, shares.error
+        if kind == "profile":
+            yield "share of the edges", reader_of, stats.counts(result, by, reader_of), None
+            yield "share of the attention", reader_of, stats.attention_profile(result, by, reader_of), None
+        if kind == "horizons":
+            yield "effective horizon", reader_of, stats.effective_horizon(result, by, reader_of), None
 
 
-PARTS = [(kind, by) for kind in ("shares", "sinks", "losses", "horizons") for by in ((), LAYERS, HEADS)]
+GROUPS = ("layer", "kv_head")
+PARTS = [(kind, by) for kind in ("shares", "sinks", "losses", "horizons") for by in ((), LAYERS, GROUPS, HEADS)]
+PARTS += [("reach", by) for by in ((), LAYERS, GROUPS)]
 PARTS += [(kind, by) for kind in ("profile", "weights") for by in ((), LAYERS)]
 
 
 @pytest.mark.parametrize(("kind", "by"), PARTS, ids=str)
 def test_a_table_holds_the_numbers_of_stats_and_no_others(result, kind, by):
+    """The last layer lacks a head, and with it a key/value head."""
     frame = table(result, kind, by)
+    existing = (
+        stats.existing_heads(result).drop_vars("kv_head").rename(head=by[-1]) if len(by) > 1 else xr.DataArray(True)
+    )
     rows = 0
-    for name, value, error in quantities(result, kind, by):
-        part = frame[frame.quantity == name].reset_index(drop=True)
-        existing = stats.existing_heads(result) if by == HEADS else xr.DataArray(True)
-        kept = (existing.broadcast_like(value) | False).transpose(*value.dims)
-        np.testing.assert_array_equal(part.value, value.values[kept.values])
-        right = np.nan if error is None else error.transpose(*value.dims).values[kept.values]
+    for name, reader_of, value, error in quantities(result, kind, by):
+        part = frame[frame.quantity == name]
+        part = part if reader_of is None else part[part.reader_of == reader_of]
+        kept = (existing.broadcast_like(value) | False).transpose(*value.dims).values
+        np.testing.assert_array_equal(part.value, value.values[kept])
+        right = np.nan if error is None else error.transpose(*value.dims).values[kept]
         np.testing.assert_array_equal(part.error, np.broadcast_to(right, len(part)))
         for dim in value.dims:
-            labels = value[dim].broadcast_like(value).transpose(*value.dims).values[kept.values]
+            labels = value[dim].broadcast_like(value).transpose(*value.dims).values[kept]
             assert part[dim].tolist() == labels.tolist()
         assert set(part.units) == {value.attrs["units"]}
         rows += len(part)
     assert rows == len(frame)
 
 
+def test_a_head_stands_beside_its_key_value_head():
+    result = sample(heads=4)
+    for row in table(result, "shares").itertuples(index=False):
+        assert row.kv_head == int(result.kv_head[row.layer, row[3]])
+
+
+def test_a_file_of_an_earlier_version_has_no_column_of_readers():
+    result = earlier_version(sample())
+    for kind in ("shares", "profile", "sinks"):
+        assert "reader_of" not in table(result, kind)
+    assert table(result, "shares", LAYERS).value.tolist() == stats.shares(result, LAYERS).share.values.ravel().tolist()
+    with pytest.raises(InputError, match="was not measured: measure with this version of posterity"):
+        table(result, "reach")
+
+
 def test_a_table_stands_by_default_for_the_finest_parts(result):
-    for kind, by in {"shares": HEADS, "losses": HEADS, "sinks": HEADS, "horizons": HEADS, "profile": LAYERS}.items():
+    for kind, by in {
+        "shares": HEADS,
+        "losses": HEADS,
+        "sinks": HEADS,
+        "horizons": HEADS,
+        "profile": LAYERS,
+        "reach": GROUPS,
+    }.items():
         assert table(result, kind).equals(table(result, kind, by))
 
 
@@ -79,13 +119,12 @@ def test_weak_numbers_are_those_that_stats_does_not_report(result):
     frame = table(result, "shares")
     weak = stats.weak_heads(result)
     for row in frame.itertuples():
-        assert row.weak == bool(weak.sel(layer=row.layer, head=row[3], stream=row.stream))
-    frame = table(result, "losses")
-    shares = stats.loss_shares(result, HEADS)
-    for row in frame.itertuples():
-        labels = {"layer": row.layer, "head": row[3]}
-        error = float(shares.error.sel(**labels, written=row.written, part=row.part))
-        assert row.weak == (bool(weak.sel(**labels, stream=row.written)) or error > stats.MAX_ERROR)
+        labels = {"layer": row.layer, "head": row[4]}
+        uncertain = row.error > stats.MAX_ERROR
+        assert row.weak == (bool(weak.sel(**labels, stream=row.stream)) or uncertain)
+    for row in table(result, "losses").itertuples():
+        labels = {"layer": row.layer, "head": row[4]}
+        assert row.weak == (bool(weak.sel(**labels, stream=row.written)) or row.error > stats.MAX_ERROR)
 
 
 def test_a_number_that_is_not_known_is_weak():
@@ -157,8 +196,8 @@ def test_wrong_kinds_and_parts_are_told_in_one_line(result):
         r"'shares' is of a result .*; got an audit, which has: audit": (sample_audit(), "shares"),
         r"'shares' is of a result .*; got a comparison, which has: comparison": (sample_comparison(), "shares"),
         r"expected a result as posterity.measure returns it, but dict came": ({}, "shares"),
-        r"by expects a sequence of 'layer' and 'head'.*got \('layers',\)": (result, "shares", ["layers"]),
-        r"by expects a sequence.*got 'layer'": (result, "shares", "layer"),
+        r"by expects a sequence of 'layer' and 'head' and 'kv_head'.*got \('layers',\)": (result, "shares", ["layers"]),
+        r"by expects a sequence such as .*got 'layer'": (result, "shares", "layer"),
         r"by expects a sequence of 'layer' or": (result, "profile", HEADS),
         r"'audit' has no parts of a model: leave `by` out": (sample_audit(), "audit", LAYERS),
     }.items():

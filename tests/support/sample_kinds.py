@@ -1,7 +1,9 @@
-"""A synthetic audit and a synthetic comparison: random numbers of the right form."""
+"""A synthetic audit, a synthetic comparison, and a result as a file of an earlier version gives it."""
 
 import numpy as np
 import xarray as xr
+
+from posterity.results.schema import RESULT
 
 CLAUSES = {1: "Look-back", 3: "Readers", 6: "More useful later than now"}
 MEASURES = {  # of which clause, units
@@ -50,3 +52,18 @@ def sample_comparison(seeds=2, documents=3, positions=5) -> xr.Dataset:
         {"document": np.arange(documents), "position": np.arange(positions)},
         {"kind": "comparison", "data": "text", "steps": 1},
     )  # fmt: skip
+
+
+def earlier_version(result: xr.Dataset) -> xr.Dataset:
+    """Return a result that does not tell first keys apart, nor which key/value head a head has."""
+    new = ["tail_moment", "mass_by_document", "attention_by_document", "kv_head", "group", "moment", "quantity"]
+    kept = result.drop_vars(new, errors="ignore")
+    variables = {
+        name: variable.sum("reader_of", skipna=False, keep_attrs=True)
+        .expand_dims(reader_of=["all"])
+        .transpose(*variable.dims)
+        for name, variable in kept.data_vars.items()
+        if "reader_of" in variable.dims
+    }
+    attrs = {name: value for name, value in result.attrs.items() if name != "sinks"}
+    return RESULT.check(kept.drop_dims("reader_of").assign(variables).drop_attrs(deep=False).assign_attrs(attrs))
