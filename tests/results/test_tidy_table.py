@@ -127,6 +127,15 @@ def test_weak_numbers_are_those_that_stats_does_not_report(result):
         assert row.weak == (bool(weak.sel(**labels, stream=row.written)) or row.error > stats.MAX_ERROR)
 
 
+def test_an_uncertain_share_is_weak_for_layers_too():
+    result = sample(documents=2)
+    credit = result.credit_by_document.copy()
+    credit[0, 1, ..., 0] *= 50  # the self edges of layer 1, in one window of two
+    frame = table(result.assign(credit_by_document=credit), "shares", LAYERS)
+    assert (frame.weak == (frame.error > stats.MAX_ERROR)).all()
+    assert set(frame[frame.weak].layer) == {1}
+
+
 def test_a_number_that_is_not_known_is_weak():
     frame = table(sample(lags="self"), "profile")
     attention = frame[(frame.quantity == "share of the attention") & (frame.lag > 0)]

@@ -132,7 +132,7 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the columns in their order, whole numbers as such even where some rows have none."""
     frame = frame.loc[:, [name for name in (*LABELS, *NUMBERS) if name in frame]]
     numbers = [name for name in frame if name in LABELS and frame[name].dtype.kind == "f"]
-    whole = [name for name in numbers if (frame[name].dropna() % 1 == 0).all()]
+    whole = [name for name in numbers if np.all(frame[name].dropna() % 1 == 0)]
     return frame.astype(dict.fromkeys(whole, "Int64"))
 
 
