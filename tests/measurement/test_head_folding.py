@@ -250,7 +250,7 @@ def test_a_folded_model_is_measured_as_it_runs(name):
     other = result.credit.isel(lag=slice(1, None))
     for layer, subset in HEADS.items():
         assert not other.sel(layer=layer, head=subset).any()
-        assert (result.attention.sel(layer=layer, head=subset).sum("lag") == 3 * 12).all()
+        assert (result.attention.sel(layer=layer, head=subset).sum(("reader_of", "lag")) == 3 * 12).all()
         unread = result.credit.sel(layer=layer, head=subset, stream=["query", "key"])
         # The rounding of ds_ii, times the gradient of a key that other heads of the group read.
         assert float(abs(unread).max()) < 64 * torch.finfo(torch.float64).eps * float(abs(result.credit).max())
@@ -278,7 +278,7 @@ def test_the_ledger_of_a_folded_model_is_that_of_masks_by_hand():
         summed_loss(plain, ids).backward()
     for layer, (credit, *_) in enumerate(spy.accounts()):
         dense = torch.stack([credit.diagonal(-lag, -2, -1).sum(-1) for lag in range(12)], -1)[:, 0]
-        actual = torch.tensor(result.credit.sel(layer=layer).transpose("stream", "head", "lag").values)
+        actual = torch.tensor(result.credit.sum("reader_of").sel(layer=layer).transpose("stream", "head", "lag").values)
         torch.testing.assert_close(actual, dense, rtol=1e-9, atol=1e-12)
 
 

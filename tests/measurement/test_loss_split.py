@@ -49,10 +49,14 @@ def test_the_three_parts_are_those_of_one_backward_pass_per_position(name):
             close(cross, (own * (head - own)).sum(-1).sum(0))
             for h in (1, 2, 5):
                 discounted = remaining(grads, 1 - 1 / h)
-                mine_h = result.horizon_by_document.isel(layer=layer).sel(stream=stream, horizon=h)
+                mine_h = result.horizon_by_document.sum("reader_of").isel(layer=layer).sel(stream=stream, horizon=h)
                 close(mine_h, (discounted * whole).sum((-1, -2)))
+                first = result.horizon_by_document.sel(reader_of="first").isel(layer=layer)
+                close(first.sel(stream=stream, horizon=h), (discounted * whole)[..., :4, :].sum((-1, -2)))
+            parts = result.loss_credit_by_document.isel(layer=layer).sel(written=stream, part="own", reader_of="rest")
+            close(parts, (own * whole)[..., 4:, :].sum((-1, -2)))
         for h in (1, 2, 5):
-            mine_h = result.horizon_by_document.isel(layer=layer).sel(stream="query", horizon=h)
+            mine_h = result.horizon_by_document.sum("reader_of").isel(layer=layer).sel(stream="query", horizon=h)
             close(mine_h, (remaining(query, 1 - 1 / h) * query.sum(0)).sum((-1, -2)))
         own, later = own_of(hidden), hidden.sum(0) - own_of(hidden)
         actual = result.hidden.isel(layer=layer)
@@ -230,6 +234,13 @@ def test_a_discount_over_a_long_context_neither_overflows_nor_underflows(rate):
         torch.testing.assert_close(
             value.grad[0, 0, j].double(), expected, rtol=1e-4, atol=1e-6 * grad.abs().max().item()
         )
+
+
+def test_a_far_horizon_leaves_the_credit_of_first_keys_and_of_the_rest():
+    result = posterity.measure(tiny("gpt2"), None, tokens(2), context=12, horizons=(10**9,), progress=False)
+    remaining = result.horizon_by_document.isel(horizon=0).transpose(..., "reader_of")
+    credit = result.credit_by_document.sum("side").transpose(..., "reader_of")
+    np.testing.assert_allclose(remaining, credit, rtol=1e-6, atol=1e-9 * float(credit.max()))
 
 
 def test_an_account_inside_a_horizon_counts_what_the_horizon_lets_through():

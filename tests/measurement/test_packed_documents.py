@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from support.families import build
 from support.loss_oracles import close
-from support.reference import by_lag
+from support.reference import by_reader_and_lag
 from support.spy import spy_on
 from support.texts import PLAIN
 from support.tiny import summed_loss, tiny, tokens
@@ -81,10 +81,10 @@ def test_every_number_is_the_sum_of_those_that_autograd_gives_for_each_document_
         )  # layer, stream, document, head, side, position
         by_position = torch.cat((at_query[:, :1], at_key[:, 1:]), 1).squeeze(2).movedim(1, 2)
         one = {
-            "credit": np.stack([by_lag(x[0]).sum(1).movedim(0, 1) for x in dense]),
-            "mass": np.stack([by_lag(x[1]).sum(1).movedim(0, 1) for x in dense]),
-            "attention": np.stack([by_lag(x[2]).sum(0) for x in dense]),
-            "edges": np.stack([by_lag(x[3][:, 0].long().expand(1, -1, -1)).sum(0) for x in dense]),
+            "credit": np.stack([by_reader_and_lag(x[0], [0]).sum(1).movedim(0, 1) for x in dense]),
+            "mass": np.stack([by_reader_and_lag(x[1], [0]).sum(1).movedim(0, 1) for x in dense]),
+            "attention": np.stack([by_reader_and_lag(x[2], [0]).sum(0) for x in dense]),
+            "edges": np.stack([by_reader_and_lag(x[3][:, :1].long(), [0])[0, 0] for x in dense]),
             "credit_by_position": by_position.numpy(),
             "attention_first": np.stack([x[2][0, :, :, 0].sum(-1) for x in dense]),
         }

@@ -56,7 +56,7 @@ def test_float32_credits_are_as_near_to_float64_as_those_of_plain_dense_attentio
     gemma.model.float()
     assert result.sizes["layer"] == len(exact) == 18
     for layer, (float32, float64) in enumerate(zip(plain, exact, strict=True)):
-        actual = result.credit.sel(layer=layer).values
+        actual = result.credit.sum("reader_of").sel(layer=layer).values
         for stream in range(3):
             expected = float64[:, stream]
             rounding = np.abs(float32[:, stream] - expected).max()
@@ -93,16 +93,18 @@ def test_the_ledger_balances_beyond_the_window_and_its_edges_end_there(gemma):
     result = posterity.measure(gemma.model, None, ids, context=1024, progress=False, checkpoint=True)
     full = [kind == "full_attention" for kind in gemma.model.config.layer_types]
     assert 0 < sum(full) < len(full) == result.sizes["layer"]
-    credit = result.credit.sum(["head", "lag"])
+    credit = result.credit.sum(["head", "reader_of", "lag"])
     # both are float32 passes over 18 layers, in two orders of summation
     np.testing.assert_allclose(credit.values, autograd_norms(gemma.model, ids), rtol=1e-3)
     assert float(stats.balance(result).max()) < 1e-5
     by_side = result.credit_by_position.sum(["head", "position"])
     np.testing.assert_allclose(by_side.sum("side").values, credit.values, rtol=1e-5)
-    np.testing.assert_allclose(by_side.sel(side="self").values, result.credit.isel(lag=0).sum("head").values, rtol=1e-5)
+    np.testing.assert_allclose(
+        by_side.sel(side="self").values, result.credit.isel(lag=0).sum(["head", "reader_of"]).values, rtol=1e-5
+    )
     pairs = 1024 * 1025 // 2
     outside = (1024 - WINDOW) * (1024 - WINDOW + 1) // 2  # pairs at lags from 512 on
-    assert result.edges.sum("lag").values.tolist() == [pairs if x else pairs - outside for x in full]
-    far = result.credit.isel(lag=result.lag.values >= WINDOW).sum(["head", "lag"])
+    assert result.edges.sum(["reader_of", "lag"]).values.tolist() == [pairs if x else pairs - outside for x in full]
+    far = result.credit.isel(lag=result.lag.values >= WINDOW).sum(["head", "reader_of", "lag"])
     assert (far.isel(layer=[not x for x in full]) == 0).all()
     assert (far.isel(layer=full) != 0).all()

@@ -154,7 +154,7 @@ def test_who_pays_is_right_for_a_model_that_cannot_be_chunked(behind):
             total = head.unflatten(1, (-1, 2)).sum(2).repeat_interleave(2, 1)
             credit = result.isel(layer=layer).sel(written=stream)
             close(credit.loss_credit.sel(part="own"), (own * total).sum(-1).sum(0))
-            left = result.horizon_by_document.isel(layer=layer).sel(stream=stream, horizon=2)
+            left = result.horizon_by_document.sum("reader_of").isel(layer=layer).sel(stream=stream, horizon=2)
             close(left, (remaining(grads, 0.5) * total).sum((-1, -2)))
 
 

@@ -39,7 +39,7 @@ def test_a_rotary_model_is_measured_beyond_its_config_and_this_is_logged(kind, c
         loss.backward()
     np.testing.assert_allclose(result.loss, loss.item() / 99, rtol=1e-5)
     for layer, (query, key, value, *_) in enumerate(spy.calls):
-        credit = result.credit.isel(layer=layer).sum("lag")
+        credit = result.credit.isel(layer=layer).sum(("reader_of", "lag"))
         by_head = query.grad.square().sum((0, 2, 3))
         np.testing.assert_allclose(credit.sel(stream="query"), by_head, rtol=1e-4)
         for stream, x in (("key", key), ("value", value)):

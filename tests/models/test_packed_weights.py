@@ -258,7 +258,7 @@ def test_a_ledger_of_zeros_is_refused_and_one_layer_of_zeros_is_not():
         ledger.result()
     silent = copy.deepcopy(model)
     silent.model.layers[1].self_attn.o_proj.weight.data.zero_()
-    credit = measure(silent).credit.sum(("head", "stream", "lag"))
+    credit = measure(silent).credit.sum(("head", "stream", "reader_of", "lag"))
     assert float(credit[1]) == 0
     assert float(credit[0]) > 0
     for layer in model.model.layers:

@@ -91,7 +91,7 @@ def test_who_pays_is_that_of_single_losses_where_positions_communicate_outside_a
         )
     own_credit = torch.tensor(result.loss_credit.isel(part=0).sum("head").transpose("layer", "written", ...).values)
     remaining = torch.tensor(
-        result.horizon_by_document.isel(document=0).sum("head").transpose("horizon", "layer", ...).values
+        result.horizon_by_document.isel(document=0).sum(("head", "reader_of")).transpose("horizon", "layer", ...).values
     )
     hidden = torch.tensor(result.hidden.transpose("layer", "loss_term", "position").values)
     assert len(grads) == 4 * len(own_credit)

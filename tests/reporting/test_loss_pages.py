@@ -28,7 +28,9 @@ def two_digits(value) -> str:
 
 def test_the_figures_of_who_pays_hold_the_numbers_of_plain_numpy(paid):
     text = page(paid)
-    credit = np.nan_to_num(paid.loss_credit_by_document.values).sum(2)  # document, layer, written, part
+    credit = np.nan_to_num(paid.loss_credit_by_document.sum("reader_of").values).sum(
+        2
+    )  # document, layer, written, part
     share, error = pooled(credit, credit.sum(-1, keepdims=True))
     for panel in range(len(WRITTEN)):
         bars = traces(text, "loss_parts", panel)
@@ -80,7 +82,13 @@ def test_the_figure_of_the_parameters_adds_up_experts_and_leaves_out_what_is_in_
 
 def test_the_figures_of_the_horizons_hold_the_numbers_of_plain_numpy(paid):
     text = page(paid)
-    left, total = (np.nan_to_num(x.values) for x in (paid.horizon_by_document, paid.credit_by_document.sum("side")))
+    left, total = (
+        np.nan_to_num(x.values)
+        for x in (
+            paid.horizon_by_document.sum("reader_of"),
+            paid.credit_by_document.sum(("reader_of", "side")),
+        )
+    )
     model, error = pooled(left.sum((1, 2)), total.sum((1, 2))[..., None])
     layers, _ = pooled(left.sum(2), total.sum(2)[..., None])
     horizons, beyond = [1, 2, 4, 8, 16, 32], 0

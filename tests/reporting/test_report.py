@@ -126,7 +126,7 @@ def test_the_script_of_plotly_is_in_the_page_once(plain):
 
 def test_numbers_that_are_not_known_do_not_stop_the_page(plain):
     broken = plain.copy(deep=True)
-    broken["credit_by_document"][0, 0, 0, 1, 0] = np.nan
+    broken["credit_by_document"][0, 0, 0, 1, 0, 0] = np.nan
     broken["profile_by_document"][:, :, 2] = np.nan
     broken["credit"][:, :, 0] = np.nan
     assert traces(page(broken), "lags", 2)["credit"]["y"] == [None] * broken.sizes["lag"]

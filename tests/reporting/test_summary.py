@@ -58,7 +58,7 @@ def test_the_sentence_follows_the_numbers(plain):
 
 def test_the_summary_says_what_is_not_known(plain):
     broken = plain.copy(deep=True)
-    broken["credit_by_document"][0, 0, 0, 1, 0] = np.nan
+    broken["credit_by_document"][0, 0, 0, 1, 0, 0] = np.nan
     broken["loss"][2] = np.nan
     text = printed(broken, 100)
     assert "–" in text

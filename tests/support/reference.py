@@ -61,6 +61,13 @@ def dense_account(query, key, value, grad, scale, allowed, softcap=None, sinks=N
     return credit, mass, weight, allowed, [x.grad for x in leaves], terms
 
 
+def by_reader_and_lag(edges, starts, sinks=4):
+    """Sum (..., batch, head, query, key) by lag: the first keys from each document's start on, and all others."""
+    key = torch.arange(edges.shape[-1])
+    first = torch.stack([(key >= start) & (key < start + sinks) for start in starts])[:, None, None]
+    return torch.stack([by_lag(edges * part) for part in (first, ~first)], -2)
+
+
 def by_lag(edges):
     """Sum (..., query, key) along its diagonals: (..., lag)."""
     length = edges.shape[-1]

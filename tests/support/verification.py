@@ -254,7 +254,7 @@ def compare(model, batch, eager, weights):
         grad, eager_grad = (zero if x is None else x for x in (ours[2][name], eager_grad))
         errors[f"gradient of {name}"] = relative_difference(grad, eager_grad, largest)
     result = ledger.result()
-    credit = torch.tensor(result.credit.sum(("head", "lag")).values)
+    credit = torch.tensor(result.credit.sum(("head", "reader_of", "lag")).values)
     if len(eager.credit) != len(credit):
         return errors | {f"{len(credit)} calls accounted for instead of {len(eager.credit)}": float("inf")}
     for number, (layer_credit, eager_credit) in enumerate(zip(credit, eager.credit, strict=True)):
