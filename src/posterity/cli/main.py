@@ -29,6 +29,7 @@ from posterity.cli.options import (
     parse_integers,
 )
 from posterity.cli.outputs import ResumableRun, check_outputs, require_one_process, run_attrs, write_outputs
+from posterity.cli.tables import reach_command, table_command
 from posterity.cli.training import compare_command, fold_command, train_command
 from posterity.errors import InputError
 from posterity.inputs.checkpoints import find_checkpoints
@@ -173,6 +174,8 @@ def inspect_command(
     write_outputs(result, output, report)
 
 
+app.command("reach")(reach_command)
+app.command("table")(table_command)
 app.command("train")(train_command)
 app.command("compare")(compare_command)
 app.command("fold")(fold_command)

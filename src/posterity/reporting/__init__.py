@@ -1,6 +1,6 @@
 """Datasets as words, tables and pages.
 
-In a terminal: `summary` (which table for which kind), `result_table`, `result_words`, `audit_table`,
+In a terminal: `summary` (which table for which kind), `result_table`, `result_words`, `reach_table`, `audit_table`,
 `comparison_table`.
 
 As a page: `report` (which page for which kind), `result_page`, `audit_page`, `comparison_page`. What they show:
