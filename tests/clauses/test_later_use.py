@@ -138,7 +138,7 @@ def test_the_verdict_of_row_6_needs_the_layers_and_the_whole_model(shares, costs
 
 
 def test_row_6_draws_from_the_saved_audit_alone_and_bears_what_is_missing():
-    finding = LATER_USE.find(subject(tiny("llama"), budget=9))
+    finding = LATER_USE.find(subject(tiny("llama"), pass_tokens=9))
     clause = LATER_USE
     audit = assemble({"one": {6: finding}}, [clause], {})
     charts = clause.draw(View(audit, "one"))

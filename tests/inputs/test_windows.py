@@ -220,7 +220,6 @@ def test_names_of_documents_are_kept():
     [
         (b"bytes", "got bytes"),
         (3, "got int"),
-        (None, "got NoneType"),
         ({"input_ids": [1, 2]}, "fields input_ids"),
         ([{"body": "a", "label": 1}], "fields body, label"),
         ([], "got none"),

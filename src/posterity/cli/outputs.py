@@ -51,7 +51,7 @@ def real_path(path: Any) -> str:
 
 def run_attrs(loaded: "LoadedModel") -> dict[str, Any]:
     """Return the attributes of a result that only the command line knows: the model's name and the command."""
-    return {"model": loaded.name, "revision": loaded.revision, "command": command_line()}
+    return {**loaded.attrs, "command": command_line()}
 
 
 def command_line() -> str:
