@@ -25,7 +25,7 @@ def open_model(model: Any, tokenizer: Any) -> LoadedModel:
         InputError: As `load_model`.
     """
     if model is None or isinstance(model, str | os.PathLike):
-        model = load_model(None if model is None else os.fspath(model))
+        model = load_model(model)
     if isinstance(model, LoadedModel):
         return model if tokenizer is None else replace(model, tokenizer=tokenizer)
     return LoadedModel(model, tokenizer, "", "")

@@ -44,7 +44,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | None = None,
+    name: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
@@ -70,7 +70,7 @@ def load_model(
     weights_dtype = parse_dtype(dtype)
     target = None if device == "auto" else select_device(device)
     with silence_transformers():
-        source = find_model(name, revision)
+        source = find_model(None if name is None else os.fspath(name), revision)
         adapter = source.adapter
         if adapter is not None and trust_remote_code:
             raise adapter.error("no code of a base model runs that an adapter names (--trust-remote-code)")
@@ -103,7 +103,7 @@ def load_folded(folder: str | os.PathLike[str]) -> PreTrainedModel:
         raise InputError(
             f"expected a folder that `posterity fold` wrote; {folder} has no {FOLDED_FILE}: load it as any model"
         )
-    return load_model(os.fspath(folder)).model
+    return load_model(folder).model
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -126,18 +126,20 @@ def select_device(device: str | torch.device | None) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    devices = ", ".join(available_devices())
     try:
         target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"expected a device that this torch has ({devices}); got {device}: choose another") from error
+    try:
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = first_line(error).partition(". ")[0]
         raise InputError(
-            f"expected a device that this torch has ({', '.join(available_devices())}); {device} gives: "
-            f"{first_line(error)}"
+            f"expected a device that this torch has ({devices}); {device} gives: {reason}: choose another"
         ) from error
     if target.type == "meta":
-        raise InputError(
-            f"expected a device that holds numbers ({', '.join(available_devices())}); got meta: choose another"
-        )
+        raise InputError(f"expected a device that holds numbers ({devices}); got meta: choose another")
     return target
 
 
