@@ -99,7 +99,7 @@ def test_audit_fold_and_inspect_take_names_too(folder, tmp_path):
     equal(posterity.inspect(name, text, progress=False), posterity.inspect(loaded, None, text, progress=False))
     with pytest.raises(InputError, match="inspect expects a text of 2 to 256 tokens; got none"):
         posterity.inspect(name)
-    with pytest.raises(InputError, match=r"a file of that name exists: did you mean pathlib.Path\(.*my.txt'\).read"):
+    with pytest.raises(InputError, match=r"a file of that name exists: did you mean what it holds, pathlib.Path"):
         posterity.inspect(name, str(path))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from posterity.inputs.text_sources import SkippedLines
 
 SIGNATURES = {"result": b"\x89HDF", "page": b"<!doctype html"}  # the first bytes of each kind of file
+ENDINGS = {"result": (".nc",), "page": (".html", ".htm")}
 STATE_SUFFIXES = (".safetensors", ".nc")
 
 
@@ -39,6 +40,10 @@ def check_outputs(output: Path | None, report: Path | None = None, inputs: Itera
             with path.open("rb") as file:
                 if not file.read(16).lower().startswith(SIGNATURES[kind].lower()):
                     raise InputError(f"cannot write {path}: what is there is no {kind}; choose another file")
+    for kind, path in (("result", output), ("page", report)):
+        if path is not None and path.suffix.lower() not in ENDINGS[kind]:
+            ending = ENDINGS[kind][0]
+            raise InputError(f"expected a {kind} that ends in {ending}; got {path}: name it {path.with_suffix(ending)}")
 
 
 def real_path(path: Any) -> str:

@@ -81,7 +81,7 @@ def train_command(
     Runs that differ only in --horizon start from the same weights and see the same batches; `compare` then shows what
     the horizon costs.
     """
-    from posterity.training.run import train
+    from posterity.training.run import last_loss, train
     from posterity.training.settings import Settings
 
     settings = Settings(
@@ -94,7 +94,9 @@ def train_command(
     )  # fmt: skip
     folder = train(output, settings, monitor=monitor, **drop_unset(save_every=save_every, keep=keep))
     if process_rank() == "0":
-        typer.echo(one_line(f"trained: {folder}"))
+        loss = last_loss(folder)
+        typer.echo(one_line(f"trained: {folder}" + ("" if loss is None else f", training loss {loss:.4f} at the end")))
+        typer.echo(one_line(f"next: posterity compare {folder} and a run of another --horizon"))
 
 
 def compare_command(
@@ -118,9 +120,14 @@ def fold_command(
         float | None, typer.Option(min=0, help="Nats per token that the loss may grow.  [default: 0.01]")
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 128]")] = None,
-    documents: Annotated[
+    limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows on which every head is tried; four times as many judge.  [default: 4]"),
+        typer.Option(
+            "--limit",
+            "--documents",
+            min=1,
+            help="Windows on which every head is tried; four times as many judge.  [default: 4]",
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
     field: Field = None,
@@ -147,7 +154,7 @@ def fold_command(
     loaded = load_model(model, dtype, device, revision, trust_remote_code)
     result = posterity.fold(
         loaded.model, loaded.tokenizer, open_documents(text or [], field, skipped),
-        **drop_unset(budget=budget, context=context, limit=documents, batch=batch),
+        **drop_unset(budget=budget, context=context, limit=limit, batch=batch),
     )  # fmt: skip
     attrs = {**result.record(), **run_attrs(loaded), **print_skipped_lines(skipped)}
     save_folded(loaded.model, loaded.tokenizer, result.by_layer, output, attrs)

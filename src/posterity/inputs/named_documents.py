@@ -67,8 +67,8 @@ def refuse_path(text: Any) -> None:
     """Raise InputError for a text that is the name of a file."""
     if isinstance(text, os.PathLike) or (_exists(text) and os.path.isfile(text)):
         raise InputError(
-            f"expected a text; got {os.fspath(text)!r}, and a file of that name exists: did you mean "
-            f"pathlib.Path({os.fspath(text)!r}).read_text()?"
+            f"expected a text; got {os.fspath(text)!r}, and a file of that name exists: did you mean what it holds, "
+            f'pathlib.Path({os.fspath(text)!r}).read_text() or --text "$(cat {os.fspath(text)})"?'
         )
 
 

@@ -34,6 +34,7 @@ from posterity.models.packed_rows import refuse_shared_rows
 from posterity.models.weight_layout import is_first_process, is_sharded
 from posterity.progress import progress_bar
 
+CONTEXT, LIMIT = 512, 16  # tokens of a window, and windows, unless said
 ANSWERS = "the answers only"
 SOME_ANSWERS = "the answers only, in conversations; every token of the other texts"
 
@@ -43,8 +44,8 @@ def measure(
     tokenizer: Any = None,
     documents: Any = None,
     *,
-    context: int = 512,
-    limit: int | None = 16,
+    context: int = CONTEXT,
+    limit: int | None = LIMIT,
     pack: bool = False,
     lags: str = "octaves",
     weights: bool = True,

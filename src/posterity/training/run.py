@@ -207,6 +207,20 @@ def _run_trainer(trainer: Trainer, folder: Path, record: dict[str, Any]) -> None
         write_atomically(folder / METRICS_FILE, json.dumps(trainer.state.log_history, indent=1).encode())
 
 
+def last_loss(folder: Path) -> float | None:
+    """Return the last training loss that the Trainer of a finished run logged; None if it logged none.
+
+    Raises:
+        InputError: The log is damaged.
+    """
+    file = folder / METRICS_FILE
+    try:
+        losses = [float(entry["loss"]) for entry in json.loads(file.read_bytes()) if "loss" in entry]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"expected the log of a run; {file}: {first_line(error)}: train it again") from error
+    return losses[-1] if losses else None
+
+
 class LossBar(ProgressCallback):
     """The Trainer's progress bar with the last loss beside it, instead of every log entry in full."""
 
