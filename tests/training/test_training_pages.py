@@ -19,6 +19,7 @@ from posterity.results import stats, steps
 from posterity.results.comparison_schema import COMPARISON, myopia_gaps
 from posterity.results.files import save
 from posterity.results.schema import RESULT
+from posterity.training.run import last_loss
 
 PAID = {"losses": True, "horizons": (1, 2, 4), "parameters": ("model.a", "model.b")}
 
@@ -176,7 +177,9 @@ def runs(tmp_path_factory):
     for name, more in {"full": (), "myopic": ("--horizon", "myopic", "--cut", "hidden", "--monitor-every", 2)}.items():
         done = run("train", "-o", folder / name, *small, *more)
         assert done.exit_code == 0, done.output
-        assert f"trained: {folder / name}" in done.stdout.replace("\n", "")
+        loss = last_loss(folder / name)
+        assert f"trained: {folder / name}, training loss {loss:.4f} at the end\n" in done.stdout
+        assert f"next: posterity compare {folder / name} and" in done.stdout
     return folder
 
 
