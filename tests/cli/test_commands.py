@@ -92,7 +92,7 @@ def test_measure_passes_on_what_was_given_and_leaves_the_defaults_to_the_library
 def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("some text")
-    options = ["--context", 64, "--limit", 3, "--lags", "all", "--batch", 2, "--no-weights", "--seed", 7]
+    options = ["--context", 64, "--limit", 3, "--lags", "all", "--sinks", 2, "--batch", 2, "--no-weights", "--seed", 7]
     options += ["--dtype", "float64", "--device", "cpu", "--revision", "r", "--trust-remote-code"]
     result = run("measure", "org/model", text, *options, "--output", "run.nc", "--report", "page.html")
     assert result.exit_code == 0
@@ -102,7 +102,7 @@ def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, t
     keywords = dict(calls[3][2])
     del keywords["attrs"]
     assert (keywords.pop("state"), keywords.pop("processes")) == (Path("run.nc.state"), Processes())
-    assert keywords == {"context": 64, "limit": 3, "lags": "all", "batch": 2, "weights": False, "seed": 7}
+    assert keywords == {"context": 64, "limit": 3, "lags": "all", "sinks": 2, "batch": 2, "weights": False, "seed": 7}
     assert [name for name, _ in calls[3][1][2]] == [str(text)]
     assert calls[4][1] == ("the result", Path("run.nc"))
     assert calls[5][1] == ("the result", Path("page.html"))
@@ -203,7 +203,7 @@ def test_a_missing_text_stops_before_the_model_is_loaded(calls):
 def test_the_defaults_that_the_help_shows_are_those_of_the_library():
     signature = inspect.signature(posterity.measure).parameters
     text = " ".join(process("measure", "--help").stdout.split())
-    for name in ("context", "limit", "lags", "batch", "seed"):
+    for name in ("context", "limit", "lags", "sinks", "batch", "seed"):
         shown = re.search(rf"--{name}(?:, --documents)? <.*?\[default: (\w+)\]", text)
         assert shown is not None
         assert shown[1] == str(signature[name].default)

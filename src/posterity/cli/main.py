@@ -76,6 +76,10 @@ def measure_command(
         Literal["octaves", "all", "self"] | None,
         typer.Option(help="Bins of a quarter octave, every lag, or only self and other.  [default: octaves]"),
     ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(min=0, help="First keys of each document that are told apart (attention sinks).  [default: 4]"),
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows in one pass.  [default: 1]")] = None,
     checkpoint: Annotated[
         bool | None,
@@ -124,8 +128,8 @@ def measure_command(
     if run.show_if_done(report):
         return
     options = drop_unset(
-        context=context, limit=limit, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch,
-        seed=seed, checkpoint=checkpoint, pack=pack, horizons=parse_integers(horizons),
+        context=context, limit=limit, lags=lags, sinks=sinks, weights=weights, losses=losses, parameters=parameters,
+        batch=batch, seed=seed, checkpoint=checkpoint, pack=pack, horizons=parse_integers(horizons),
     )  # fmt: skip
 
     def measure_model(name: str | None, texts: Any, part: str = "") -> Any:

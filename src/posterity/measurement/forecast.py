@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from posterity.decomposition.credit import EXACT_POSITIONS
+from posterity.decomposition.first_keys import SINKS
 from posterity.decomposition.projections import plain_tensors
 from posterity.measurement.account import open_ledger
 from posterity.measurement.estimate import estimate
@@ -28,7 +30,11 @@ def forecast(model: nn.Module, *, context: int | None = None, limit: int = LIMIT
     check_context(inner, context)
     vocabulary = inner.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(0))
-    with freeze_parameters(inner), seed_rng(0), open_ledger(model, "octaves", weights=True) as ledger:
+    with (
+        freeze_parameters(inner),
+        seed_rng(0),
+        open_ledger(model, "octaves", True, SINKS, EXACT_POSITIONS) as ledger,
+    ):
         head = LMHead.probe(model)
         with ledger.observe_forward():
             line = estimate(inner, ids, limit, 1, head, ledger)
