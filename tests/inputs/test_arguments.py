@@ -69,6 +69,8 @@ def test_without_documents_the_default_text_is_measured(folder):
     equal(posterity.measure(loaded.model, loaded.tokenizer, limit=2, **OPTIONS), expected)
     with pytest.raises(InputError, match="expected a tokenizer of transformers to read text; got NoneType"):
         posterity.measure(loaded.model, **OPTIONS)
+    with pytest.raises(InputError, match="got str in front of the documents: pass several files or texts as one list"):
+        posterity.measure("default", "a.txt", "b.txt")
 
 
 def test_token_ids_need_no_tokenizer_and_16_windows_are_measured_unless_said():

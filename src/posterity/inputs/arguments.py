@@ -5,11 +5,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from posterity.errors import InputError
 from posterity.inputs.model import LoadedModel, load_model
 
 
 def split_arguments(tokenizer: Any, documents: Any) -> tuple[Any, Any]:
-    """Return tokenizer and documents; where only the second argument came and is no tokenizer, it is the documents."""
+    """Return tokenizer and documents; where only the second argument came and is no tokenizer, it is the documents.
+
+    Raises:
+        InputError: Both are documents.
+    """
+    if documents is not None and isinstance(tokenizer, str | os.PathLike | list):
+        raise InputError(
+            f"expected a tokenizer and documents, or documents alone; got {type(tokenizer).__name__} in front of the "
+            "documents: pass several files or texts as one list"
+        )
     is_tokenizer = callable(tokenizer) or (
         isinstance(tokenizer, Mapping) and bool(tokenizer) and all(callable(value) for value in tokenizer.values())
     )
