@@ -18,7 +18,7 @@ from posterity.clauses.subject import Plan, Subject
 from posterity.models.patching import LATER_MEAN, Patch, patched_losses
 from posterity.results.audit_schema import FAILS, HOLDS, MIXED
 
-SMALL = {"short": 9, "budget": 20, "positions": 3, "share": 0.3, "context": 14, "limit": 3}
+SMALL = {"short": 9, "pass_tokens": 20, "positions": 3, "share": 0.3, "context": 14, "limit": 3}
 
 
 def subject(model, ids=None, **changes):

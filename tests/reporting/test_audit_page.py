@@ -15,7 +15,7 @@ from posterity.clauses.drawing import Chart, View, bars, measured_line
 from posterity.palette import DARK
 from posterity.reporting.audit_page import draw_picture
 
-SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "budget": 16, "prefix": 8}
+SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "pass_tokens": 16, "prefix": 8}
 SMALL |= {"positions": 2, "prefixes": 2, "future": 4, "draws": 3}
 
 
