@@ -210,7 +210,8 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     known = {"model": tiny("llama"), "tokenizer": None, "documents": tokens(6, 12), "ids": tokens()}
     known |= {"query": query, "key": key, "value": value, "rows": Rows(tokens(8), tokens(8))}
     known["arguments"] = TrainingArguments(str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to="none")
-    small = "context=12, limit=2, contexts=(4, 8), span=12, short=6, budget=12, prefix=6, future=4, prefixes=2, draws=2"
+    small = "context=12, limit=2, contexts=(4, 8), span=12, short=6, pass_tokens=12, prefix=6, future=4, prefixes=2, "
+    small += "draws=2"
     assert "quick=True" in code
     exec(code.replace("context=512", "context=12").replace("quick=True", small), known)
     assert known["linear"].in_features == 24

@@ -12,7 +12,7 @@ from posterity._version import __version__
 if TYPE_CHECKING:
     from posterity.clauses.audit import audit
     from posterity.errors import InputError
-    from posterity.inputs.model import load_folded
+    from posterity.inputs.model import load_folded, load_model
     from posterity.measurement.account import account
     from posterity.measurement.distributed import Processes
     from posterity.measurement.head_folding import fold
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "clauses.audit": ("audit",),
     "errors": ("InputError",),
-    "inputs.model": ("load_folded",),
+    "inputs.model": ("load_folded", "load_model"),
     "measurement.account": ("account",),
     "measurement.distributed": ("Processes",),
     "measurement.head_folding": ("fold",),
@@ -83,6 +83,7 @@ __all__ = [
     "inspect",
     "load",
     "load_folded",
+    "load_model",
     "measure",
     "plot",
     "reach",

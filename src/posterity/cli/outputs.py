@@ -25,6 +25,7 @@ SIGNATURES = {  # the first bytes of each kind of file
     "parquet": b"PAR1",
     "latex": b"\\begin{tabular}",
 }
+ENDINGS = {"result": (".nc",), "page": (".html", ".htm")}
 STATE_SUFFIXES = (".safetensors", ".nc")
 
 
@@ -48,6 +49,11 @@ def check_outputs(
                 if not file.read(16).lower().startswith(SIGNATURES[kind].lower()):
                     noun = kind if kind in ("result", "page") else f"{kind} table of posterity"
                     raise InputError(f"cannot write {path}: what is there is no {noun}; choose another file")
+    for kind, path in ((output_kind, output), ("page", report)):
+        endings = ENDINGS.get(kind)  # tables have the endings that pandas and TeX know, or others
+        if path is not None and endings is not None and path.suffix.lower() not in endings:
+            ending = endings[0]
+            raise InputError(f"expected a {kind} that ends in {ending}; got {path}: name it {path.with_suffix(ending)}")
 
 
 def real_path(path: Any) -> str:
@@ -60,7 +66,7 @@ def real_path(path: Any) -> str:
 
 def run_attrs(loaded: "LoadedModel") -> dict[str, Any]:
     """Return the attributes of a result that only the command line knows: the model's name and the command."""
-    return {"model": loaded.name, "revision": loaded.revision, "command": command_line()}
+    return {**loaded.attrs, "command": command_line()}
 
 
 def command_line() -> str:

@@ -123,9 +123,14 @@ def fold_command(
         float | None, typer.Option(min=0, help="Nats per token that the loss may grow.  [default: 0.01]")
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 128]")] = None,
-    documents: Annotated[
+    limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows on which every head is tried; four times as many judge.  [default: 4]"),
+        typer.Option(
+            "--limit",
+            "--documents",
+            min=1,
+            help="Windows on which every head is tried; four times as many judge.  [default: 4]",
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
     force: Annotated[
@@ -156,7 +161,7 @@ def fold_command(
     loaded = load_model(model, dtype, device, revision, trust_remote_code)
     result = posterity.fold(
         loaded.model, loaded.tokenizer, open_documents(text or [], field, skipped),
-        **drop_unset(budget=budget, context=context, limit=documents, batch=batch),
+        **drop_unset(budget=budget, context=context, limit=limit, batch=batch),
     )  # fmt: skip
     attrs = {**result.record(), **run_attrs(loaded), **print_skipped_lines(skipped)}
     typer.echo(str(result))

@@ -12,7 +12,9 @@ from posterity.axes import READER_LEVELS, READER_QUANTITIES
 from posterity.decomposition.credit import check_finite
 from posterity.decomposition.reader_lags import edge_sums, lags_within
 from posterity.errors import InputError
+from posterity.inputs.arguments import open_model, split_arguments
 from posterity.inputs.documents import document_ids
+from posterity.inputs.named_documents import refuse_path
 from posterity.measurement.measure import measure
 from posterity.models.attach import refuse_uncut_paths, watch_model
 from posterity.models.chunked_loss import token_losses, window_losses
@@ -27,9 +29,9 @@ LONGEST = 256  # tokens: the matrices have tokens^2 numbers for every layer
 
 
 def inspect(
-    model: nn.Module,
-    tokenizer: Any,
-    text: Any,
+    model: Any = "default",
+    tokenizer: Any = None,
+    text: Any = None,
     *,
     horizons: tuple[int, ...] = (),
     batch: int = 8,
@@ -45,9 +47,10 @@ def inspect(
     j, of its key credit and of its value credit lie; `reader_lag_all` the same of all layers together.
 
     Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer; None if `text` is token ids.
-        text: str or token ids, at most 256 tokens.
+        model: As in `posterity.measure`: a model, or the name of one.
+        tokenizer: Its tokenizer. It may be left out, and the text come second, where the model brings it or the text is
+            token ids.
+        text: A str or token ids, at most 256 tokens.
         horizons: As in `posterity.measure`.
         batch: Loss positions in one backward pass.
         progress: Whether to show a progress bar on stderr.
@@ -60,6 +63,12 @@ def inspect(
     Raises:
         InputError: The text is too short or too long; as in `posterity.measure`.
     """
+    tokenizer, text = split_arguments(tokenizer, text)
+    if text is None:
+        raise InputError(f"inspect expects a text of 2 to {LONGEST} tokens; got none: pass a str or token ids")
+    refuse_path(text)
+    loaded = open_model(model, tokenizer)
+    model, tokenizer = loaded.model, loaded.tokenizer
     ids = document_ids(text, tokenizer)
     if not 2 <= len(ids) <= LONGEST:
         raise InputError(f"inspect expects a text of 2 to {LONGEST} tokens; got {len(ids)}: choose another part of it")
@@ -67,7 +76,7 @@ def inspect(
         raise InputError(f"expected a batch of at least 1; got {batch}")
     result = measure(
         model, None, [("the text", ids)], context=len(ids), losses=True, horizons=horizons, progress=progress,
-        seed=seed, attrs={"command": "posterity.inspect"} | dict(attrs or {}),
+        seed=seed, attrs={"command": "posterity.inspect"} | loaded.attrs | dict(attrs or {}),
     )  # fmt: skip
     matrices = _LossMatrices(len(ids))
     inner = language_model(model)

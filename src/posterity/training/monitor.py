@@ -132,7 +132,7 @@ class Monitor(TrainerCallback):
         horizons = tuple(h for h in self.horizons if h < context)
         with watch_model(inner) as watch, watch.suspend_cuts():
             result = measure(
-                inner, None, self.probe, context=context, losses=not watch.uncut_paths,
+                inner, None, self.probe, context=context, limit=None, losses=not watch.uncut_paths,
                 horizons=() if watch.uncut_paths else horizons, progress=False, attrs=self._coverage.attrs(),
             )  # fmt: skip
         if not is_first:
