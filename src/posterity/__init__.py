@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from posterity.reporting.summary import summary
     from posterity.results import stats
     from posterity.results.files import load, save
+    from posterity.results.reach import reach
     from posterity.results.tidy_table import table
     from posterity.training.compare import compare
     from posterity.training.monitor import Monitor

@@ -44,7 +44,7 @@ def _measures(findings: Findings) -> dict[str, tuple[int, Figure]]:
 def _numbers(findings: Findings) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Return figure, error, baseline and windows, (model, measure); NaN where a model lacks a measure."""
     columns = {name: column for column, name in enumerate(_measures(findings))}
-    table = {name: np.full((len(findings), len(columns)), np.nan) for name in NUMERIC_DIMS}
+    table: dict[str, np.ndarray] = {name: np.full((len(findings), len(columns)), np.nan) for name in NUMERIC_DIMS}
     for row, by_clause in enumerate(findings.values()):
         for finding in by_clause.values():
             for figure in finding.figures:

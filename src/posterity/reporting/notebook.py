@@ -24,7 +24,7 @@ def draws_with_other_script() -> bool:
 def _current_cell() -> tuple[str | None, int]:
     """Return the id of the running cell, as ipykernel knows it, and the number of the run; None without one."""
     ipython: Any = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
+    shell: Any = ipython.get_ipython() if ipython else None
     try:
         cell = shell.get_parent()["metadata"]["cellId"]
     except (AttributeError, KeyError, TypeError):

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from posterity.errors import InputError
-from posterity.inputs.documents import Tokens, document_kind, name_documents
+from posterity.inputs.documents import Tokens, document_kind
+from posterity.inputs.named_documents import name_documents
 from posterity.inputs.windows import Corpus, read_corpus
 from posterity.models.language_model import seed_rng
 
