@@ -130,7 +130,7 @@ def measure_weights(subject: Subject) -> Finding:
             value=(edges - self_edges) / self_edges,
             baseline=(subject.plan.context - 1) / 2,
             formula="edges of lag > 0 over edges of lag 0, a mean over layers",
-            expected="(N - 1)/2 without windows",
+            expected="(N − 1)/2 without windows",
         )
     ]
     verdicts, words, windows = [], [], result.sizes["document"]
@@ -212,7 +212,7 @@ LOOK_AHEAD = Clause(
 WEIGHTS = Clause(
     number=4,
     name="The count and the weights",
-    statement="W_K and W_V get one gradient term from every reader, on average (N - 1)/2 later ones for each own one, "
+    statement="W_K and W_V get one gradient term from every reader, on average (N − 1)/2 later ones for each own one, "
     "so that the later ones dominate.",
     prefix="weights",
     measure=measure_weights,

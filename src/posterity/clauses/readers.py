@@ -8,7 +8,8 @@ from posterity.clauses.clause import Clause, common_verdict, judge, labelled_arr
 from posterity.clauses.drawing import Chart, View, expected_line, measured_line
 from posterity.clauses.subject import Subject
 from posterity.decomposition.accumulator import stack_layers
-from posterity.decomposition.participation import KINDS, participation_ratio
+from posterity.decomposition.edge_blocks import KINDS
+from posterity.decomposition.participation import participation_ratio
 from posterity.models.attach import observe_model
 from posterity.models.chunked_loss import window_losses
 from posterity.models.language_model import freeze_parameters
@@ -96,7 +97,7 @@ def _figure(kind: str, value: float, error: float, available: float, windows: in
         windows=windows,
         baseline=available,
         formula="(sum of |w|)² / (sum of w²) over a key's edges, mean over keys and heads",
-        expected="mean of N - j",
+        expected="mean of N − j",
         units="queries",
     )
 
@@ -108,7 +109,7 @@ def _draw_readers(audit: View) -> list[Chart]:
     traces = [measured_line(str(kind), by_layer.layer, by_layer.sel(kind=kind), error.sel(kind=kind)) for kind in kinds]
     position = by_position.position
     curves = [measured_line(str(kind), position, by_position.sel(kind=kind), mode="lines") for kind in kinds]
-    curves.append(expected_line("N - j", position, length - np.arange(length), mode="lines"))
+    curves.append(expected_line("N − j", position, length - np.arange(length), mode="lines"))
     return [
         Chart("Readers of a key, by layer", "Mean over keys and heads; all queries from the key on would be "
               f"{(length + 1) / 2:.0f}.", traces, "layer", "readers", log="y"),

@@ -12,6 +12,8 @@ from posterity.atomic_files import check_output_path, write_atomically
 from posterity.errors import InputError, readable
 from posterity.reporting.audit_page import render_audit
 from posterity.reporting.comparison_page import render_comparison
+from posterity.reporting.html import without_plotly
+from posterity.reporting.notebook import draws_with_other_script
 from posterity.reporting.result_page import render_results
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON
@@ -28,14 +30,15 @@ PAGES: dict[str, Callable[[xr.Dataset], str]] = {  # of the kinds that have a pa
 
 @dataclass(frozen=True)
 class Page:
-    """A page that a notebook shows by itself, also after it was exported."""
+    """A page that a notebook shows by itself, also after it was exported; its reports share plotly's script."""
 
     html: str
 
     def _repr_html_(self) -> str:
+        page = without_plotly(self.html) if draws_with_other_script() else self.html
         style = "width:100%;height:52rem;border:1px solid #8884;border-radius:8px"
         return (
-            f'<iframe srcdoc="{html.escape(self.html, quote=True)}" title="Posterity report" style="{style}" '
+            f'<iframe srcdoc="{html.escape(page, quote=True)}" title="Posterity report" style="{style}" '
             'sandbox="allow-scripts allow-downloads allow-modals"></iframe>'
         )
 

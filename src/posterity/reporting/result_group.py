@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import xarray as xr
 
 from posterity.palette import SERIES
 from posterity.reporting.panel_grid import shorten
-from posterity.reporting.result_words import model_name, text_name
+from posterity.reporting.result_words import lead_reader, model_name, text_name
+from posterity.results import stats
+from posterity.results.netcdf import portable_value
 from posterity.results.steps import latest_step
 
 
@@ -25,6 +28,10 @@ class NamedResult:
         """The number of layers."""
         return self.result.sizes["layer"]
 
+    def uncertainty(self, error: Any) -> Any:
+        """Return what is drawn and written behind the ± of numbers with a standard error over the windows."""
+        return stats.uncertainty(error, self.result.sizes["document"])
+
 
 @dataclass(frozen=True)
 class ResultGroup:
@@ -38,6 +45,18 @@ class ResultGroup:
         last = [latest_step(result) for result in results]
         parts = zip(names or result_names(last, files), last, results, strict=True)
         return cls([NamedResult(number, *part) for number, part in enumerate(parts)])
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The edges that the page shows, by their key, those that it begins with first (`reader_of` of the stats)."""
+        apart = all(lead_reader(member.result) == "rest" for member in self.members)
+        return ("rest", "all") if apart else ("all",)
+
+    @property
+    def sinks(self) -> str:
+        """The number of first keys that `reader_of` tells from the rest: of all results, or "few" where they differ."""
+        numbers = {str(portable_value(member.result.attrs.get("sinks"))) for member in self.members}
+        return numbers.pop() if len(numbers) == 1 else "few"
 
     @property
     def single(self) -> bool:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posterity.axes import STREAMS, WRITTEN
+from posterity.reporting.reader_table import reader_lags_table
 from posterity.reporting.result_words import beyond_words, heading, lead_reader, reading_notes, verdict_sentence
 from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, tokens_text
@@ -67,6 +68,10 @@ def print_result(result: xr.Dataset, console: Console) -> None:
     console.print(table)
     console.print()
     console.print(Text(verdict_sentence(result)))
+    if (readers := reader_lags_table(result)) is not None:
+        console.print()
+        console.print(readers)
+        console.print()
     for note in [*reading_notes(result), *row_notes(result, rows)]:
         console.print(Text(note, style="dim"))
 

@@ -46,7 +46,7 @@ def chart_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
         tables |= _modules(result)
     if "horizon_by_document" in result:
         tables["horizons"] = [_curves(result, stream) for stream in STREAMS]
-        tables["reach"] = [_reach(result, stream) for stream in STREAMS]
+        tables["head_horizons"] = [_reach(result, stream) for stream in STREAMS]
     return tables
 
 
