@@ -15,8 +15,9 @@ from support.tiny import summed_loss, tiny, tokens
 
 import posterity
 from posterity import InputError
+from posterity.axes import WRITTEN
 from posterity.clauses.all_clauses import CLAUSES
-from posterity.clauses.clause import judge
+from posterity.clauses.clause import judge, margin_of_error
 from posterity.clauses.context_growth import measure_growth
 from posterity.clauses.drawing import View
 from posterity.clauses.readers import measure_readers
@@ -133,8 +134,9 @@ def test_look_back_and_look_ahead_are_the_dense_shares():
     credit = torch.stack(credits)
     self_share = credit.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3, 4)) / credit.sum((0, 1, 3, 4, 5))
     values = {f.name: f.value for clause in CLAUSES[:2] for f in clause.measure(audit_subject).figures}
-    for index, (stream, side) in enumerate((("query", "past"), ("key", "future"), ("value", "future"))):
-        assert values[f"{stream} credit from the {side}"] == pytest.approx(1 - self_share[index].item(), rel=1e-6)
+    names = ("query credit over edges to earlier keys", *(f"{x} credit over edges from later queries" for x in WRITTEN))
+    for name, share in zip(names, self_share.tolist(), strict=True):
+        assert values[name] == pytest.approx(1 - share, rel=1e-6)
 
 
 def test_the_count_is_exact_and_the_weights_are_autograd_s():
@@ -258,11 +260,20 @@ def test_the_future_dominates_from_the_length_on_after_which_no_share_rises_abov
         ([0.9, math.nan], [math.nan, math.nan], HOLDS),
     ],
 )
-def test_a_verdict_takes_two_standard_errors(value, error, verdict):
-    assert judge(value, error)[0] == verdict
+def test_a_verdict_takes_a_margin_of_error(value, error, verdict):
+    margin = margin_of_error(error, 0)
+    assert judge(value, margin)[0] == verdict
     other = {HOLDS: FAILS, FAILS: HOLDS, MIXED: MIXED}
-    assert judge([1 - x for x in value], error)[0] == other[verdict]
-    assert judge([1 - x for x in value], error, above=False)[0] == verdict
+    assert judge([1 - x for x in value], margin)[0] == other[verdict]
+    assert judge([1 - x for x in value], margin, above=False)[0] == verdict
+
+
+def test_few_windows_have_a_wide_margin_of_error():
+    errors = [0.1, math.nan]
+    for windows, factor in {0: 2, 1: 2, 2: 12.706205, 4: 3.182446, 1000: 1.962341}.items():
+        np.testing.assert_allclose(margin_of_error(errors, windows), [0.1 * factor, 0], rtol=1e-6)
+    assert judge([0.75], margin_of_error([0.1], 20))[0] == HOLDS
+    assert judge([0.75], margin_of_error([0.1], 4))[0] == MIXED
 
 
 def test_standard_errors_are_those_of_the_bootstrap():

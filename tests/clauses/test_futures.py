@@ -306,7 +306,7 @@ def test_a_verdict_on_futures_needs_information_the_law_and_disagreement():
     z = np.array([1.0, -1.5])
 
     def judged(information=far, z=z, layers=layers, ngrams=4):
-        return futures._judge((information, error), z, common, layers, ngrams)
+        return futures._judge((information, error), z, common, layers, 6, ngrams)
 
     assert judged()[0] == HOLDS
     assert judged(ngrams=0)[0] == HOLDS

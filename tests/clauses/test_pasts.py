@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -130,12 +131,13 @@ def test_pasts_that_are_the_same_agree_fully():
 def test_a_verdict_on_pasts_needs_disagreement_and_more_than_chance():
     few = np.full(3, 0.01)
     low, half, high = np.full(3, 0.01), np.full(3, 0.3), np.array([0.3, 0.3, 0.9])
-    assert pasts._judge(half, few, low, few)[0] == HOLDS
-    assert pasts._judge(half, few, np.full(3, np.nan), np.full(3, np.nan))[0] == HOLDS
-    assert pasts._judge(low, few, half, few) == (
+    judge = partial(pasts._judge, segments=6)
+    assert judge(half, few, low, few)[0] == HOLDS
+    assert judge(half, few, np.full(3, np.nan), np.full(3, np.nan))[0] == HOLDS
+    assert judge(low, few, half, few) == (
         FAILS, "0 of 3 layers hold it; no more than chance in layers 0, 1 and 2"
     )  # fmt: skip
-    assert pasts._judge(high, few, low, few) == (
+    assert judge(high, few, low, few) == (
         MIXED, "2 of 3 layers hold it; more than half is common in layer 2"
     )  # fmt: skip
 

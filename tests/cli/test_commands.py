@@ -214,11 +214,11 @@ def test_the_defaults_that_the_help_shows_are_those_of_the_library():
 def test_several_runs_make_one_page(calls):
     result = run("report", "a.nc", "b.nc", "-o", "page.html")
     assert (result.exit_code, result.output) == (0, "page written: page.html\n")
-    assert [call[:2] for call in calls] == [
-        ("check_output_path", (Path("page.html"),)),
-        ("load", (Path("a.nc"),)),
-        ("load", (Path("b.nc"),)),
-        ("report", (["a run", "a run"], Path("page.html"))),
+    assert run("report", "a.nc", "b.nc", "-o", "page.html", "--labels", "plain, myopic").exit_code == 0
+    files, page = [Path("a.nc"), Path("b.nc")], Path("page.html")
+    assert [call for call in calls if call[0] == "report"] == [
+        ("report", (files, page), {"labels": []}),
+        ("report", (files, page), {"labels": ["plain", "myopic"]}),
     ]
 
 

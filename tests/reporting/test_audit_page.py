@@ -14,6 +14,9 @@ from posterity.clauses.all_clauses import CLAUSES
 from posterity.clauses.drawing import Chart, View, bars, measured_line
 from posterity.palette import DARK
 from posterity.reporting.audit_page import draw_picture
+from posterity.reporting.audit_table import figure_rows, reading_note
+from posterity.results.audit_schema import AUDIT
+from posterity.results.formatting import value_with_error
 
 SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "pass_tokens": 16, "prefix": 8}
 SMALL |= {"positions": 2, "prefixes": 2, "future": 4, "draws": 3}
@@ -47,6 +50,37 @@ def test_all_rows_survive_file_and_table(tmp_path, audited):
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert all(f"{clause.number} · {clause.name}" in text for clause in CLAUSES)
+
+
+def test_a_figure_prints_the_interval_of_its_few_windows(audited):
+    models = audited.sizes["model"]
+    for windows in (2, 4, 8):
+        audit = audited.assign(windows=audited.windows.where(audited.windows == 0, windows))
+        for index, measure in enumerate(audit.measure.values):
+            row = next(row for row in figure_rows(audit, int(audit.of_clause[index])) if row.name == measure)
+            for model in range(models):
+                value, error = (float(audit[name][model, index]) for name in ("figure", "error"))
+                counted = int(audit.windows[model, index]) or 8
+                assert row.values[model] == value_with_error(value, error, windows=counted)
+                assert counted != 2 or "±" not in row.values[model]
+    assert "Student's t" in reading_note(audited)
+
+
+def test_every_error_of_a_figure_says_over_how_many_windows_it_is_taken(audited):
+    exact = audited.measure.str.startswith("z of")
+    known = (audited.error > 0) & ~exact
+    assert (audited.windows.where(known, 2) >= 2).all()
+    assert known.sum() > 40
+    assert (audited.windows.where(exact, 0) == 0).all()
+
+
+def test_an_audit_of_before_prints_standard_errors(audited):
+    old = audited.drop_vars("windows")
+    assert AUDIT.check(old) is old
+    cells = [row.values[0] for number in old.clause.values for row in figure_rows(old, number)]
+    pairs = zip(old.figure.values[0].tolist(), old.error.values[0].tolist(), strict=True)
+    assert sorted(cells) == sorted(value_with_error(*pair) for pair in pairs)
+    assert "the margin of error two: an older audit" in reading_note(old)
 
 
 def test_names_in_a_picture_are_shown_as_they_are():

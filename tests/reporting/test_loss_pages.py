@@ -9,11 +9,13 @@ from support.pages import Reader, data, page, tables, traces
 from support.sample import sample
 
 from posterity.axes import STREAMS, WRITTEN
-from posterity.reporting.html import plotly_script
+from posterity.reporting.html import packed_plotly
 from posterity.reporting.module_kinds import split_name
 from posterity.reporting.result_table import LOSS_PARTS
 from posterity.results import stats
 from posterity.results.formatting import horizon_text, percent
+
+ANCHORS = {"answer", "charts", "more", "heads", "how", "data", "plotly", "waiting", "head-choice", "head-numbers"}
 
 
 def pooled(part, whole) -> tuple[np.ndarray, np.ndarray]:
@@ -23,12 +25,12 @@ def pooled(part, whole) -> tuple[np.ndarray, np.ndarray]:
 
 
 def two_digits(value) -> str:
-    return f"{float(value):.2f}".replace("-0.00", "0.00")
+    return f"{float(value):.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def test_the_figures_of_who_pays_hold_the_numbers_of_plain_numpy(paid):
     text = page(paid)
-    credit = np.nan_to_num(paid.loss_credit_by_document.sum("reader_of").values).sum(
+    credit = np.nan_to_num(paid.loss_credit_by_document.sel(reader_of="rest").values).sum(
         2
     )  # document, layer, written, part
     share, error = pooled(credit, credit.sum(-1, keepdims=True))
@@ -38,9 +40,10 @@ def test_the_figures_of_who_pays_hold_the_numbers_of_plain_numpy(paid):
         for number, name in enumerate(LOSS_PARTS.values()):
             np.testing.assert_allclose(bars[name]["y"], share[:, panel, number], rtol=1e-5)
             pairs = zip(share[:, panel, number], error[:, panel, number], strict=True)
-            assert bars[name]["customdata"] == [percent(*pair) for pair in pairs]
+            assert bars[name]["customdata"] == [percent(*pair, 5) for pair in pairs]
     own, later, inner = np.moveaxis(paid.hidden_by_document.values, -1, 0)
     share, error = pooled(own + inner, own + later + 2 * inner)
+    error = stats.uncertainty(error, 5)
     hidden = traces(text, "inputs", 0)
     np.testing.assert_allclose(hidden["own share"]["y"], share, rtol=1e-5)
     np.testing.assert_allclose(hidden["own share low"]["y"], share - error, rtol=1e-5)
@@ -54,7 +57,7 @@ def test_the_figure_of_who_pays_by_position_holds_the_numbers_of_plain_numpy(pai
     share = by_position / by_position.sum((1, 2), keepdims=True)
     for panel in range(len(WRITTEN)):
         lines = traces(page(paid), "loss_positions", panel)
-        start = [int(name.split("–")[0]) for name in lines["own loss"]["customdata"]]
+        start = [int(name.split("–")[0]) for name, _ in lines["own loss"]["customdata"]]
         assert start[:18] == [*range(17), 19]
         ends = [*start[1:], 64]
         for name, values in (("own loss", share[panel, 0]), ("later losses", share[panel, 1:].sum(0))):
@@ -73,21 +76,18 @@ def test_the_figure_of_the_parameters_adds_up_experts_and_leaves_out_what_is_in_
     lines = traces(text, "modules", 1)
     assert lines["own share"]["x"] == [0, 1, 2, 3]
     np.testing.assert_allclose(lines["own share"]["y"], share, rtol=1e-5)
-    np.testing.assert_allclose(lines["own share high"]["y"], share + error, rtol=1e-5)
+    np.testing.assert_allclose(lines["own share high"]["y"], share + stats.uncertainty(error, 5), rtol=1e-5)
     rest = tables(text)["Parameters of modules in no layer"]
     assert [row[0] for row in rest[1:]] == ["model.embed", "model.norm"]
     own, later, inner = terms[:, -1].T
-    assert rest[2][1] == percent(*pooled(own + inner, own + later + 2 * inner))
+    assert rest[2][1] == percent(*pooled(own + inner, own + later + 2 * inner), windows=5)
 
 
 def test_the_figures_of_the_horizons_hold_the_numbers_of_plain_numpy(paid):
     text = page(paid)
     left, total = (
-        np.nan_to_num(x.values)
-        for x in (
-            paid.horizon_by_document.sum("reader_of"),
-            paid.credit_by_document.sum(("reader_of", "side")),
-        )
+        np.nan_to_num(x.sel(reader_of="rest").values)
+        for x in (paid.horizon_by_document, paid.credit_by_document.sum("side"))
     )
     model, error = pooled(left.sum((1, 2)), total.sum((1, 2))[..., None])
     layers, _ = pooled(left.sum(2), total.sum(2)[..., None])
@@ -96,10 +96,12 @@ def test_the_figures_of_the_horizons_hold_the_numbers_of_plain_numpy(paid):
         lines = traces(text, "horizons", panel)
         assert lines["all layers"]["x"] == horizons
         np.testing.assert_allclose(lines["all layers"]["y"], model[panel], rtol=1e-5)
-        np.testing.assert_allclose(lines["all layers high"]["y"], model[panel] + error[panel], rtol=1e-5)
+        np.testing.assert_allclose(
+            lines["all layers high"]["y"], model[panel] + stats.uncertainty(error, 5)[panel], rtol=1e-5
+        )
         by_layer = [lines["first layer"], lines["scatter"], lines["scatter+"], lines["last layer"]]
         np.testing.assert_allclose([line["y"] for line in by_layer], layers[:, panel], rtol=1e-5)
-        grey, coloured, *covers = traces(text, "reach", panel).values()
+        grey, coloured, *covers = traces(text, "head_horizons", panel).values()
         for layer, head in np.ndindex(4, 3):
             cells = [trace["z"][layer][head] for trace in (grey, coloured, *covers)]
             if (layer, head) == (3, 2):  # the layer has not that head
@@ -125,16 +127,18 @@ def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
         head, everything, *layers = captions[f"Who pays for the {written}s"]
         assert head[1:4] == ["own loss", "self edge, later losses", "future edges"]
         assert everything[1] == percent(*(float(stats.loss_shares(paid)[name].sel(written=written, part="own"))
-                                          for name in ("share", "error")))  # fmt: skip
+                                          for name in ("share", "error")), windows=5)  # fmt: skip
         for layer, row in enumerate(layers):
             numbers = share.sel(layer=layer, written=written)
             assert row[0] == str(layer)
-            assert row[1:4] == [percent(*map(float, pair)) for pair in zip(numbers.share, numbers.error, strict=True)]
+            assert row[1:4] == [
+                percent(*map(float, pair), 5) for pair in zip(numbers.share, numbers.error, strict=True)
+            ]
             assert row[4:] == [two_digits(value) for value in cosine.sel(layer=layer, written=written).values]
     hidden = stats.hidden_shares(paid)
     for layer, row in enumerate(captions["The residual stream at the layers' inputs"][1:]):
         numbers = hidden.sel(layer=layer)
-        assert row[1:] == [percent(float(numbers.share), float(numbers.error)), two_digits(numbers.cosine)]
+        assert row[1:] == [percent(float(numbers.share), float(numbers.error), 5), two_digits(numbers.cosine)]
     by_position = stats.loss_shares_by_position(paid).sel(written="value", position=slice(16, 18)).sum("position")
     row = next(row for row in captions["Share of the whole credit by position"] if row[0] == "16–18")
     later = float(by_position.sel(part=["self later", "future"]).sum())
@@ -145,7 +149,7 @@ def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
             numbers = curve.sel(layer=layer, stream=stream)
             length = float(reach.sel(layer=layer, stream=stream))
             assert row[1] == horizon_text(length, 1, 32)
-            assert row[2:] == [percent(*map(float, pair)) for pair in zip(numbers.share, numbers.error, strict=True)]
+            assert row[2:] == [percent(*map(float, pair), 5) for pair in zip(numbers.share, numbers.error, strict=True)]
         heads = [row[1:] for row in captions[f"Effective horizon, {stream}"][1:]]
         assert [cell == "> 32 tokens" for cell in heads[0]] == [
             bool(far) for far in np.isinf(stats.effective_horizon(paid, ("layer", "head")).sel(layer=0, stream=stream))
@@ -154,7 +158,7 @@ def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
     kinds = captions["Own share"]
     assert kinds[0] == ["layer", "self_attn.q_proj", "mlp.experts.*.up"]
     numbers = stats.parameter_shares(paid).sel(parameter="model.layers.2.self_attn.q_proj")
-    assert kinds[3][1] == percent(float(numbers.share), float(numbers.error))
+    assert kinds[3][1] == percent(float(numbers.share), float(numbers.error), 5)
     assert captions["Cosine between own and later"][3][1] == two_digits(numbers.cosine)
 
 
@@ -170,17 +174,17 @@ def test_the_cosine_of_a_part_that_is_rounding_is_not_shown(paid):
 
 def test_pages_show_only_what_was_measured(plain, paid):
     ids = {attrs["id"] for _, attrs in Reader(page(plain)).tags if "id" in attrs}
-    assert ids == {"charts", "heads", "how", "data", *CHARTS, *(f"{name}-title" for name in CHARTS)}
+    assert ids == {*ANCHORS, *CHARTS, *(f"{name}-title" for name in CHARTS)}
     assert "2404.00859" not in page(plain)
     only = {
         "losses": (sample(losses=True), ["loss_parts", "inputs", "loss_positions"]),
-        "horizons": (sample(horizons=(2, 8)), ["horizons", "reach"]),
+        "horizons": (sample(horizons=(2, 8)), ["horizons", "head_horizons"]),
         "parameters": (sample(parameters=["model.layers.0.a"]), ["modules"]),
         "rest": (sample(parameters=["a"]), []),
     }
     for result, charts in only.values():
         figures = [attrs["data-chart"] for tag, attrs in Reader(page(result)).tags if "data-chart" in attrs]
-        assert figures == CHARTS + charts
+        assert set(figures) == {*CHARTS, *charts}
         assert tables(page(result)).keys() > tables(page(plain)).keys()
     assert "Effective horizon" not in Reader(page(only["losses"][0])).text
     assert "Parameters of modules in no layer" in tables(page(only["rest"][0]))
@@ -205,7 +209,7 @@ def test_who_pays_of_numbers_that_are_not_known_is_not_known(paid):
         broken[name][:] = np.nan
     text = page(broken)
     assert {cell for row in tables(text)["Who pays for the keys"][1:] for cell in row[1:]} == {"–"}
-    assert not re.search(r"\bnan\b|NaN|Infinity", text.replace(plotly_script(), "").split("<script>")[0])
+    assert not re.search(r"\bnan\b|NaN|Infinity", text.replace(packed_plotly(), "").split("<script>")[0])
 
 
 @pytest.mark.parametrize(

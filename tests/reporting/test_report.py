@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs_version
 from support.page_results import HOSTILE
 from support.pages import Reader, data, page, traces
 from support.sample import sample
@@ -15,11 +16,13 @@ from support.sample import sample
 from posterity.axes import STREAMS
 from posterity.errors import InputError
 from posterity.reporting.bins import doublings
-from posterity.reporting.html import escaped_json, plotly_script
+from posterity.reporting.head_maps import stretch
+from posterity.reporting.html import escaped_json, packed_plotly, plotly_script
 from posterity.reporting.report import report
 from posterity.reporting.result_group import result_names
 from posterity.results import stats
 from posterity.results.files import load, save
+from posterity.results.formatting import percent
 
 
 def test_names_of_every_kind_show_as_text(hostile):
@@ -36,53 +39,82 @@ def test_the_data_of_the_page_is_json_that_no_parser_mistakes_for_markup(hostile
     assert not re.search("[<>&\u2028\u2029]", Reader(text).json)
     names = [name for name in traces(text, "layers") if not name.endswith((" low", " high"))]
     assert names == ["counting edges alone", HOSTILE.replace("\u2028", " ")[:39] + "…", "tiny/sample"]
-    assert set(data(text)) == {"template", "dark", "figures", "inspected_texts"}
+    assert set(data(text)) == {"template", "dark", "figures", "inspected_texts", "heads", "streams"}
 
 
 def test_the_figures_of_layers_and_lags_hold_the_shares_and_their_errors(plain):
-    text, shares, profile = page(plain), stats.shares(plain, ("layer",)).sel(side="self"), stats.profile(plain)
-    width = doublings(plain.lag.values, plain.lag_end.values)
+    text, profile = page(plain), stats.profile(plain, (), "rest")
+    shares = stats.shares(plain, ("layer",), "rest").sel(side="self")
+    shares["error"] = stats.uncertainty(shares.error, 5)
     for panel, stream in enumerate(STREAMS):
         layers, lags = traces(text, "layers", panel), traces(text, "lags", panel)
         share, error = (shares[name].sel(stream=stream).values for name in ("share", "error"))
         np.testing.assert_allclose(layers["self share"]["y"], share, rtol=1e-5)
         np.testing.assert_allclose(layers["self share low"]["y"], share - error, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(layers["self share high"]["y"], share + error, rtol=1e-5)
-        counted = stats.counts(plain, ("layer",)).isel(lag=0)
+        counted = stats.counts(plain, ("layer",), "rest").isel(lag=0)
         np.testing.assert_allclose(layers["counting edges alone"]["y"], counted, rtol=1e-5)
-        np.testing.assert_allclose(lags["credit"]["y"], profile.share.sel(stream=stream) / width, rtol=1e-5)
-        np.testing.assert_allclose(lags["attention"]["y"], stats.attention_profile(plain) / width, rtol=1e-5)
-        np.testing.assert_allclose(lags["counting edges alone"]["y"], profile.counted / width, rtol=1e-5)
+        np.testing.assert_allclose(lags["credit"]["y"], profile.share.sel(stream=stream).cumsum(), rtol=1e-5)
+        np.testing.assert_allclose(
+            lags["attention"]["y"], stats.attention_profile(plain, (), "rest").cumsum(), rtol=1e-5
+        )
+        np.testing.assert_allclose(lags["counting edges alone"]["y"], profile.counted.cumsum(), rtol=1e-5)
 
 
-def test_the_views_of_the_lags_hold_single_shares_and_sums(plain):
-    figure, profile = data(page(plain))["figures"]["lags"], stats.profile(plain)
+def test_the_views_of_the_lags_hold_shares_per_doubling_and_of_single_lags_with_their_errors(plain):
+    figure = data(page(plain))["figures"]["lags"]
+    for end, reader_of in (("", "rest"), (" all", "all")):
+        profile = stats.profile(plain, (), reader_of)
+        assert_views(figure, plain, profile.assign(error=stats.uncertainty(profile.error, 5)), end)
+
+
+def assert_views(figure, plain, profile, end):
+    """Hold the views whose names have an end to the shares of a profile."""
+    first, last = plain.lag.values, plain.lag_end.values
     credit = [(index, trace) for index, trace in enumerate(figure["data"]) if trace.get("name") == "credit"]
     for (index, _), stream in zip(credit, STREAMS, strict=True):
-        share = profile.share.sel(stream=stream).values
-        single = figure["views"]["lag"]["data"][str(index)]["y"]
-        right = share / (plain.lag_end - plain.lag + 1).values
+        share, error = (profile[name].sel(stream=stream).values for name in ("share", "error"))
+        doubling = figure["views"]["doubling" + end]["data"]
+        np.testing.assert_allclose(doubling[str(index)]["y"], share / doublings(first, last), rtol=1e-5)
+        wide = error / doublings(first, last)
+        assert doubling[str(index)]["customdata"][3][1] == percent(share[3] / doublings(first, last)[3], wide[3])
+        single = figure["views"]["lag" + end]["data"][str(index)]["y"]
+        right = share / (last - first + 1)
         np.testing.assert_allclose(np.array(single, dtype=float), np.where(right > 1e-3 / 64, right, np.nan), rtol=1e-5)
-        np.testing.assert_allclose(figure["views"]["sum"]["data"][str(index)]["y"], share.cumsum(), rtol=1e-5)
-    assert figure["views"]["lag"]["layout"]["yaxis"]["type"] == "log"
+    assert figure["views"]["lag" + end]["layout"]["yaxis"]["type"] == "log"
     bands = [index for index, trace in enumerate(figure["data"]) if "fill" in trace]
     assert len(bands) == 3
-    for view in figure["views"].values():
-        assert all(view["data"][str(index)]["visible"] is False for index in bands)
+    assert all(figure["views"]["lag" + end]["data"][str(index)]["visible"] is False for index in bands)
+
+
+def test_the_error_of_an_added_up_share_is_that_of_the_sum(plain):
+    lags = traces(page(plain), "lags", 2)
+    credit = plain.profile_by_document.sum("layer").sel(stream="value", reader_of="rest").values.cumsum(-1)
+    share, total = credit.sum(0) / credit[:, -1].sum(), credit[:, -1:]
+    residual = credit - share * total
+    documents = len(credit)
+    error = np.sqrt(documents / (documents - 1) * (residual**2).sum(0)) / abs(total.sum())
+    error = stats.uncertainty(error, documents)
+    np.testing.assert_allclose(np.array(lags["credit high"]["y"]) - share, error, rtol=1e-3, atol=2e-6)
+    assert lags["credit"]["customdata"][5] == ["0–5", percent(share[5], error[5])]
 
 
 def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
-    text, shares = page(plain), stats.shares(plain, ("layer", "head")).sel(side="self")
+    text, shares = page(plain), stats.shares(plain, ("layer", "head"), "rest").sel(side="self")
     for panel, stream in enumerate(STREAMS):
         grey, coloured = traces(text, "map", panel).values()
-        weak = stats.weak_heads(plain).sel(stream=stream).values
+        assert (grey["hoverinfo"], coloured["hoverongaps"]) == ("skip", True)
+        weak = stats.weak_heads(plain, "rest").sel(stream=stream).values
         share = shares.share.sel(stream=stream).values
-        np.testing.assert_allclose(np.array(coloured["z"], dtype=float), np.where(weak, np.nan, share), rtol=1e-5)
+        np.testing.assert_allclose(
+            np.array(coloured["z"], dtype=float), np.where(weak, np.nan, stretch(share)), rtol=1e-5
+        )
         np.testing.assert_array_equal(np.array(grey["z"], dtype=float) == 1, weak)
-        for trace, mask in ((grey, weak), (coloured, ~weak)):
-            assert [[cell is not None for cell in row] for row in trace["customdata"]] == mask.tolist()
-        words = next(cell for row in coloured["customdata"] for cell in row if cell)
-        assert re.fullmatch(r"-?\d+\.\d ± \d+\.\d %", words[0])
+        errors = shares.error.sel(stream=stream).values
+        for layer, head in np.ndindex(weak.shape):
+            words, _, note = coloured["customdata"][layer][head]
+            assert words == percent(share[layer, head], errors[layer, head], 5)
+            assert ("too small or too uncertain" in note) == weak[layer, head]
 
 
 def test_a_page_does_not_take_the_place_of_its_result(tmp_path, plain):
@@ -101,12 +133,14 @@ def test_escaped_json_means_the_same():
 
 
 def test_the_page_names_no_other_computer(plain):
-    text = page(plain, sample(seed=1)).replace(plotly_script(), "")
-    assert len(text) < 300_000
+    text = page(plain, sample(seed=1)).replace(packed_plotly(), "")
+    assert len(text) < 400_000
     assert not re.findall(r"(?:https?:)?//\w", re.sub(r"(?m)//\s.*$", "", text))
     assert not re.findall(r"@import|url\(|<link|<base|\bfetch\(|XMLHttp", text)
     assert not any({"src", "href", "action"} & set(attrs) - {"href"} for _, attrs in Reader(text).tags)
-    assert {attrs["href"] for _, attrs in Reader(text).tags if "href" in attrs} == {"#charts"}
+    links = {attrs["href"] for _, attrs in Reader(text).tags if "href" in attrs}
+    anchors = {f"#{attrs['id']}" for _, attrs in Reader(text).tags if "id" in attrs}
+    assert {"#charts", "#lags", "#map", "#how"} <= links <= anchors
 
 
 def test_the_page_runs_only_its_own_scripts(plain):
@@ -114,26 +148,38 @@ def test_the_page_runs_only_its_own_scripts(plain):
     policy = next(attrs["content"] for tag, attrs in read.tags if attrs.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe-inline" not in policy.split("style-src")[0]
-    scripts = [script for script in read.scripts if script != read.json]
-    assert len(scripts) == 2
-    for script in scripts:
+    kinds = [attrs.get("type") for tag, attrs in read.tags if tag == "script"]
+    assert kinds == ["application/json", "application/gzip", None, None, None]
+    for script in (plotly_script(), *read.scripts[2:]):
         assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
 
 
+def test_the_script_of_plotly_is_its_cartesian_bundle_of_the_version_that_draws_the_figures():
+    """As in npm's plotly.js-cartesian-dist-min; with another version of plotly in constraints.txt, take its bundle."""
+    code = plotly_script()
+    assert f"plotly.js (cartesian - minified) v{get_plotlyjs_version()}" in code[:100]
+    digest = "79542150855a52c567260e3137095dbe2b744e6d702a5cabe67da246942fba7a"
+    assert hashlib.sha256(code.encode()).hexdigest() == digest
+
+
+def test_a_page_is_below_two_megabytes(paid):
+    assert len(page(paid).encode()) < 2e6
+
+
 def test_the_script_of_plotly_is_in_the_page_once(plain):
-    assert page(plain, plain, plain).count(plotly_script()) == 1
+    assert page(plain, plain, plain).count(packed_plotly()) == 1
 
 
 def test_numbers_that_are_not_known_do_not_stop_the_page(plain):
     broken = plain.copy(deep=True)
-    broken["credit_by_document"][0, 0, 0, 1, 0, 0] = np.nan
+    broken["credit_by_document"][0, 0, 0, 1] = np.nan
     broken["profile_by_document"][:, :, 2] = np.nan
     broken["credit"][:, :, 0] = np.nan
     assert traces(page(broken), "lags", 2)["credit"]["y"] == [None] * broken.sizes["lag"]
     assert traces(page(broken), "layers", 1)["self share"]["y"][0] is None
     smallest = sample(layers=1, heads=1, context=1, documents=1, lags="all", with_weights=False)
     for result in (broken, smallest, sample(lags="self", with_weights=False, missing_heads=2)):
-        text = page(result).replace(plotly_script(), "")
+        text = page(result).replace(packed_plotly(), "")
         assert not re.search(r"\bnan\b|NaN|Infinity", text.split("<script>")[0])
         assert "undefined" not in text.split("<script>")[0]
 
@@ -142,6 +188,32 @@ def test_every_result_has_a_name_of_its_own(plain):
     assert result_names([plain]) == ["tiny/sample"]
     assert result_names([plain, sample(text_name="other")]) == ["tiny/sample, sample text", "tiny/sample, other"]
     assert len(set(result_names([plain, plain, plain]))) == 3
+    assert result_names([plain, plain], ["before", "after"]) == ["before · tiny/sample", "after · tiny/sample"]
+    assert result_names([plain, plain], ["before", ""]) == [
+        "tiny/sample, sample text (1)",
+        "tiny/sample, sample text (2)",
+    ]
+
+
+def headings(frame):
+    return [html.unescape(name) for name in re.findall("<h2>(.*?)</h2>", frame.html)]
+
+
+def test_results_of_one_model_are_named_by_their_files_or_by_labels(tmp_path, plain):
+    paths = [tmp_path / "before" / "run.nc", tmp_path / "after" / "run.nc", tmp_path / "after" / "other.nc"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        save(plain, path)
+    assert headings(report(paths[1:]))[:2] == ["run · tiny/sample", "other · tiny/sample"]
+    assert headings(report(paths[:2]))[:2] == ["before/run · tiny/sample", "after/run · tiny/sample"]
+    assert headings(report(paths[:2], labels=["plain", HOSTILE]))[:2] == ["plain", HOSTILE.replace("\u2028", " ")]
+    assert headings(report({"first": plain, "second": paths[0]}))[:2] == ["first", "second"]
+    assert "<h1>one run</h1>" in report({"one run": plain}).html
+    for labels in (["a"], ["a", "a"], ["a", ""], ["a", "b", "c"]):
+        with pytest.raises(InputError, match="expected 2 different labels"):
+            report(paths[:2], labels=labels)
+    with pytest.raises(InputError, match="at least one result"):
+        report({})
 
 
 def test_the_page_is_written_whole_to_its_path(tmp_path, plain):

@@ -66,6 +66,33 @@ def test_shares_that_are_equal_in_every_document_have_no_error():
     np.testing.assert_allclose(stats.ratio(0.25 * whole, whole).error, 0, atol=1e-15)
 
 
+@pytest.mark.parametrize("windows", [2, 3, 4, 5, 8, 21])
+def test_nineteen_of_twenty_intervals_hold_the_mean(windows):
+    """Of normal draws, whatever their number: the law that makes it Student's t."""
+    draws = np.random.default_rng(windows).normal(3, 2, (200_000, windows))
+    mean, error = stats.mean_and_error(draws, 1)
+    held = np.abs(mean - 3) <= stats.confidence(error, windows)
+    assert held.mean() == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / 200_000))
+
+
+def test_the_interval_is_that_of_the_tables_of_student():
+    table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 5: 2.5706, 6: 2.4469, 30: 2.0423, 1000: 1.9623}
+    for freedom, quantile in table.items():
+        assert stats.confidence(1.0, freedom + 1) == pytest.approx(quantile, abs=5e-5)
+    assert np.isnan(stats.confidence(1.0, 1))
+    error = xr.DataArray([0.1, np.nan], dims="layer", attrs={"units": "1"})
+    assert stats.confidence(error, 4).dims == ("layer",)
+    with pytest.raises(InputError, match="at least one window"):
+        stats.confidence(1.0, 0)
+
+
+def test_few_windows_print_their_interval_and_two_print_nothing():
+    assert np.isnan(stats.uncertainty(1.0, 1))
+    assert np.isnan(stats.uncertainty(1.0, 2))
+    assert all(stats.uncertainty(1.0, windows) == stats.confidence(1.0, windows) for windows in range(3, 8))
+    assert stats.uncertainty(1.0, 8) == 1.0
+
+
 # ---- shares
 
 
@@ -86,6 +113,36 @@ def test_shares_over_all_lags_sum_to_one_and_begin_with_the_self_share(uneven, b
     np.testing.assert_allclose(lagged.counted.sum("lag"), 1, rtol=1e-12)
     for name in ("share", "error"):
         np.testing.assert_allclose(lagged[name].isel(lag=0), sides[name].sel(side="self"), rtol=1e-9)
+
+
+@pytest.mark.parametrize("reader_of", ["all", "first", "rest"])
+def test_a_profile_by_head_is_the_share_of_each_head_s_own_credit(uneven, reader_of):
+    profile = stats.profile(uneven, ("layer", "head"), reader_of)
+    assert profile.share.dims == ("layer", "head", "stream", "lag")
+    assert profile.error.isnull().all()
+    credit = (
+        uneven.credit.sum("reader_of", skipna=False) if reader_of == "all" else uneven.credit.sel(reader_of=reader_of)
+    )
+    np.testing.assert_allclose(profile.share, credit / credit.sum("lag", skipna=False), rtol=1e-12)
+    whole = stats.profile(uneven, (), reader_of)
+    pooled = profile.share * credit.sum("lag", skipna=False) / credit.sum(("layer", "head", "lag"))
+    np.testing.assert_allclose(pooled.sum(("layer", "head")), whole.share, rtol=1e-9)
+    np.testing.assert_array_equal(profile.counted, stats.counts(uneven, ("layer",), reader_of))
+    grouped = stats.profile(uneven, ("kv_head",), reader_of)
+    assert grouped.share.dims == ("kv_head", "stream", "lag")
+
+
+@pytest.mark.parametrize("reader_of", ["all", "first", "rest"])
+def test_the_mean_attention_is_the_sum_of_the_weights_over_the_edges(uneven, reader_of):
+    sums = [uneven[name] for name in ("attention", "edges")]
+    attention, edges = (
+        x.sum("reader_of", skipna=False) if reader_of == "all" else x.sel(reader_of=reader_of) for x in sums
+    )
+    mean = stats.attention_mean(uneven, ("layer", "head"), reader_of)
+    expected = (attention / edges).where(edges > 0)
+    np.testing.assert_allclose(mean.transpose(*expected.dims), expected, rtol=1e-12)
+    total = attention.sum(("layer", "head")) / (edges * stats.existing_heads(uneven)).sum(("layer", "head"))
+    np.testing.assert_allclose(stats.attention_mean(uneven, (), reader_of), total, rtol=1e-12)
 
 
 def test_counting_alone_is_the_share_of_the_edges(plain):
@@ -317,7 +374,7 @@ def test_a_dimension_that_the_sums_do_not_have_is_refused(plain):
     for function, by in (
         (stats.shares, ("document",)),
         (stats.shares, "layer"),
-        (stats.profile, ("layer", "head")),
+        (stats.profile, ("layer", "position")),
         (stats.counts, ("head",)),
         (stats.weight_shares, ("layer", "head")),
     ):
@@ -346,7 +403,14 @@ def test_what_was_not_measured_is_refused_with_the_option_that_measures_it(funct
 
 def test_every_public_function_of_stats_is_listed_and_documented():
     homes = (stats.__name__, loss_stats.__name__)
-    functions = {"ratio", "mean_and_error", "existing_heads", "has_reader_axis"}  # of ratios, which holds helpers too
+    functions = {
+        "ratio",
+        "mean_and_error",
+        "existing_heads",
+        "has_reader_axis",
+        "confidence",
+        "uncertainty",
+    }  # of ratios
     functions.add("reach")
     functions |= {
         name for name, value in [*vars(stats).items(), *vars(loss_stats).items()]

@@ -3,8 +3,8 @@
 from support.sample import sample
 
 HOSTILE = "<b>&lt;</b><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\"{{7*7}}%{y}\u2028"
-CHARTS = ["map", "lags", "layers", "positions", "first", "weights", "agreement"]
-LOSS_CHARTS = ["loss_parts", "inputs", "loss_positions", "modules", "horizons", "reach"]
+CHARTS = ["reach", "lags", "map", "head", "layers", "positions", "first", "weights", "agreement"]
+LOSS_CHARTS = ["loss_parts", "inputs", "loss_positions", "modules", "horizons", "head_horizons"]
 KINDS = ["self_attn.q_proj", "mlp.experts.0.up", "mlp.experts.1.up"]
 PARAMETERS = ["model.embed", *(f"model.layers.{layer}.{kind}" for layer in range(4) for kind in KINDS), "model.norm"]
 

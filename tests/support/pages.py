@@ -119,14 +119,20 @@ def is_own(url):
 
 
 def opened(tab, path):
+    """Open a page, and every part of it that is folded away, and wait until all is drawn."""
     tab.goto(f"file://{path}")
     tab.wait_for_selector("html[data-drawn]")
-    return tab
+    tab.evaluate("document.querySelectorAll('.fold').forEach(part => part.open = true)")
+    for _ in range(600):
+        if tab.evaluate("[...document.querySelectorAll('.chart')].every(chart => chart.dataset.drawn)"):
+            return tab
+        tab.wait_for_timeout(50)
+    raise TimeoutError("a figure is not drawn")
 
 
 DRAWN = """() => [...document.querySelectorAll('.chart')].map(chart => ({
     id: chart.dataset.chart, size: chart.querySelector('.main-svg').getBoundingClientRect().width,
     panels: chart.querySelectorAll('.cartesianlayer > .subplot').length,
     marks: chart.querySelectorAll('.scatterlayer .trace, .heatmaplayer image, .barlayer .trace').length,
-    saves: chart.querySelectorAll('.modebar-btn[data-title$=SVG], .modebar-btn[data-title$=PNG]').length,
+    saves: chart.closest('figure').querySelectorAll('.tools button').length,
 }))"""

@@ -15,6 +15,7 @@ from posterity.clauses.drawing import Chart, View
 from posterity.clauses.subject import Subject
 from posterity.results.audit_schema import FAILS, HOLDS, MIXED, Finding
 from posterity.results.formatting import list_parts
+from posterity.results.stats import confidence
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,26 @@ class Clause:
         return replace(finding, variables=variables)
 
 
+def margin_of_error(error: Any, windows: int) -> np.ndarray:
+    """Return how far a value must be from another to differ from it; 0 where there is no error.
+
+    Args:
+        error: Standard errors.
+        windows: How many windows (prefixes, segments) they are taken over: half the 95 % interval by Student's t. 0 or
+            1 for an error that is of none: two standard errors.
+    """
+    error = np.asarray(error, dtype=float)
+    return np.nan_to_num(confidence(error, windows) if windows > 1 else 2 * error)
+
+
 def judge(
-    value: Any, error: Any, threshold: float = 0.5, *, above: bool = True, noun: str = "layer"
+    value: Any, margin: Any, threshold: float = 0.5, *, above: bool = True, noun: str = "layer"
 ) -> tuple[str, str, int]:
-    """Judge a claim part by part: which parts confirm it beyond two standard errors, and which contradict it.
+    """Judge a claim part by part: which parts confirm it beyond the margin of error, and which contradict it.
 
     Args:
         value: The measure of each part (layer, or layer and head); a NaN part neither confirms nor contradicts.
-        error: Its standard error; where there is none, the value alone decides.
+        margin: How far from the threshold a value says something (`margin_of_error`); 0: the value alone decides.
         threshold: The claim is a value above it, or below it.
         above: Which of the two.
         noun: What a part is called.
@@ -53,11 +66,11 @@ def judge(
         The verdict (holds where no part contradicts and most confirm, fails where no part confirms and most
         contradict, else mixed), the parts that contradict in words, and how many parts confirm.
     """
-    value, error = (np.asarray(x, dtype=float) for x in (value, error))
-    margin = (value - threshold) * (1 if above else -1)
-    significant = np.abs(margin) > 2 * np.nan_to_num(error)
+    value = np.asarray(value, dtype=float)
+    distance = (value - threshold) * (1 if above else -1)
+    significant = np.abs(distance) > np.asarray(margin, dtype=float)
     finite = np.isfinite(value)
-    confirming, contradicting = finite & significant & (margin > 0), finite & significant & (margin <= 0)
+    confirming, contradicting = finite & significant & (distance > 0), finite & significant & (distance <= 0)
     if not contradicting.any() and 2 * confirming.sum() > finite.sum():
         verdict = HOLDS
     elif not confirming.any() and 2 * contradicting.sum() > finite.sum():

@@ -8,7 +8,7 @@ import xarray as xr
 from torch import Tensor
 
 from posterity.axes import WRITTEN
-from posterity.clauses.clause import Clause, labelled_array, with_long_name
+from posterity.clauses.clause import Clause, labelled_array, margin_of_error, with_long_name
 from posterity.clauses.drawing import Chart, View, expected_line, measured_line
 from posterity.clauses.subject import Subject
 from posterity.measurement.measure import measure
@@ -27,8 +27,8 @@ def measure_growth(subject: Subject) -> Finding:
 
     An exponent is the slope of log(share) over log N by least squares; its error is a jackknife over blocks of the
     text as long as the longest context, each of which holds whole windows of every length. The claim: the exponent is
-    negative, so that the future's part grows with the context. Counting gives about -1; on the value path of linear
-    read-outs the share would be the mean of a_ii, whose exponent is measured beside it.
+    negative, so that the part of the edges from later queries grows. Counting gives about -1; on the value path of
+    linear read-outs the share would be the mean of a_ii, whose exponent is measured beside it.
     """
     contexts = subject.plan.contexts
     blocks = _blocks(subject)
@@ -45,14 +45,14 @@ def measure_growth(subject: Subject) -> Finding:
     fits = {name: _exponent(np.stack(values), contexts) for name, values in fractions.items()}
     layers = xr.concat(layer_shares, xr.Variable("context", list(contexts))).transpose("context", "stream", "layer")
     crossover = _crossover(layers)
-    verdict, reason = _judge(fits, crossover, contexts[-1])
+    verdict, reason = _judge(fits, crossover, contexts[-1], len(blocks))
     shares = np.stack([[part.sum() / total.sum() for part, total in values] for values in fractions.values()])
     variables = {
         "share": labelled_array("curve context", shares, "self share", curve=list(CURVES), context=list(contexts)),
         "layer": with_long_name(layers, "self share of a layer"),
-        "from": with_long_name(crossover, "context from which on the future has more than half", "tokens"),
+        "from": with_long_name(crossover, "context from which on the self edge has less than half", "tokens"),
     }
-    return Finding([_figure(name, *fit) for name, fit in fits.items()], verdict, reason, variables)
+    return Finding([_figure(name, *fit, len(blocks)) for name, fit in fits.items()], verdict, reason, variables)
 
 
 def _blocks(subject: Subject) -> tuple[Tensor, ...]:
@@ -124,23 +124,24 @@ def _crossover(share: xr.DataArray) -> xr.DataArray:
     return share.isel(context=0, drop=True).transpose(*below.dims[1:]).copy(data=first)
 
 
-def _figure(curve: str, slope: float, error: float) -> Figure:
+def _figure(curve: str, slope: float, error: float, blocks: int) -> Figure:
     counting = curve != SELF_WEIGHT
     return Figure(
         f"exponent of the self share: {curve}",
         value=slope,
         error=error,
+        windows=blocks,
         baseline=-1.0 if counting else math.nan,
         formula="slope of log(self share) over log N",
         expected="counting: 2/(N + 1)" if counting else "",
     )
 
 
-def _judge(fits: dict[str, tuple[float, float]], crossover: xr.DataArray, longest: int) -> tuple[str, str]:
+def _judge(fits: dict[str, tuple[float, float]], crossover: xr.DataArray, longest: int, blocks: int) -> tuple[str, str]:
     """Return the verdict and the reason, from slopes with errors, and from where each layer crosses one half."""
     claims = {name: fits[name] for name in CLAIMS}
-    falling = [name for name, (slope, error) in claims.items() if slope + 2 * np.nan_to_num(error) < 0]
-    rising = [name for name, (slope, error) in claims.items() if slope - 2 * np.nan_to_num(error) > 0]
+    falling = [name for name, (slope, error) in claims.items() if slope + margin_of_error(error, blocks) < 0]
+    rising = [name for name, (slope, error) in claims.items() if slope - margin_of_error(error, blocks) > 0]
     verdict = HOLDS if len(falling) == len(claims) else FAILS if not falling else MIXED
     reason = f"the self share falls with the context in {len(falling)} of {len(claims)} curves"
     reason += f" and rises for {', '.join(rising)}" if rising else ""
@@ -166,7 +167,7 @@ def _draw_growth(audit: View) -> list[Chart]:
         charts.append(
             Chart(
                 f"Self share of the {stream} credit by layer",
-                "Below one half, the future dominates.",
+                "Below one half, most arrives over edges from later queries.",
                 lines,
                 "layer",
                 "self share",
@@ -178,7 +179,7 @@ def _draw_growth(audit: View) -> list[Chart]:
 GROWTH = Clause(
     number=5,
     name="It grows with the context",
-    statement="The longer the context, the more the later readers outweigh the own one.",
+    statement="The longer the context, the smaller the part of the gradient that arrives over the self edge.",
     prefix="growth",
     measure=measure_growth,
     draw=_draw_growth,

@@ -42,7 +42,7 @@ def _measures(findings: Findings) -> dict[str, tuple[int, Figure]]:
 
 
 def _numbers(findings: Findings) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Return figure, error and baseline, (model, measure); NaN where a model lacks a measure."""
+    """Return figure, error, baseline and windows, (model, measure); NaN where a model lacks a measure."""
     columns = {name: column for column, name in enumerate(_measures(findings))}
     table = {name: np.full((len(findings), len(columns)), np.nan) for name in NUMERIC_DIMS}
     for row, by_clause in enumerate(findings.values()):
@@ -50,7 +50,7 @@ def _numbers(findings: Findings) -> dict[str, tuple[tuple[str, ...], np.ndarray]
             for figure in finding.figures:
                 place = row, columns[figure.name]
                 table["figure"][place], table["error"][place] = figure.value, figure.error
-                table["baseline"][place] = figure.baseline
+                table["baseline"][place], table["windows"][place] = figure.baseline, figure.windows
     return {name: (NUMERIC_DIMS[name], values) for name, values in table.items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posterity.axes import WRITTEN
 from posterity.clauses.agreement import HALF, pooled_ratio
-from posterity.clauses.clause import Clause, common_verdict, judge, labelled_array
+from posterity.clauses.clause import Clause, common_verdict, judge, labelled_array, margin_of_error
 from posterity.clauses.continuations import pulls, read_prefix, sample_continuations, verify_cache
 from posterity.clauses.drawing import Chart, View, measured_line
 from posterity.clauses.ngrams import recurring_ngrams
@@ -39,7 +39,7 @@ def measure_futures(subject: Subject) -> Finding:
     its future. For futures of the text it is not. consensus = mean of g_r.g_s over pairs r != s, over the mean of |g|²
     (sums over entries first), is |E g|² / E|g|² without bias: the part of a future's squared pull that all share.
 
-    Holds if futures pull at all (information beyond two standard errors), the law is kept (|z| of at most 4), and where
+    Holds if futures pull at all (information beyond the margin of error), the law is kept (|z| of at most 4), and where
     the text has n-grams with several futures, their consensus is below one half in (nearly) every layer: then most of
     what one future asks of a key, others do not ask, and training follows the average. Consensus is what decides,
     for the information is positive wherever the future is read at all, and the law only proves the instrument.
@@ -96,8 +96,8 @@ def _finding(drawn: PullProducts, real: PullProducts) -> Finding:
     else:  # no n-gram recurs
         consensus, layer_consensus = _unknown_estimate(2), _unknown_estimate(norms.shape[1:])
     ratio = pooled_ratio(text_squares.sum(1), norms.sum(1))
-    verdict, reason = _judge(information, z, consensus, layer_consensus, len(real.products))
-    figures = _figures(information, z, drawn.model_consensus(), consensus, ratio)
+    verdict, reason = _judge(information, z, consensus, layer_consensus, len(squares), len(real.products))
+    figures = _figures(information, z, drawn.model_consensus(), consensus, ratio, len(squares), len(real.products))
     variables = _information_variables(squares) | _layer_variables(
         products, drawn.consensus(), layer_consensus, pooled_ratio(text_squares, norms)
     )
@@ -109,9 +109,15 @@ def _unknown_estimate(shape: int | tuple[int, ...]) -> Estimate:
 
 
 def _figures(
-    information: Estimate, z: np.ndarray, drawn_consensus: Estimate, real_consensus: Estimate, ratio: Estimate
+    information: Estimate,
+    z: np.ndarray,
+    drawn_consensus: Estimate,
+    real_consensus: Estimate,
+    ratio: Estimate,
+    prefixes: int,
+    ngrams: int,
 ) -> list[Figure]:
-    """Return the figures of keys, then of values; all arguments are (written,)."""
+    """Return the figures of keys, then of values; all estimates are (written,)."""
     figures = []
     for index, stream in enumerate(WRITTEN):
         figures += [
@@ -119,6 +125,7 @@ def _figures(
                 f"information of a {stream} about its future",
                 value=information[0][index],
                 error=information[1][index],
+                windows=prefixes,
                 baseline=0.0,
                 formula="E|g|² of the model's own futures, a mean over entries",
                 expected="no future reads it",
@@ -136,6 +143,7 @@ def _figures(
                 f"consensus of drawn futures on {stream}s",
                 value=drawn_consensus[0][index],
                 error=drawn_consensus[1][index],
+                windows=prefixes,
                 baseline=0.0,
                 formula="mean of g_r·g_s over pairs, over the mean of |g|²",
                 expected="zero by law (the score identity)",
@@ -144,6 +152,7 @@ def _figures(
                 f"consensus of real futures on {stream}s",
                 value=real_consensus[0][index],
                 error=real_consensus[1][index],
+                windows=ngrams,
                 baseline=0.0,
                 formula="the same, over different futures of n-grams that recur",
                 expected="nothing in common",
@@ -152,6 +161,7 @@ def _figures(
                 f"real over drawn squared pull on {stream}s",
                 value=ratio[0][index],
                 error=ratio[1][index],
+                windows=prefixes,
                 baseline=1.0,
                 formula="|g|² of the real future over E|g|² of drawn ones",
                 expected="text like the model's own",
@@ -161,24 +171,29 @@ def _figures(
 
 
 def _judge(
-    information: Estimate, z: np.ndarray, consensus: Estimate, layer_consensus: Estimate, ngrams: int
+    information: Estimate,
+    z: np.ndarray,
+    consensus: Estimate,
+    layer_consensus: Estimate,
+    prefixes: int,
+    ngrams: int,
 ) -> tuple[str, str]:
     """Return verdict and reason, from the consensus of real futures (written,) and by layer (layer, written)."""
     if not (np.abs(z) <= MAX_Z).all():
         worst = z[np.argmax(np.nan_to_num(np.abs(z), nan=math.inf))]
         return MIXED, f"the mean pull of the model's own futures should vanish, but z = {worst:.1f}: nothing is said"
-    if not (information[0] > 2 * np.nan_to_num(information[1])).all():
-        return FAILS, "no pull of the future on keys and values is seen beyond two standard errors"
+    if not (information[0] > margin_of_error(information[1], prefixes)).all():
+        return FAILS, "no pull of the future on keys and values is seen beyond the margin of error"
     law = f"futures pull on keys and values and cancel on average as they must (|z| up to {np.abs(z).max():.1f}); "
     if not ngrams:
         return HOLDS, law + "what real futures have in common is not known: no n-gram recurs with different futures"
     verdicts, words = [], []
     for index, stream in enumerate(WRITTEN):
         value, error = (x[:, index] for x in layer_consensus)
-        verdict, contradicting, _ = judge(value, error, HALF, above=False)
+        verdict, contradicting, _ = judge(value, margin_of_error(error, ngrams), HALF, above=False)
         verdicts.append(verdict)
         layers = f" (above one half in {contradicting})" if contradicting else ""
-        words.append(f"{percent(consensus[0][index], consensus[1][index])} for {stream}s{layers}")
+        words.append(f"{percent(consensus[0][index], consensus[1][index], ngrams)} for {stream}s{layers}")
     reason = f"{law}real futures of {ngrams} recurring n-grams share of their squared pull {' and '.join(words)}"
     return common_verdict(verdicts), reason
 

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from posterity.clauses.clause import Clause, judge, labelled_array
+from posterity.clauses.clause import Clause, judge, labelled_array, margin_of_error
 from posterity.clauses.drawing import Chart, View, bars, centred_colours, expected_line, head_map, measured_line
 from posterity.clauses.subject import Subject
 from posterity.errors import InputError
@@ -116,10 +116,12 @@ def _measure_heads_and_positions(
 
 def _finding(heads: np.ndarray, single: np.ndarray, model: np.ndarray) -> Finding:
     """Return the finding, from the arrays of `_LossChanges` with a leading dimension of windows."""
-    share, share_error = later_share(single)
-    layer_verdict, contradicting, confirming = judge(share, share_error)
+    share, _ = later_share(single)
+    cases = np.heaviside(single[:, 1] - single[:, 0], 0.5).mean(2)
+    margin = np.fmax(margin_of_error(mean_and_error(cases)[1], len(single)), 2 * _chance_error(single))
+    layer_verdict, contradicting, confirming = judge(share, margin)
     cost, cost_error = mean_and_error(model[:, 2] - model[:, 1])
-    model_verdict, _, _ = judge([cost], [cost_error], 0.0)
+    model_verdict, _, _ = judge([cost], [margin_of_error(cost_error, len(model))], 0.0)
     losses, _ = mean_and_error(model)
     layers = f"most in {confirming} of {len(share)} layers{f', few in {contradicting}' if contradicting else ''}"
     reason = (
@@ -144,7 +146,12 @@ def later_share(single: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     cases = np.heaviside(single[:, 1] - single[:, 0], 0.5)  # window, layer, position
     share, error = mean_and_error(cases.mean(2))
-    return share, np.fmax(error, 0.5 / math.sqrt(cases.shape[0] * cases.shape[2]))
+    return share, np.fmax(error, _chance_error(single))
+
+
+def _chance_error(single: np.ndarray) -> float:
+    """Return the standard error of the share of a layer's cases if every one were a coin."""
+    return 0.5 / math.sqrt(single.shape[0] * single.shape[3])
 
 
 def _variables(heads: np.ndarray, single: np.ndarray, model: np.ndarray) -> dict[str, xr.DataArray]:
@@ -172,7 +179,7 @@ def _variables(heads: np.ndarray, single: np.ndarray, model: np.ndarray) -> dict
 def _loss_figures(model: np.ndarray) -> list[Figure]:
     losses, errors = mean_and_error(model)
     units = "nats per token"
-    figures = [Figure("loss", value=losses[0], error=errors[0], formula="mean of l_t", units=units)]
+    figures = [Figure("loss", value=losses[0], error=errors[0], formula="mean of l_t", units=units, windows=len(model))]
     formulas = {"no self edges": "no edge (i, i)", "self edges only": "no edge but (i, i)"}
     for index, (name, formula) in enumerate(formulas.items(), 1):
         figures.append(
@@ -180,6 +187,7 @@ def _loss_figures(model: np.ndarray) -> list[Figure]:
                 f"loss with {name}",
                 value=losses[index],
                 error=errors[index],
+                windows=len(model),
                 baseline=losses[0],
                 formula=formula,
                 expected="the loss as it is",
@@ -194,7 +202,16 @@ def _effect_figures(heads: np.ndarray) -> list[Figure]:
     for row, (_, long_name, units) in enumerate(EFFECTS.values()):
         value, error = mean_and_error(np.nanmean(heads[:, row], (1, 2)))
         formula = "one head at a time: not additive"
-        figures.append(Figure(f"{long_name}, mean over heads", value=value, error=error, formula=formula, units=units))
+        figures.append(
+            Figure(
+                f"{long_name}, mean over heads",
+                value=value,
+                error=error,
+                formula=formula,
+                units=units,
+                windows=len(heads),
+            )
+        )
     return figures
 
 
@@ -210,6 +227,7 @@ def _share_figures(heads: np.ndarray, single: np.ndarray) -> list[Figure]:
             "positions worth more later",
             value=share,
             error=share_error,
+            windows=len(single),
             baseline=0.5,
             formula="share of (layer, position) with later worth > own worth",
             expected="no difference",
@@ -218,6 +236,7 @@ def _share_figures(heads: np.ndarray, single: np.ndarray) -> list[Figure]:
             "heads that need the look-back more",
             value=look_back,
             error=look_back_error,
+            windows=len(heads),
             baseline=0.5,
             formula="share of heads, mean over windows: only self and first costs more than no self edge",
             expected="no difference",

@@ -66,7 +66,8 @@ def measure_linearity(subject: Subject) -> Finding:
         if held_out:
             repeat = PrefixLosses(subject.model, held_out, costs.order)
             changes.append(LossChange.of(repeat.before, repeat.after(number)))
-        figures += _cost_figures(costs, number, changes, plan.fold)
+        sizes = len(windows), len(selection or windows), len(held_out or ())
+        figures += _cost_figures(costs, number, changes, plan.fold, sizes)
         variables |= _cost_variables(costs, trial, set(costs.order[:number]))
         reasons.append(
             f"{number} of {len(costs.order)} heads can look only at themselves together for {changes[-1].change:+.4f} "
@@ -127,13 +128,23 @@ def _difference_figure(differences: np.ndarray) -> Figure:
         "largest difference from a linear layer",
         value=float(finite.max()) if len(finite) else math.nan,
         baseline=0.0,
-        formula="largest |W x + b - output under a self-only mask| over the largest |output|, over layers",
+        formula="largest |W x + b − output under a self-only mask| over the largest |output|, over layers",
         expected="identity",
     )
 
 
-def _cost_figures(costs: HeadCosts, number: int, changes: list[LossChange], budget: float) -> list[Figure]:
-    """Return how many heads can look only at themselves, what that costs, and what the dearest head costs alone."""
+def _cost_figures(
+    costs: HeadCosts, number: int, changes: list[LossChange], budget: float, windows: tuple[int, int, int]
+) -> list[Figure]:
+    """Return how many heads can look only at themselves, what that costs, and what the dearest head costs alone.
+
+    Args:
+        costs: The cost of each head alone.
+        number: How many heads can look only at themselves.
+        changes: What they cost together, on the windows that chose their number and on those held out.
+        budget: What they may cost, in nats per token.
+        windows: How many there are: for the costs, for the number, held out.
+    """
     dearest = costs.order[-1]
     names = ("loss change with these heads together", "loss change with these heads together, held out")
     return [
@@ -145,13 +156,21 @@ def _cost_figures(costs: HeadCosts, number: int, changes: list[LossChange], budg
         ),
         Figure("share of these heads", value=number / len(costs.order), formula="these heads / all heads"),
         *(
-            Figure(name, value=change.change, error=change.error, formula="measured, not summed, a token", units="nats")
-            for name, change in zip(names, changes, strict=False)
+            Figure(
+                name,
+                value=change.change,
+                error=change.error,
+                formula="measured, not summed, a token",
+                units="nats",
+                windows=size,
+            )
+            for name, change, size in zip(names, changes, windows[1:], strict=False)
         ),
         Figure(
             "cost of the dearest head",
             value=float(costs.cost[dearest]),
             error=float(costs.error[dearest]),
+            windows=windows[0],
             formula="change of the mean loss when that head alone looks only at itself",
             units="nats",
         ),

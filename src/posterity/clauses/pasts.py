@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from posterity.clauses.agreement import HALF, Agreement, SegmentVectors
-from posterity.clauses.clause import Clause, judge, labelled_array
+from posterity.clauses.clause import Clause, judge, labelled_array, margin_of_error
 from posterity.clauses.drawing import Chart, View, expected_line, growing_colours, head_map, measured_line
 from posterity.clauses.subject import Subject, spread_indices
 from posterity.decomposition.credit import check_finite
@@ -103,6 +103,7 @@ def _finding(gradients: Agreement, queries: Agreement) -> Finding:
             "agreement of query gradients over pasts",
             value=value,
             error=error,
+            windows=len(gradients.norms),
             baseline=chance,
             formula="mean of g_r·g_s over pairs of pasts, over the mean of |g|²",
             expected="between segments at equal offsets",
@@ -111,15 +112,16 @@ def _finding(gradients: Agreement, queries: Agreement) -> Finding:
             "cosine between queries over pasts",
             value=cosine,
             error=cosine_error,
+            windows=len(gradients.norms),
             baseline=cosine_chance,
             formula="mean cosine over pairs of pasts",
             expected="between segments at equal offsets",
         ),
     ]
-    verdict, words = _judge(*gradients.over(2, 3))
+    verdict, words = _judge(*gradients.over(2, 3), segments=len(gradients.norms))
     reason = (
-        f"{percent(value, error)} of the squared gradient behind one past is common to all pasts (chance "
-        f"{percent(chance)}); the queries themselves have a cosine of {cosine:.2f}; {words}"
+        f"{percent(value, error, len(gradients.norms))} of the squared gradient behind one past is common to all pasts "
+        f"(chance {percent(chance)}); the queries themselves have a cosine of {cosine:.2f}; {words}"
     )
     return Finding(figures, verdict, reason, _variables(gradients, queries))
 
@@ -145,14 +147,17 @@ def _variables(gradients: Agreement, queries: Agreement) -> dict[str, xr.DataArr
     }
 
 
-def _judge(value: np.ndarray, error: np.ndarray, chance: np.ndarray, chance_error: np.ndarray) -> tuple[str, str]:
+def _judge(
+    value: np.ndarray, error: np.ndarray, chance: np.ndarray, chance_error: np.ndarray, *, segments: int
+) -> tuple[str, str]:
     """Judge each layer by the weaker of two claims: below one half, and above chance (0 where that is not known)."""
     margins = np.stack((HALF - value, value - np.nan_to_num(chance)))
     errors = np.stack((error, np.hypot(error, np.nan_to_num(chance_error))))
     weaker = np.argmin(margins, 0)[None]
     margin, margin_error = (np.take_along_axis(x, weaker, 0)[0] for x in (margins, errors))
-    verdict, _, confirming = judge(margin, margin_error, 0.0)
-    contradicting = (margin < 0) & (np.abs(margin) > 2 * np.nan_to_num(margin_error))
+    least = margin_of_error(margin_error, segments)
+    verdict, _, confirming = judge(margin, least, 0.0)
+    contradicting = (margin < 0) & (np.abs(margin) > least)
     alike, nothing = (list_parts(contradicting & (weaker[0] == claim)) for claim in (0, 1))
     words = [f"{confirming} of {len(value)} layers hold it"]
     words += [f"more than half is common in {alike}"] if alike else []

@@ -4,11 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posterity.clauses.clause import Clause, common_verdict, judge, labelled_array
+from posterity.clauses.clause import Clause, common_verdict, judge, labelled_array, margin_of_error
 from posterity.clauses.drawing import Chart, View, expected_line, measured_line
 from posterity.clauses.subject import Subject
 from posterity.decomposition.accumulator import stack_layers
-from posterity.decomposition.participation import KINDS, participation_ratio
+from posterity.decomposition.edge_blocks import KINDS
+from posterity.decomposition.participation import participation_ratio
 from posterity.models.attach import observe_model
 from posterity.models.chunked_loss import window_losses
 from posterity.models.language_model import freeze_parameters
@@ -39,7 +40,8 @@ def measure_readers(subject: Subject) -> Finding:
     available = (subject.plan.context + 1) / 2
     mean, error = mean_and_error(by_layer.nanmean(1))
     layers, layer_errors = mean_and_error(by_layer)
-    verdicts = [judge(layers[:, index], layer_errors[:, index], 2.0) for index in range(len(KINDS))]
+    margins = margin_of_error(layer_errors, len(windows))
+    verdicts = [judge(layers[:, index], margins[:, index], 2.0) for index in range(len(KINDS))]
     low, high = int(np.argmin(mean)), int(np.argmax(mean))
     reason = (
         f"of {available:.1f} readers that a key has on average, {mean[low]:.0f} (by {KINDS[low]}) to {mean[high]:.0f} "
@@ -56,7 +58,7 @@ def measure_readers(subject: Subject) -> Finding:
             "position kind", by_position.nanmean(0), "readers of the key at a position", units, **kinds
         ),
     }
-    figures = [_figure(kind, mean[index], error[index], available) for index, kind in enumerate(KINDS)]
+    figures = [_figure(kind, mean[index], error[index], available, len(windows)) for index, kind in enumerate(KINDS)]
     return Finding(figures, common_verdict([verdict for verdict, _, _ in verdicts]), reason, variables)
 
 
@@ -87,14 +89,15 @@ class _ParticipationRatios:
         return torch.stack(by_layer), torch.stack(by_position), torch.stack(by_head)
 
 
-def _figure(kind: str, value: float, error: float, available: float) -> Figure:
+def _figure(kind: str, value: float, error: float, available: float, windows: int) -> Figure:
     return Figure(
         f"readers of a key by {kind}",
         value=value,
         error=error,
+        windows=windows,
         baseline=available,
         formula="(sum of |w|)² / (sum of w²) over a key's edges, mean over keys and heads",
-        expected="mean of N - j",
+        expected="mean of N − j",
         units="queries",
     )
 
@@ -106,7 +109,7 @@ def _draw_readers(audit: View) -> list[Chart]:
     traces = [measured_line(str(kind), by_layer.layer, by_layer.sel(kind=kind), error.sel(kind=kind)) for kind in kinds]
     position = by_position.position
     curves = [measured_line(str(kind), position, by_position.sel(kind=kind), mode="lines") for kind in kinds]
-    curves.append(expected_line("N - j", position, length - np.arange(length), mode="lines"))
+    curves.append(expected_line("N − j", position, length - np.arange(length), mode="lines"))
     return [
         Chart("Readers of a key, by layer", "Mean over keys and heads; all queries from the key on would be "
               f"{(length + 1) / 2:.0f}.", traces, "layer", "readers", log="y"),

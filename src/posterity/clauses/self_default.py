@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from posterity.clauses.clause import Clause, judge, labelled_array
+from posterity.clauses.clause import Clause, judge, labelled_array, margin_of_error
 from posterity.clauses.dense_attention import PLACES, DenseAttention
 from posterity.clauses.drawing import (
     Chart,
@@ -141,7 +141,7 @@ def _finding(numbers: dict[str, np.ndarray], place_weights: np.ndarray) -> Findi
     by_window = np.stack([default_places(window) for window in place_weights])
     share = _share(default == SELF, np.isfinite(default))
     _, error = mean_and_error(_share(by_window == SELF, np.isfinite(by_window)))
-    verdict, _, confirming = judge(share, error)
+    verdict, _, confirming = judge(share, margin_of_error(error, len(place_weights)))
     heads, is_self = int(np.isfinite(default).sum()), default == SELF
     names = f" ({list_parts(is_self, 'head')})" if is_self.any() else ""
     reason = (
@@ -184,11 +184,12 @@ def _figures(numbers: dict[str, np.ndarray], default: np.ndarray, by_window: np.
     def share(name: str, pooled: np.ndarray, single: np.ndarray, formula: str) -> Figure:
         existing = np.isfinite(flatten_heads(numbers["weight"]))
         error = mean_and_error(_share(flatten_heads(single), existing))[1]
-        return Figure(name, value=float(_share(flatten_heads(pooled), existing[0])), error=error, formula=formula)
+        value = float(_share(flatten_heads(pooled), existing[0]))
+        return Figure(name, value=value, error=error, formula=formula, windows=len(by_window))
 
     def mean(name: str, number: str, formula: str, **baseline) -> Figure:
         value, error = mean_and_error(np.nanmean(numbers[number], (1, 2)))
-        return Figure(name, value=value, error=error, formula=formula, **baseline)
+        return Figure(name, value=value, error=error, formula=formula, windows=len(by_window), **baseline)
 
     weakest = "largest mean weight in the quarter of queries with the weakest max of s_ij, 0 < j < i"
     first = numbers["first"]

@@ -263,11 +263,16 @@ def audit_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Result files; several are set side by side.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write (HTML).")],
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,...", help="Names of the runs in the page, in place of model, text and file."),
+    ] = None,
 ) -> None:
     """Write a page from one or several runs."""
     require_one_process()
     check_outputs(None, output, inputs=runs)
-    posterity.report([posterity.load(run) for run in runs], output)
+    names = [name.strip() for name in labels.split(",")] if labels is not None else []
+    posterity.report(runs, output, labels=names)
     typer.echo(one_line(f"page written: {output}"))
 
 

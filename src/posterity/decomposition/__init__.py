@@ -2,5 +2,6 @@
 
 In reading order: `credit` (one backward pass), `lag_sums` (the sums along the diagonals of all blocks),
 `projections` (which matrices, adapters and packed weights a module has), `gram`, `weight_gradients` (W_Q, W_K, W_V),
-`adapter_gradients`, `participation` (how many readers a key has), `accumulator` (sums over documents).
+`adapter_gradients`, `edge_blocks` (single edges), `participation` (how many readers a key has), `reader_lags` (how far
+away they are), `accumulator` (sums over documents).
 """

@@ -8,7 +8,9 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from posterity.axes import READER_LEVELS, READER_QUANTITIES
 from posterity.decomposition.credit import check_finite
+from posterity.decomposition.reader_lags import edge_sums, lags_within
 from posterity.errors import InputError
 from posterity.inputs.arguments import open_model, split_arguments
 from posterity.inputs.documents import document_ids
@@ -41,6 +43,8 @@ def inspect(
 
     `inspect_credit[layer, written, loss_position, position]` is the inner product of dl_t/dk_j (dl_t/dv_j) with the
     total gradient of k_j (v_j), over all key heads; `inspect_norm` the norm of dl_t/dk_j. Both are 0 where t < j.
+    `reader_lag[layer, reader_quantity, level, position]` is the lag within which 50 and 90 % of the attention on token
+    j, of its key credit and of its value credit lie; `reader_lag_all` the same of all layers together.
 
     Args:
         model: As in `posterity.measure`: a model, or the name of one.
@@ -54,7 +58,7 @@ def inspect(
         attrs: Provenance to add to the result.
 
     Returns:
-        The result of `posterity.measure(..., losses=True)` on this text, with the two matrices and `token`.
+        The result of `posterity.measure(..., losses=True)` on this text, with these and `token`.
 
     Raises:
         InputError: The text is too short or too long; as in `posterity.measure`.
@@ -111,10 +115,15 @@ class _LossMatrices:
         self._latest: dict[Layer, list[Tensor]] = {}  # what each layer sends to keys and values in the present pass
         self._totals: dict[Layer, list[Tensor]] = {}  # their gradients of all losses, over all layers that read them
         self._sums: dict[Layer, Tensor] = {}  # credit or norm, written, loss position, position
+        self._reader_lags: dict[Layer, Tensor] = {}  # quantity, level, position
+        self._edges = torch.zeros(len(READER_QUANTITIES), length, length, dtype=torch.float64)  # of all layers
 
     def observe_total(self, layer: Layer, back: Backward, project: object) -> None:
-        """Keep the gradients of the pass of all losses."""
+        """Keep the gradients of the pass of all losses, and how far away the readers of each position are."""
         self._totals[layer] = [_in_working_dtype(back.stream_gradient(stream)) for stream in (1, 2)]
+        edges = edge_sums(back).cpu()
+        self._reader_lags[layer] = lags_within(edges, READER_LEVELS)
+        self._edges += edges
 
     def observe(self, layer: Layer, back: Backward, project: object) -> None:
         """Keep the gradients of this pass."""
@@ -136,7 +145,11 @@ class _LossMatrices:
         """Return the matrices of all layers."""
         sums = [check_finite(self._sums[layer], f"the gradient of single losses in layer {layer}") for layer in layers]
         credit, norm = torch.stack(sums, 1).numpy()
-        return {"inspect_credit": credit, "inspect_norm": norm}
+        return {
+            "inspect_credit": credit, "inspect_norm": norm,
+            "reader_lag": torch.stack([self._reader_lags[layer] for layer in layers]).numpy(),
+            "reader_lag_all": lags_within(self._edges, READER_LEVELS).numpy(),
+        }  # fmt: skip
 
 
 def _in_working_dtype(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ In a terminal: `summary` (which table for which kind), `result_table`, `result_w
 
 As a page: `report` (which page for which kind), `result_page`, `audit_page`, `comparison_page`. What they show:
 `charts` (the figures by name), `credit_charts`, `lag_chart`, `head_maps`, `loss_charts`, `training_charts`, `tables`
-(the numbers of the figures) and `inspected_text`.
+(the numbers of the figures) and `inspected_text` with `reader_table`.
 
 How a figure is made: `panel_grid` (panels side by side as a plotly figure, at a width), `traces` (lines, bands and
 axes), `bins`, `module_kinds` and `result_group` (what is drawn), `theme` (the plotly template), `page_figures` (figures

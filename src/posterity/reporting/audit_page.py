@@ -1,5 +1,6 @@
 """An audit as a page: the table of verdicts, then every clause with its figures and pictures."""
 
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
@@ -12,8 +13,8 @@ from posterity.errors import InputError
 from posterity.reporting.audit_table import figure_rows, reading_note
 from posterity.reporting.html import figure_text, render_page
 from posterity.reporting.page_figures import page_figures
-from posterity.reporting.panel_grid import Panel, PanelGrid
-from posterity.reporting.traces import ZERO_LINE
+from posterity.reporting.panel_grid import Axis, Panel, PanelGrid
+from posterity.reporting.traces import ZERO_LINE, layer_axis
 from posterity.results.audit_schema import REFUSED
 from posterity.results.netcdf import portable_value
 
@@ -76,7 +77,9 @@ def draw_picture(chart: Chart, title: str) -> PanelGrid:
     """Return the picture as a figure of one panel."""
     named = len(chart.traces) > 1 and chart.colours is None
     traces = [_escaped(trace, in_legend=named) for trace in chart.traces]
-    x: dict[str, Any] = {"title": chart.x} | (LOG if "x" in chart.log else {})
+    x: Axis | Callable[[float], Axis] = {"title": chart.x} | (LOG if "x" in chart.log else {})
+    if chart.x == "layer" and (places := [int(x) for trace in chart.traces for x in trace.to_plotly_json()["x"]]):
+        x = layer_axis(max(places) + 1)
     y: dict[str, Any] = {"title": chart.y, "hoverformat": ".4~g", **ZERO_LINE} | (LOG if "y" in chart.log else {})
     y |= {"range": list(chart.y_range)} if chart.y_range else {}
     colours = None if chart.colours is None else dict(chart.colours)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import xarray as xr
 from rich import box
 from rich.console import Console
@@ -16,10 +17,12 @@ from posterity.results.netcdf import portable_value
 
 NAME_COLUMNS, NUMBER_COLUMNS = 36, 22  # of a terminal: names of measures; numbers of a model
 COLOURS = {HOLDS: "green", FAILS: "red", MIXED: "yellow", REFUSED: "dim"}
-NOTE = (
-    "± is one standard error over windows of text. Expected: what counting or chance predicts. A clause holds or fails "
-    "where two standard errors say so; docs/audit.md explains every row."
+EXPECTED = "Expected: what counting or chance predicts. A clause holds or fails where the margin of error says so."
+ERRORS = (
+    "± is one standard error over windows of text (or prefixes, or segments); over 3 to 7 of them half the 95 % "
+    "interval (Student's t), and over 2 no error is worth printing. The margin of error is half the 95 % interval."
 )
+OLD_ERRORS = "± is one standard error over windows of text, and the margin of error two: an older audit."
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def print_audit(audit: xr.Dataset, console: Console) -> None:
 def reading_note(audit: xr.Dataset) -> str:
     """Return what a reader must know to judge the table, and what the windows leave out of the text."""
     left_out = left_out_text({str(name): portable_value(value) for name, value in audit.attrs.items()})
-    return f"{NOTE} Windows of the context {left_out}." if left_out else NOTE
+    note = f"{ERRORS if 'windows' in audit else OLD_ERRORS} {EXPECTED}"
+    return f"{note} Windows of the context {left_out}." if left_out else note
 
 
 def figure_rows(audit: xr.Dataset, number: int) -> Iterator[FigureRow]:
@@ -81,12 +85,18 @@ def figure_rows(audit: xr.Dataset, number: int) -> Iterator[FigureRow]:
     for index in (audit.of_clause.values == number).nonzero()[0]:
         measure = audit.isel(measure=index)
         units = str(measure.units_of.values)
-        figures = zip(measure.figure.values, measure.error.values, strict=True)
+        counts = measure.windows.values if "windows" in measure else np.zeros(measure.sizes["model"])
+        figures = zip(measure.figure.values, measure.error.values, counts, strict=True)
         yield FigureRow(
             name=str(measure.measure.values),
             formula=str(measure.formula.values),
             expected=str(measure.expected.values),
             units="" if units == "1" else units,
-            values=tuple(value_with_error(float(value), float(error)) for value, error in figures),
+            values=tuple(_value_cell(float(value), float(error), float(count)) for value, error, count in figures),
             baselines=tuple(value_with_error(float(baseline), empty="") for baseline in measure.baseline.values),
         )
+
+
+def _value_cell(value: float, error: float, windows: float) -> str:
+    """Return a figure with what stands behind its ±: of no number of windows (0 or NaN), the error as it is."""
+    return value_with_error(value, error, windows=int(windows)) if windows > 0 else value_with_error(value, error)

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from posterity.axes import SIDES, STREAMS
+from posterity.axes import SIDES, STREAMS, WRITTEN
 from posterity.palette import ATTENTION, COUNT, INK, MEAN, OTHER, SELF
 from posterity.reporting.bins import position_bins, sum_positions
 from posterity.reporting.panel_grid import Axis, Panel, PanelGrid
@@ -25,6 +25,7 @@ from posterity.reporting.traces import (
     position_axes,
     position_points,
     result_line,
+    share_labels,
 )
 from posterity.results import stats
 from posterity.results.formatting import json_numbers
@@ -37,7 +38,7 @@ PARTS = {
 }
 
 
-def depths(members: list[NamedResult]) -> tuple[list[np.ndarray], Axis]:
+def depths(members: list[NamedResult]) -> tuple[list[np.ndarray], Axis | Callable[[float], Axis]]:
     """Return where the layers of each result stand, and the axis that they share.
 
     Results with the same number of layers share an axis of layers; others one of depth, from 0 to 1.
@@ -51,10 +52,12 @@ def depths(members: list[NamedResult]) -> tuple[list[np.ndarray], Axis]:
     }
 
 
-def draw_layers(group: ResultGroup) -> PanelGrid:
+def draw_layers(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the self share by layer, beside counting."""
-    shares = [stats.shares(member.result, ("layer",)).sel(side="self") for member in group.members]
-    counted = [json_numbers(stats.counts(member.result, ("layer",)).isel(lag=0), 6) for member in group.members]
+    shares = [stats.shares(member.result, ("layer",), reader_of).sel(side="self") for member in group.members]
+    counted = [
+        json_numbers(stats.counts(member.result, ("layer",), reader_of).isel(lag=0), 6) for member in group.members
+    ]
     same = all(numbers == counted[0] for numbers in counted)
     places, axis = depths(group.members)
     panels = []
@@ -117,31 +120,34 @@ def count_by_position(result: xr.Dataset, stream: str) -> np.ndarray | None:
 
 
 def draw_first_position(group: ResultGroup) -> PanelGrid:
-    """Draw the share of the first position by layer, beside the attention weight on the first key."""
+    """Draw the share of the first position by layer, beside the attention weight on the first key.
+
+    Not of queries: the first one sees one key only, so that its gradient is zero.
+    """
     shares = [stats.first_position(member.result, ("layer",)) for member in group.members]
     attention = [stats.attention_first(member.result, ("layer",)) for member in group.members]
     places, axis = depths(group.members)
     panels = []
-    for stream in STREAMS:
+    for stream in WRITTEN:
         traces = []
         for member, x, share, weight in zip(group.members, places, shares, attention, strict=True):
             share = share.sel(stream=stream)
             *bands, credit = result_line(group, member, "credit", x, share.share, OTHER, share.error)
-            if stream != "query":
-                name = "attention weight on the first key" if group.single else f"attention, {group.label(member, '')}"
-                bands.append(line(name, x, weight, group.colour(member, ATTENTION), "dot", **BEHIND))
+            name = "attention weight on the first key" if group.single else f"attention, {group.label(member, '')}"
+            bands.append(line(name, x, weight, group.colour(member, ATTENTION), "dot", **BEHIND))
             traces += [*bands, credit]
         panels.append(Panel(stream, traces, axis, {"title": "share of the first position", **PERCENT}))
-    return PanelGrid("The first position: its share of the credit by layer", panels, height=260)
+    return PanelGrid("The first position: its share of the credit by layer", panels, height=260, columns=2)
 
 
 def draw_weights(group: ResultGroup) -> PanelGrid:
     """Draw the self share in the gradients of the projection weights: of single windows, and of their mean."""
 
-    def draw(shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
+    def draw(member: NamedResult, shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
+        error = member.uncertainty(shares.error)
         return [
-            *band("single windows", x, shares.share, shares.error, ATTENTION),
-            line("single windows", x, shares.share, ATTENTION, **points(x)),
+            *band("single windows", x, shares.share, error, ATTENTION),
+            line("single windows", x, shares.share, ATTENTION, **share_labels(shares.share, error), **points(x)),
             line("mean gradient", x, shares.share_mean, MEAN, "dash", **points(x)),
         ]
 
@@ -152,25 +158,27 @@ def draw_weights(group: ResultGroup) -> PanelGrid:
 def draw_agreement(group: ResultGroup) -> PanelGrid:
     """Draw how far the gradients of different windows agree: their self parts, their other parts, and in whole."""
 
-    def draw(shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
+    def draw(member: NamedResult, shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
         return [
             line(name, x, shares.agreement.sel(part=part), colour, dash, hover="%{y:.3f}", **points(x))
             for part, (name, colour, dash) in PARTS.items()
         ]
 
     y = {"title": "agreement (1 = all equal)", "rangemode": "tozero"}
-    return _weight_grid(group, draw, "How far the gradients of different windows agree", y)
+    return _weight_grid(group, draw, "How far the gradients of different windows agree", y, windows=2)
 
 
 def _weight_grid(
-    group: ResultGroup, draw: Callable[[xr.Dataset, np.ndarray], list[go.Scatter]], title: str, y: Axis
-) -> PanelGrid:
-    members = group.having("weight_mean")
+    group: ResultGroup, draw: Callable[[NamedResult, xr.Dataset, np.ndarray], list[go.Scatter]], title: str, y: Axis,
+    windows: int = 1,
+) -> PanelGrid:  # fmt: skip
+    """Draw a panel for each stream and result of at least so many windows."""
+    members = [member for member in group.having("weight_mean") if member.result.sizes["document"] >= windows]
     shares = [stats.weight_shares(member.result, ("layer",)) for member in members]
     panels = [
         Panel(
-            group.panel_title(WEIGHTS[stream], member), draw(share.sel(stream=stream), np.arange(member.layers)),
-            layer_axis(member.layers), y,
+            group.panel_title(WEIGHTS[stream], member),
+            draw(member, share.sel(stream=stream), np.arange(member.layers)), layer_axis(member.layers), y,
         )
         for stream in STREAMS
         for member, share in zip(members, shares, strict=True)

@@ -15,48 +15,70 @@ from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.result_table import credit_portions
 from posterity.reporting.tables import format_cells
-from posterity.reporting.traces import grid_by_result, spaced
+from posterity.reporting.traces import TICK, grid_by_result, spaced
 from posterity.results.formatting import UNKNOWN, horizon_text, json_numbers, percent
-from posterity.results.stats import effective_horizon, existing_heads, shares, weak_heads
+from posterity.results.stats import counts, effective_horizon, existing_heads, shares, weak_heads
 
-CELLS = {"xgap": 1, "ygap": 1, "hoverongaps": False}
+MANY = 32  # heads from which cells have no gaps
+SHARE_TICKS = (1, 0, 0.5, 0.15, 0.05, 0.75, 0.3, 0.01)  # the first of them first where room is short
+WEAK = "credit too small or too uncertain"
 
 
-def draw_heads(group: ResultGroup) -> PanelGrid:
+def draw_heads(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the self share of every head."""
     panels = []
     for stream in STREAMS:
         for member in group.members:
-            share = shares(member.result, ("layer", "head")).sel(side="self", stream=stream)
+            share = shares(member.result, ("layer", "head"), reader_of).sel(side="self", stream=stream)
             portion = credit_portions(member.result).sel(stream=stream)
-            texts = np.stack([_format(percent, share.share, share.error), _format(_format_portion, portion)], -1)
-            weak = _weak(member.result).sel(stream=stream)
+            error = member.uncertainty(share.error)
+            texts = np.stack([_format(percent, share.share, error), _format(_format_portion, portion)], -1)
+            weak = _weak(member.result, reader_of).sel(stream=stream).values
             hover = "self share %{customdata[0]}<br>credit %{customdata[1]} of an equal part"
-            panels.append(_panel(group.panel_title(stream, member), share.share.values, weak.values, texts, hover))
+            panels.append(_panel(group.panel_title(stream, member), stretch(share.share.values), weak, texts, hover))
     return PanelGrid(
-        "Self share of every head: what it writes for its own position and for others", panels,
-        height=_height(group.members), shared_y=False, **grid_by_result(group.members),
-        colours=lambda length: {
-            "colorscale": DIVERGING, "cmin": 0, "cmax": 1,
-            "colorbar": {"tickvals": [0, 0.25, 0.5, 0.75, 1],
-                         "ticktext": ["0 % self", "25 %", "50 %", "75 %", "100 % self"]},
-        },
+        "Self share of every head", panels, height=_height(group.members), shared_y=False,
+        colours=_share_colours(group.members, reader_of), **grid_by_result(group.members),
     )  # fmt: skip
 
 
-def draw_head_horizons(group: ResultGroup) -> PanelGrid:
+def stretch(share: np.ndarray | float) -> np.ndarray:
+    """Place shares on a colour scale that has room for small ones: a square root up to one half, from there linear."""
+    share = np.clip(share, 0, 1)
+    return np.where(share < 0.5, np.sqrt(share / 2), share)
+
+
+def _share_colours(members: list[NamedResult], reader_of: str) -> Callable[[float], dict[str, Any]]:
+    """Return the colours of self shares, with the share by counting edges where all results have the same."""
+    counted = {percent(float(counts(member.result, (), reader_of).isel(lag=0))) for member in members}
+    baseline = float(counts(members[0].result, (), reader_of).isel(lag=0)) if len(counted) == 1 else math.nan
+
+    def colours(length: float) -> dict[str, Any]:
+        chosen = {} if math.isnan(baseline) else {float(stretch(baseline)): f"{percent(baseline)}<br>counting"}
+        for share in SHARE_TICKS:
+            place = float(stretch(share))
+            if all(length * abs(place - other) > TICK for other in chosen):
+                chosen[place] = f"{100 * share:.0f} %"
+        places = sorted(chosen)
+        bar = {"tickvals": places, "ticktext": [chosen[place] for place in places]}
+        return {"colorscale": DIVERGING, "cmin": 0, "cmax": 1, "colorbar": bar}
+
+    return colours
+
+
+def draw_head_horizons(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the effective horizon of every head, on a log scale; with a sign where it is beyond the largest horizon."""
     members, panels = group.having("horizon_by_document"), []
     for stream in STREAMS:
         for member in members:
-            reach = effective_horizon(member.result, ("layer", "head")).sel(stream=stream)
+            reach = effective_horizon(member.result, ("layer", "head"), reader_of).sel(stream=stream)
             ends = int(member.result.horizon[0]), int(member.result.horizon[-1])
-            weak = _weak(member.result).sel(stream=stream).values
+            weak = _weak(member.result, reader_of).sel(stream=stream).values
             weak = np.where(reach.isnull().values & (weak == 0), 1, weak)
-            texts = _format(lambda length, ends=ends: figure_text(horizon_text(length, *ends)), reach)[..., None]
+            texts = _format(lambda length, ends=ends: horizon_text(length, *ends), reach)[..., None]
             hover = "effective horizon %{customdata[0]}"
             beyond = np.isposinf(reach.values) & (weak == 0)
-            covers = [_beyond(beyond, texts, hover)] if beyond.any() else []
+            covers = [_beyond(beyond)] if beyond.any() else []
             panels.append(_panel(group.panel_title(stream, member), np.log2(reach.values), weak, texts, hover, *covers))
     return PanelGrid(
         "The effective horizon of every head", panels, height=_height(members), shared_y=False,
@@ -69,46 +91,44 @@ def _panel(
 ) -> Panel:
     """Draw one map: grey where the credit is weak, blank where a layer has no such head.
 
+    The coloured map has the labels of all cells; what lies under or over it has none.
+
     Args:
         title: The title of the panel.
         values: What the colour axis shows, (layer, head).
         weak: 1 where a head's credit is too small or too uncertain, 0 elsewhere, NaN where there is no such head.
-        texts: What the hover template shows, (layer, head, text).
-        hover: The hover template, after layer and head.
+        texts: What the label of each head shows, (layer, head, text).
+        hover: The template of the label, after layer and head.
         covers: Heat maps above the map.
     """
-    template = f"layer %{{y}}, head %{{x}}<br>{hover}"
+    layers, heads = values.shape
+    look = {"xgap": 0, "ygap": 0} if heads > MANY else {"xgap": 1, "ygap": 1}
     grey = go.Heatmap(
-        z=json_numbers(np.where(weak == 1, 1, np.nan)),
-        customdata=_select(texts, weak == 1),
-        colorscale=[[0, EMPTY], [1, EMPTY]],
-        showscale=False,
-        hovertemplate=f"{template}<br>credit too small or too uncertain<extra></extra>",
-        **CELLS,
-    )
+        z=json_numbers(np.where(weak == 1, 1, np.nan)), colorscale=[[0, EMPTY], [1, EMPTY]], showscale=False,
+        hoverinfo="skip", **look,
+    )  # fmt: skip
+    notes = np.where(weak == 0, "", np.where(weak == 1, f"<br>{WEAK}", "<br>no such head")).astype(object)
+    labels = np.concatenate([texts, notes[..., None]], -1)
     coloured = go.Heatmap(
         z=json_numbers(np.where(weak == 0, values, np.nan)),
-        customdata=_select(texts, weak == 0),
-        coloraxis="coloraxis",
-        hovertemplate=f"{template}<extra></extra>",
-        **CELLS,
-    )
-    layers, heads = values.shape
+        customdata=labels.tolist(),
+        coloraxis="coloraxis", hoverongaps=True,
+        hovertemplate=f"layer %{{y}}, head %{{x}}<br>{hover}%{{customdata[{texts.shape[-1]}]}}<extra></extra>", **look,
+    )  # fmt: skip
     ticks = {"dtick": math.ceil(heads / 10)} if heads > 1 else {"tickvals": [0]}
     return Panel(
         title, [grey, coloured, *covers],
-        x={"title": "head", "showgrid": False, **ticks},
-        y={"title": "layer", "showgrid": False, "dtick": max(1, math.ceil(layers / 12))},
+        x={"title": "head", "showgrid": False, "range": [-0.5, heads - 0.5], **ticks},
+        y={"title": "layer", "showgrid": False, "range": [-0.5, layers - 0.5], "dtick": max(1, math.ceil(layers / 12))},
     )  # fmt: skip
 
 
-def _beyond(mask: np.ndarray, texts: np.ndarray, hover: str) -> go.Heatmap:
+def _beyond(mask: np.ndarray) -> go.Heatmap:
     """Draw the heads whose effective horizon is beyond the largest one that was measured."""
     return go.Heatmap(
         z=json_numbers(np.where(mask, 1, np.nan)), showscale=False, colorscale=[[0, MEAN], [1, MEAN]],
         text=[["&gt;" if cell else "" for cell in row] for row in mask], texttemplate="%{text}",
-        textfont={"color": PAPER, "size": 11}, customdata=_select(texts, mask), **CELLS,
-        hovertemplate=f"layer %{{y}}, head %{{x}}<br>{hover}<extra></extra>",
+        textfont={"color": PAPER, "size": 11}, hoverinfo="skip", xgap=1, ygap=1,
     )  # fmt: skip
 
 
@@ -131,26 +151,19 @@ def _height(members: list[NamedResult]) -> int:
     return min(560, max(200, 15 * max(member.layers for member in members) + 20))
 
 
-def _weak(result: xr.Dataset) -> xr.DataArray:
+def _weak(result: xr.Dataset, reader_of: str) -> xr.DataArray:
     """Return 1 where a head's credit is weak, 0 where it is not, NaN where a layer has no such head."""
-    return weak_heads(result).where(existing_heads(result))
+    return weak_heads(result, reader_of).where(existing_heads(result))
 
 
 def _format(format_number: Callable[..., str], *values: xr.DataArray) -> np.ndarray:
     """Format the numbers of every head; words where they are not known."""
 
     def format_or_say(*numbers: float) -> str:
-        text = format_number(*numbers)
-        return "not known" if text == UNKNOWN else text
+        return figure_text(format_number(*numbers).replace(UNKNOWN, "not known"))
 
     return format_cells(format_or_say, *(value.values for value in values))
 
 
 def _format_portion(portion: float) -> str:
     return UNKNOWN if math.isnan(portion) else f"{portion:.2f}"
-
-
-def _select(texts: np.ndarray, mask: np.ndarray) -> list[list[list[str] | None]]:
-    """Return the texts of the cells under a mask, nothing elsewhere."""
-    rows = zip(texts.tolist(), mask.tolist(), strict=True)
-    return [[text if selected else None for text, selected in zip(*row, strict=True)] for row in rows]

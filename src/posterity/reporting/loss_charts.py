@@ -23,34 +23,36 @@ from posterity.reporting.traces import (
     position_axes,
     position_points,
     result_line,
+    share_labels,
     spaced,
 )
 from posterity.results import stats
-from posterity.results.formatting import json_numbers, percent
+from posterity.results.formatting import json_numbers
 
 COLOURS = {"own": SELF, "self later": LATE, "future": OTHER}  # of the parts of a loss
 
 
-def draw_loss_parts(group: ResultGroup) -> PanelGrid:
+def draw_loss_parts(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the three parts of every layer's credit as bars: own loss, later losses at the self edge, future edges."""
     members = group.having("loss_credit")
-    shares = [stats.loss_shares(member.result, ("layer",)) for member in members]
+    shares = [stats.loss_shares(member.result, ("layer",), reader_of) for member in members]
     y = {"title": "share of the credit", **PERCENT, **ZERO_LINE}
     panels = []
     for written in WRITTEN:
         for member, share in zip(members, shares, strict=True):
-            bars = [_bars(share.sel(written=written, part=part), part) for part in LOSS_PARTS]
+            bars = [_bars(member, share.sel(written=written, part=part), part) for part in LOSS_PARTS]
             panels.append(Panel(group.panel_title(written, member), bars, layer_axis(member.layers), y))
     title = "Who pays for keys and values: own loss, self edge, future edges"
     return PanelGrid(title, panels, height=300, **grid_by_result(members, columns=2))
 
 
-def _bars(share: xr.Dataset, part: str) -> go.Bar:
+def _bars(member: NamedResult, share: xr.Dataset, part: str) -> go.Bar:
     name = LOSS_PARTS[part]
+    labels = share_labels(share.share, member.uncertainty(share.error))
     return go.Bar(
         name=name, legendgroup=name, x=list(range(share.sizes["layer"])), y=json_numbers(share.share),
-        customdata=[percent(*pair) for pair in zip(share.share.values, share.error.values, strict=True)],
-        hovertemplate="%{customdata}", marker={"color": COLOURS[part], "line": {"width": 0}},
+        customdata=labels["customdata"], hovertemplate=labels["hover"],
+        marker={"color": COLOURS[part], "line": {"width": 0}},
     )  # fmt: skip
 
 
@@ -113,10 +115,10 @@ def draw_modules(group: ResultGroup) -> PanelGrid:
     return PanelGrid(title, panels, height=170)
 
 
-def draw_horizons(group: ResultGroup) -> PanelGrid:
+def draw_horizons(group: ResultGroup, reader_of: str) -> PanelGrid:
     """Draw the credit that remains under each horizon, of the model and of its layers."""
     members = group.having("horizon_by_document")
-    curves = [stats.horizon_curve(member.result) for member in members]
+    curves = [stats.horizon_curve(member.result, (), reader_of) for member in members]
     horizons = sorted({int(horizon) for member in members for horizon in member.result.horizon.values})
     ends = [horizons[0] / 1.2, horizons[-1] * 1.2]
 
@@ -132,7 +134,7 @@ def draw_horizons(group: ResultGroup) -> PanelGrid:
     )
     panels = []
     for stream in STREAMS:
-        traces = _layer_curves(group, members, stream)
+        traces = _layer_curves(group, members, stream, reader_of)
         traces.append(half)
         for member, curve in zip(members, curves, strict=True):
             curve = curve.sel(stream=stream)
@@ -142,9 +144,11 @@ def draw_horizons(group: ResultGroup) -> PanelGrid:
     return PanelGrid("How far off the losses are: credit that remains under a discount", panels, height=320)
 
 
-def _layer_curves(group: ResultGroup, members: list[NamedResult], stream: str) -> list[go.Scatter]:
+def _layer_curves(group: ResultGroup, members: list[NamedResult], stream: str, reader_of: str) -> list[go.Scatter]:
     traces = []
     for member in members:
-        layers = stats.horizon_curve(member.result, ("layer",)).sel(stream=stream).transpose("layer", "horizon")
+        layers = (
+            stats.horizon_curve(member.result, ("layer",), reader_of).sel(stream=stream).transpose("layer", "horizon")
+        )
         traces += depth_lines(group, layers.horizon.values, layers.share.values)
     return traces

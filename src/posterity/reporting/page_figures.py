@@ -12,7 +12,7 @@ from posterity.palette import DARK
 from posterity.reporting.panel_grid import FULL_WIDTH, PanelGrid
 from posterity.reporting.theme import TEMPLATE
 
-WIDTHS = (1040, 840, 620, 460, 340, 280)  # pixels from which a layout is used; the last also below it
+WIDTHS = (1040, 840, 620, 460, 340, 280, 240)  # pixels from which a layout is used; the last also below it
 
 
 def page_figures(grids: Mapping[str, PanelGrid]) -> dict[str, Any]:

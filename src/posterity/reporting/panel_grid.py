@@ -26,8 +26,8 @@ FULL_WIDTH = 1100  # pixels of a figure that stands alone
 ONE_COLUMN = 620  # pixels below which panels stand one below the other
 LETTER = 7.2  # pixels of a letter of a panel's title, at most
 ROW_GAP, COLUMN_GAP, WIDE_COLUMN_GAP = 88, 34, 62  # pixels between panels; wide where each has its own y axis
-LONGEST_BAR = 460  # pixels of a colour bar
-LEFT, RIGHT, TOP, TITLE, BOTTOM, LEGEND_LINE, COLOUR_BAR = 62, 12, 36, 40, 58, 28, 34  # pixels around the panels
+LONGEST_BAR, BAR_MARGIN = 700, 32  # pixels of a colour bar, and, where it is narrow, at its ends
+LEFT, RIGHT, TOP, TITLE, BOTTOM, LEGEND_LINE, COLOUR_BAR = 62, 12, 36, 40, 58, 28, 52  # pixels around the panels
 PANEL_TITLE = 20  # pixels
 
 
@@ -52,6 +52,7 @@ class PanelGrid:
     narrowest: int = 0  # pixels that a column needs; 0: all columns from ONE_COLUMN on, one below it
     shared_y: bool = True
     colours: Callable[[float], dict[str, Any]] | None = None  # of heat maps, for the length of the colour bar in pixels
+    note: str = ""  # what a saved figure says after its title
     views: Mapping[str, "PanelGrid"] = field(default_factory=dict)  # the same traces with other numbers, by name
 
     def figure(self, width: int = FULL_WIDTH) -> go.Figure:
@@ -97,23 +98,26 @@ class PanelGrid:
             "width": width, "height": inner_height + top + bottom,
             "margin": {"l": LEFT, "r": RIGHT, "t": top, "b": bottom},
             "hovermode": "closest" if self.colours else "x unified",
-            "annotations": [_panel_title(panel.title, number, longest)
-                            for number, panel in enumerate(self.panels) if panel.title],
         }  # fmt: skip
+        if any(panel.title for panel in self.panels):
+            layout["annotations"] = [
+                _panel_title(panel.title, number, longest) for number, panel in enumerate(self.panels) if panel.title
+            ]
         if titled:
-            layout["title"] = {"text": figure_text(self.title)}
+            layout["title"] = {"text": figure_text(self.title + (f" ({self.note})" if self.note else ""))}
         if self.colours:
-            length = min(LONGEST_BAR, inner_width)
-            colours = self.colours(length)
-            layout["coloraxis"] = colours | {"colorbar": {"len": length, **colours.get("colorbar", {})}}
+            margin = LEFT if width >= ONE_COLUMN else BAR_MARGIN
+            length = min(LONGEST_BAR, width)  # with its margins
+            colours = self.colours(length - 2 * margin)
+            layout["coloraxis"] = colours | {"colorbar": {"len": length, "xpad": margin, **colours.get("colorbar", {})}}
         return layout
 
     def _legend_lines(self, width: int) -> int:
         """Return how many lines the legend takes: plotly sets one that is too long for a line in equal columns."""
-        widths = [58 + 7 * len(trace["name"]) for trace in self.traces if trace["showlegend"]]
+        widths = [58 + 6.8 * len(trace["name"]) for trace in self.traces if trace["showlegend"]]
         if sum(widths) <= width:
             return min(1, len(widths))
-        return math.ceil(len(widths) / max(1, width // max(widths)))
+        return math.ceil(len(widths) / max(1, int(width / max(widths))))
 
 
 def shorten(text: str, length: int) -> str:

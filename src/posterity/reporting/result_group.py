@@ -1,12 +1,16 @@
 """The results of one page: a name and a colour for each, and which of them measured a variable."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import xarray as xr
 
 from posterity.palette import SERIES
 from posterity.reporting.panel_grid import shorten
-from posterity.reporting.result_words import model_name, text_name
+from posterity.reporting.result_words import lead_reader, model_name, text_name
+from posterity.results import stats
+from posterity.results.netcdf import portable_value
 from posterity.results.steps import latest_step
 
 
@@ -24,6 +28,10 @@ class NamedResult:
         """The number of layers."""
         return self.result.sizes["layer"]
 
+    def uncertainty(self, error: Any) -> Any:
+        """Return what is drawn and written behind the ± of numbers with a standard error over the windows."""
+        return stats.uncertainty(error, self.result.sizes["document"])
+
 
 @dataclass(frozen=True)
 class ResultGroup:
@@ -32,11 +40,23 @@ class ResultGroup:
     members: list[NamedResult]
 
     @classmethod
-    def of(cls, results: list[xr.Dataset]) -> "ResultGroup":
-        """Name the results."""
+    def of(cls, results: Sequence[xr.Dataset], names: Sequence[str] = (), files: Sequence[str] = ()) -> "ResultGroup":
+        """Name the results, by names that a user gave or else by what tells them apart (`result_names`)."""
         last = [latest_step(result) for result in results]
-        parts = zip(result_names(last), last, results, strict=True)
+        parts = zip(names or result_names(last, files), last, results, strict=True)
         return cls([NamedResult(number, *part) for number, part in enumerate(parts)])
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The edges that the page shows, by their key, those that it begins with first (`reader_of` of the stats)."""
+        apart = all(lead_reader(member.result) == "rest" for member in self.members)
+        return ("rest", "all") if apart else ("all",)
+
+    @property
+    def sinks(self) -> str:
+        """The number of first keys that `reader_of` tells from the rest: of all results, or "few" where they differ."""
+        numbers = {str(portable_value(member.result.attrs.get("sinks"))) for member in self.members}
+        return numbers.pop() if len(numbers) == 1 else "few"
 
     @property
     def single(self) -> bool:
@@ -73,11 +93,18 @@ class ResultGroup:
         return name if self.single else f"{name} · {self.label(member, name, 26)}"
 
 
-def result_names(results: list[xr.Dataset]) -> list[str]:
-    """Name each result by what tells it from the others: the model, then the text, then a number."""
+def result_names(results: Sequence[xr.Dataset], files: Sequence[str] = ()) -> list[str]:
+    """Name each result by what tells it from the others: the model, then the text, then the file, then a number.
+
+    Args:
+        results: The results.
+        files: Names of their files; "" for a result that is of no file.
+    """
     names = [model_name(result) for result in results]
     if len(set(names)) < len(names):
         names = [f"{name}, {text_name(result)}" for name, result in zip(names, results, strict=True)]
+    if len(set(names)) < len(names) and all(files) and len(set(files)) == len(names):
+        names = [f"{file} · {model_name(result)}" for file, result in zip(files, results, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
     return names

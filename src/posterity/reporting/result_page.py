@@ -1,18 +1,23 @@
-"""Results as a page: sentence, table, rankings, provenance and pictures, side by side."""
+"""Results as a page: sentence, five numbers, pictures, table, rankings, provenance, side by side."""
+
+from collections.abc import Container, Sequence
 
 import xarray as xr
 
 from posterity.axes import STREAMS
 from posterity.reporting.charts import draw_charts
+from posterity.reporting.head_details import head_details
 from posterity.reporting.html import render_page
 from posterity.reporting.inspected_text import pack_inspected_text
+from posterity.reporting.key_numbers import key_numbers
 from posterity.reporting.page_figures import page_figures
+from posterity.reporting.reach_chart import reach_tables
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.result_table import RankedHead, rank_heads, summary_rows
+from posterity.reporting.result_table import RankedHead, rank_heads, row_notes, share_text, summary_rows
 from posterity.reporting.result_words import heading, mean_loss, reading_notes, verdict_sentence
 from posterity.reporting.tables import chart_tables
-from posterity.results.formatting import percent
 from posterity.results.netcdf import portable_value
+from posterity.results.ratios import MIN_WINDOWS
 from posterity.results.stats import balance
 
 EXTREMES = 5  # heads at each end of the ranking
@@ -20,43 +25,70 @@ TEXTS = 12  # texts by name
 INSPECTED_SCRIPTS = ("inspected_numbers.js", "inspected_words.js", "inspected_elements.js", "inspected_text.js")
 
 
-def render_results(results: list[xr.Dataset]) -> str:
-    """Return the page as one string of HTML."""
-    group = ResultGroup.of(results)
+def render_results(results: Sequence[xr.Dataset], names: Sequence[str] = (), files: Sequence[str] = ()) -> str:
+    """Return the page as one string of HTML; names and files as in `ResultGroup.of`."""
+    group = ResultGroup.of(results, names, files)
     grids = draw_charts(group)
-    members = [_describe(member) for member in group.members]
+    members = [_describe(member, group.readers) for member in group.members]
     inspected = [text for member in group.members if (text := pack_inspected_text(member.result, member.name))]
+    windows = max(member.result.sizes["document"] for member in group.members)
+    titles = {name: grid.title for name, grid in grids.items()}
+    has = {name for member in members for name in member["tables"]}
     return render_page(
-        "result.html.j2", page_figures(grids) | {"inspected_texts": inspected},
-        styles=["inspected_text.css"] if inspected else [], scripts=INSPECTED_SCRIPTS if inspected else [],
-        results=members, streams=STREAMS, titles={name: grid.title for name, grid in grids.items()},
-        has={name for member in members for name in member["tables"]}, inspected=bool(inspected),
+        "result.html.j2",
+        page_figures(grids) | {"inspected_texts": inspected, "heads": head_details(group), "streams": STREAMS},
+        styles=["inspected_text.css"] if inspected else [],
+        scripts=[*(["heads.js"] if "head" in titles else []), *(INSPECTED_SCRIPTS if inspected else [])],
+        results=members, streams=STREAMS, titles=titles, has=has, inspected=bool(inspected),
+        readers=len(group.readers) > 1, sinks=group.sinks,
+        several_windows=windows >= MIN_WINDOWS,
+        index=_index(titles, has, bool(inspected)),
     )  # fmt: skip
 
 
-def _describe(member: NamedResult) -> dict:
+def _index(titles: Container[str], has: set[str], inspected: bool) -> list[tuple[str, str]]:
+    """Return the parts of the page: anchor and words."""
+    parts = {
+        "answer": ("The answer", True),
+        "reach": ("Reach", "reach" in titles),
+        "lags": ("By lag", "lags" in titles),
+        "map": ("Heads", "map" in titles),
+        "who": ("Who pays", bool(has & {"loss_parts", "modules", "rest", "horizons"})),
+        "inspected": ("One text", inspected),
+        "over-training": ("Over training", "training" in has),
+        "more": ("Layers, positions, weights", True),
+        "heads": ("Extremes", True),
+        "how": ("How to read this", True),
+    }
+    return [(anchor, words) for anchor, (words, shown) in parts.items() if shown]
+
+
+def _describe(member: NamedResult, readers: Sequence[str]) -> dict:
     """Return what the template shows of one result as text and tables."""
     result = member.result
     title, *details = heading(result)
+    rows = summary_rows(result)
     return {
         "name": member.name,
         "model": title,
         "details": details,
         "sentence": verdict_sentence(result),
-        "rows": summary_rows(result),
-        "notes": reading_notes(result),
-        "heads": {stream: _extremes(rank_heads(result, stream)[::-1]) for stream in STREAMS},
+        "key_numbers": [(reader_of, key_numbers(result, reader_of)) for reader_of in readers],
+        "rows": rows,
+        "notes": [*reading_notes(result), *row_notes(result, rows)],
+        "heads": {stream: _extremes(result, rank_heads(result, stream)[::-1]) for stream in STREAMS},
         "provenance": _provenance(result),
         "texts": _texts(result),
-        "tables": chart_tables(member.over_steps),
+        "tables": chart_tables(member.over_steps) | reach_tables(result),
     }
 
 
-def _extremes(heads: list[RankedHead]) -> list[dict | None]:
+def _extremes(result: xr.Dataset, heads: list[RankedHead]) -> list[dict | None]:
     """Return the first and the last few of the ranking as text; None stands for those between them."""
     cells: list[dict | None] = []
     for head in heads:
-        name, share = f"layer {head.layer}, head {head.head}", percent(head.share, head.error)
+        name = f"layer {head.layer}, head {head.head}"
+        share = share_text(head.share, head.error, result.sizes["document"])
         cells.append({"name": name, "share": share, "portion": f"{head.portion:.2f}"})
     return cells if len(cells) <= 2 * EXTREMES + 1 else [*cells[:EXTREMES], None, *cells[-EXTREMES:]]
 

@@ -1,6 +1,7 @@
 """The summary table of a result, for terminal, notebook and page, and its heads ranked by self share."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import xarray as xr
@@ -10,12 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from posterity.axes import STREAMS, WRITTEN
-from posterity.reporting.result_words import heading, reading_notes, verdict_sentence
+from posterity.reporting.reader_table import reader_lags_table
+from posterity.reporting.result_words import beyond_words, heading, lead_reader, reading_notes, verdict_sentence
 from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, tokens_text
+from posterity.results.netcdf import portable_value
+from posterity.results.ratios import sum_readers
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
 
+BEYOND = " †"  # marks a share below 0 or above 100 %
 LOSS_PARTS = {"own": "own loss", "self later": "self edge, later losses", "future": "future edges"}  # in words
 
 
@@ -30,7 +35,11 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class RankedHead:
-    """One head's self share of one stream; `portion` is its credit over an equal part of its layer's credit."""
+    """One head's number in the ranking of one stream, and its credit.
+
+    `share` is what its self edges bring, of its own credit, or of its group's where heads share the stream
+    (`ranked_shares`); `portion` is its credit over an equal part of its layer's credit.
+    """
 
     layer: int
     head: int
@@ -48,8 +57,8 @@ def print_result(result: xr.Dataset, console: Console) -> None:
     table.add_column("", overflow="fold")
     for stream in STREAMS:
         table.add_column(stream, justify="right", no_wrap=True)
-    part = ""
-    for row in summary_rows(result):
+    part, rows = "", summary_rows(result)
+    for row in rows:
         if row.part != part:
             part = row.part
             if table.row_count:
@@ -59,7 +68,11 @@ def print_result(result: xr.Dataset, console: Console) -> None:
     console.print(table)
     console.print()
     console.print(Text(verdict_sentence(result)))
-    for note in reading_notes(result):
+    if (readers := reader_lags_table(result)) is not None:
+        console.print()
+        console.print(readers)
+        console.print()
+    for note in [*reading_notes(result), *row_notes(result, rows)]:
         console.print(Text(note, style="dim"))
 
 
@@ -68,19 +81,31 @@ def summary_rows(result: xr.Dataset) -> list[SummaryRow]:
     return [*_credit_rows(result), *_extreme_rows(result), *_weight_rows(result), *_loss_rows(result)]
 
 
+def row_notes(result: xr.Dataset, rows: Iterable[SummaryRow]) -> list[str]:
+    """Return what a reader must know of single rows: whose credit heads are ranked by, and what the mark means."""
+    notes = []
+    if shares_keys(result):
+        notes.append(
+            "A head in its group: several heads read one key and value. For these, a head's number is what its self "
+            "edges bring to the credit of the whole group; for queries, to its own."
+        )
+    if any(cell.endswith(BEYOND) for row in rows for cell in row.cells):
+        notes.append(f"{BEYOND.strip()} beyond 0 to 100 %: parts of a gradient can point against their sum.")
+    return notes
+
+
 def _cells(cell: Callable[[str], str]) -> tuple[str, ...]:
     return tuple(cell(stream) for stream in STREAMS)
 
 
 def _credit_rows(result: xr.Dataset) -> list[SummaryRow]:
-    part = "Credit of the gradient"
-    shares, counted, first = stats.shares(result), stats.counts(result), stats.first_position(result)
-    median = stats.median_lag(stats.profile(result).share)
+    part, reader = _title("Credit of the gradient", result), lead_reader(result)
+    shares, counted = stats.shares(result, reader_of=reader), stats.counts(result, reader_of=reader)
+    median = stats.median_lag(stats.profile(result, reader_of=reader).share)
     self_counted, median_counted = percent(float(counted.isel(lag=0))), tokens_text(float(stats.median_lag(counted)))
-    attention = percent(float(stats.attention_first(result)))
 
     def side_cells(side: str) -> tuple[str, ...]:
-        return _cells(lambda stream: _percent(shares.sel(stream=stream, side=side)))
+        return _cells(lambda stream: _percent(shares.sel(stream=stream, side=side), result))
 
     return [
         SummaryRow(part, "self share", side_cells("self")),
@@ -88,46 +113,71 @@ def _credit_rows(result: xr.Dataset) -> list[SummaryRow]:
         SummaryRow(part, "other share", side_cells("other")),
         SummaryRow(part, "median lag of the credit", _cells(lambda s: tokens_text(float(median.sel(stream=s))))),
         SummaryRow(part, "  by counting alone", _cells(lambda _: median_counted)),
-        SummaryRow(part, "share of first position", _cells(lambda stream: _percent(first.sel(stream=stream)))),
+        *_first_rows(result),
+    ]
+
+
+def _first_rows(result: xr.Dataset) -> list[SummaryRow]:
+    """Return what the first positions have of the whole; of an older file, the first one alone."""
+    first, attention = stats.first_position(result), percent(float(stats.attention_first(result)))
+    cells = ("", *(_percent(first.sel(stream=stream), result) for stream in WRITTEN))
+    if lead_reader(result) == "all":
+        part, label, rows = _title("Credit of the gradient", result), "share of first position", []
+    else:
+        part, label = "Sinks: part of all credit", "  the first position alone"
+        together = stats.first_share(result)
+        number = portable_value(result.attrs.get("sinks"))
+        edges = _cells(lambda stream: _percent(together.sel(stream=stream), result))
+        rows = [SummaryRow(part, f"edges into the first {number}" if number != 1 else "edges into the first", edges)]
+    return [
+        *rows,
+        SummaryRow(part, label, cells),
         SummaryRow(part, "  attention weight on it", ("", attention, attention)),
     ]
 
 
 def _extreme_rows(result: xr.Dataset) -> list[SummaryRow]:
-    part = "Extremes of the self share"
-    layers = stats.shares(result, ("layer",)).share.sel(side="self")
+    part, reader = _title("Extremes of the self share", result), lead_reader(result)
+    layers = stats.shares(result, ("layer",), reader).share.sel(side="self")
     heads = {stream: rank_heads(result, stream) for stream in STREAMS}
+    head = "head in its group" if shares_keys(result) else "head"
     return [
         SummaryRow(part, "largest, layer", _cells(lambda stream: _layer(layers.sel(stream=stream), -1))),
         SummaryRow(part, "smallest, layer", _cells(lambda stream: _layer(layers.sel(stream=stream), 0))),
-        SummaryRow(part, "largest, head", _cells(lambda stream: _head(heads[stream], -1))),
-        SummaryRow(part, "smallest, head", _cells(lambda stream: _head(heads[stream], 0))),
+        SummaryRow(part, f"largest, {head}", _cells(lambda stream: _head(heads[stream], -1))),
+        SummaryRow(part, f"smallest, {head}", _cells(lambda stream: _head(heads[stream], 0))),
     ]
+
+
+def _title(name: str, result: xr.Dataset) -> str:
+    """Return the name of a block, and which positions are left out of it."""
+    beyond = beyond_words(result)
+    return f"{name}, {beyond}" if beyond else name
 
 
 def _weight_rows(result: xr.Dataset) -> list[SummaryRow]:
     if "weight_mean" not in result:
         return []
-    part = "Gradient of the weights"
+    part = "Gradient of the weights" + (", all edges" if beyond_words(result) else "")
     shares = stats.weight_shares(result)
     agreement = shares.agreement.sel(part="whole")
     return [
-        SummaryRow(part, "self share, one window", _cells(lambda stream: _percent(shares.sel(stream=stream)))),
-        SummaryRow(part, "self share, mean", _cells(lambda s: percent(float(shares.share_mean.sel(stream=s))))),
+        SummaryRow(part, "self share, one window", _cells(lambda stream: _percent(shares.sel(stream=stream), result))),
+        SummaryRow(part, "self share, mean", _cells(lambda s: share_text(float(shares.share_mean.sel(stream=s))))),
         SummaryRow(part, "agreement of windows", _cells(lambda s: number_text(float(agreement.sel(stream=s))))),
     ]
 
 
 def _loss_rows(result: xr.Dataset) -> list[SummaryRow]:
     """Return the block on own and later losses, as far as they were measured."""
-    part, rows = "Who pays for keys and values", []
+    part, rows = _title("Who pays for keys and values", result), []
     if "loss_credit" in result:
-        shares = stats.loss_shares(result)
+        shares = stats.loss_shares(result, reader_of=lead_reader(result))
         for loss_part, label in LOSS_PARTS.items():
-            cells = (_percent(shares.sel(written=written, part=loss_part)) for written in WRITTEN)
+            cells = (_percent(shares.sel(written=written, part=loss_part), result) for written in WRITTEN)
             rows.append(SummaryRow(part, label, ("", *cells)))
     if "horizon_by_document" in result:
-        reach = stats.effective_horizon(result)
+        reach = stats.effective_horizon(result, reader_of=lead_reader(result))
         ends = int(result.horizon[0]), int(result.horizon[-1])
         cells = _cells(lambda stream: horizon_text(float(reach.sel(stream=stream)), *ends))
         rows.append(SummaryRow(part, "effective horizon", cells))
@@ -135,24 +185,44 @@ def _loss_rows(result: xr.Dataset) -> list[SummaryRow]:
 
 
 def rank_heads(result: xr.Dataset, stream: str) -> list[RankedHead]:
-    """Rank heads by their self share, smallest first, without those that `stats.weak_heads` leaves out."""
-    shares = stats.shares(result, ("layer", "head")).sel(stream=stream, side="self")
-    ranked = shares.share.notnull().values & ~stats.weak_heads(result).sel(stream=stream).values
-    columns = [shares.share.values, shares.error.values, credit_portions(result).sel(stream=stream).values]
+    """Rank heads by what their self edges bring, smallest first, without those that `stats.weak_heads` leaves out.
+
+    The edges are those of the numbers that lead (`lead_reader`).
+    """
+    reader = lead_reader(result)
+    by_head = (
+        stats.group_shares(result, reader) if shares_keys(result) else stats.shares(result, ("layer", "head"), reader)
+    )
+    shares = by_head.sel(stream=stream, side="self")
+    ranked = shares.share.notnull().values & ~stats.weak_heads(result, reader).sel(stream=stream).values
+    columns = [shares.share.values, shares.error.values, credit_portions(result, reader).sel(stream=stream).values]
     heads = zip(*ranked.nonzero(), *(values[ranked] for values in columns), strict=True)
     rows = [RankedHead(int(layer), int(head), *map(float, numbers)) for layer, head, *numbers in heads]
     return sorted(rows, key=lambda head: head.share)
 
 
-def credit_portions(result: xr.Dataset) -> xr.DataArray:
+def shares_keys(result: xr.Dataset) -> bool:
+    """Return True if some heads of a layer read one key and value; False where an older file does not say."""
+    if "kv_head" not in result.coords:
+        return False
+    groups, present = result.kv_head.values, stats.existing_heads(result).values
+    return any(len(set(row[mask].tolist())) < mask.sum() for row, mask in zip(groups, present, strict=True))
+
+
+def credit_portions(result: xr.Dataset, reader_of: str = "all") -> xr.DataArray:
     """Return the credit of each head over an equal part of its layer's credit; dims (layer, head, stream)."""
-    credit = result.credit_by_document.sum(("document", "reader_of", "side"), skipna=False)
+    credit = sum_readers(result.credit_by_document, reader_of).sum(("document", "side"), skipna=False)
     present = stats.existing_heads(result)
     return credit / credit.where(present, 0.0).sum("head", skipna=False) * present.sum("head")
 
 
-def _percent(share: xr.Dataset) -> str:
-    return percent(float(share.share), float(share.error))
+def share_text(share: float, error: float = math.nan, windows: int = 1) -> str:
+    """Format a share in percent, with a mark where it is beyond 0 to 100 %."""
+    return percent(share, error, windows) + (BEYOND if share < 0 or share > 1 else "")
+
+
+def _percent(share: xr.Dataset, result: xr.Dataset) -> str:
+    return share_text(float(share.share), float(share.error), result.sizes["document"])
 
 
 def _layer(share: xr.DataArray, index: int) -> str:
@@ -161,9 +231,9 @@ def _layer(share: xr.DataArray, index: int) -> str:
     if not shares.size:
         return UNKNOWN
     layer = shares.sortby(shares)[index]
-    return f"L{int(layer.layer)} {percent(float(layer))}"
+    return f"L{int(layer.layer)} {share_text(float(layer))}"
 
 
 def _head(heads: list[RankedHead], index: int) -> str:
     """Format the head at an index of the ranking."""
-    return f"L{heads[index].layer} H{heads[index].head} {percent(heads[index].share)}" if heads else UNKNOWN
+    return f"L{heads[index].layer} H{heads[index].head} {share_text(heads[index].share)}" if heads else UNKNOWN

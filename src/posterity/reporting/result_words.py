@@ -1,15 +1,51 @@
-"""A result in words: model, text and loss, one sentence on whom keys and values are written for, and warnings."""
+"""A result in words: model, text and loss, which losses and edges its keys and values learn from, and warnings."""
 
 import math
+from dataclasses import dataclass
 
 import xarray as xr
 
 from posterity.axes import STREAMS, WRITTEN
 from posterity.results import stats
-from posterity.results.formatting import left_out_text, percent
+from posterity.results.formatting import error_words, left_out_text, percent
 from posterity.results.netcdf import portable_value
 
+NAMES = 3  # of windows with a large gradient
 TRUSTED = 1e-3  # accounts that disagree by more than this are reported as broken (float32 gives about 1e-6)
+
+
+@dataclass(frozen=True)
+class ShareWords:
+    """The words of a sentence on shares: what the part is, and where most of the credit is if the part is its size."""
+
+    verb: str
+    part: str
+    large: str
+    even: str
+    small: str
+
+    def verdict(self, share: float, error: float, windows: int) -> str:
+        """Return where most of the credit is; undecided if one half lies in the 95 % interval."""
+        margin = float(stats.confidence(error, windows))
+        if abs(share - 0.5) <= (0.0 if math.isnan(margin) else margin):
+            return self.even
+        return self.large if share > 0.5 else self.small
+
+
+EDGES = ShareWords(
+    verb="arrives",
+    part="over edges from later queries",
+    large="mostly over edges from later queries",
+    even="about equally over the self edge and over edges from later queries",
+    small="mostly over the self edge",
+)
+LOSSES = ShareWords(
+    verb="is paid",
+    part="by later losses",
+    large="mostly by later losses",
+    even="about equally by the own loss and by later losses",
+    small="mostly by the own loss",
+)
 
 
 def heading(result: xr.Dataset) -> tuple[str, ...]:
@@ -56,51 +92,92 @@ def mean_loss(result: xr.Dataset) -> str:
     return f"{loss:.3f} nats per token" + (f" (known for {number} of {windows} windows)" if number < windows else "")
 
 
+def lead_reader(result: xr.Dataset) -> str:
+    """Return which edges the numbers that lead are of: "rest", without those into the first keys, if they are apart.
+
+    "all" for an older file, for sinks=0 and where a window has no other keys.
+    """
+    if not stats.has_reader_axis(result) or result.attrs.get("sinks") == 0:
+        return "all"
+    return "rest" if int(result.edges.sel(reader_of="rest").sum()) else "all"
+
+
+def beyond_words(result: xr.Dataset) -> str:
+    """Return what is left out of the numbers that lead: "beyond the first 4 positions"; "" for nothing."""
+    if lead_reader(result) == "all":
+        return ""
+    number = portable_value(result.attrs.get("sinks"))
+    return "beyond the first position" if number == 1 else f"beyond the first {number} positions"
+
+
 def verdict_sentence(result: xr.Dataset) -> str:
-    """Return one sentence on whom the keys and values are written for, with the numbers that say so."""
-    shares = stats.shares(result).sel(side="other")
+    """Return in words which losses pay for the keys and values, if that was measured, and over which edges it comes."""
+    reader = lead_reader(result)
+    edges = stats.shares(result, reader_of=reader).sel(side="other")
+    sentences = []
+    if "loss_credit" in result:
+        own = stats.loss_shares(result, reader_of=reader).sel(part="own").rename(written="stream")
+        paid = _share_sentence(result, own.assign(share=1 - own.share), LOSSES)
+        sentences += [f"{paid}, the rest by the own loss."] if paid else []
+    arrives = _share_sentence(result, edges, EDGES, named=not sentences)
+    if arrives:
+        counted = percent(1 - float(stats.counts(result, reader_of=reader).isel(lag=0)))
+        sentences.append(
+            f"{arrives}, where counting the edges alone would give {counted}{_median_words(result, edges)}."
+        )
+    unknown = (
+        f"Where the credit of the keys and values of {model_name(result)} comes from cannot be said: it is not known."
+    )
+    return " ".join(sentences) or unknown
+
+
+def _share_sentence(result: xr.Dataset, shares: xr.Dataset, kind: ShareWords, named: bool = True) -> str:
+    """Return what the shares of keys and values say, without the full stop; "" if none is known.
+
+    Args:
+        result: What the shares were taken from.
+        shares: `share` and `error` with the dimension `stream`.
+        kind: The words.
+        named: Whether the sentence names the model.
+    """
+    windows = result.sizes["document"]
     share, error = (
         {stream: float(shares[name].sel(stream=stream)) for stream in WRITTEN} for name in ("share", "error")
     )
     streams = [stream for stream in WRITTEN if not math.isnan(share[stream])]
     if not streams:
-        return f"For whom {model_name(result)} writes its keys and values cannot be said: the credit is not known."
-    verdicts = {stream: _verdict(share[stream], error[stream]) for stream in streams}
+        return ""
+    verdicts = {stream: kind.verdict(share[stream], error[stream], windows) for stream in streams}
+    of_model = f" of {model_name(result)}" if named else ""
+    beyond = beyond_words(result)
+    start = f"{beyond[0].upper()}{beyond[1:]}, the" if beyond and named else "The"
     if len(set(verdicts.values())) == 1:
-        claim = f"its {'s and '.join(streams)}s {verdicts[streams[0]]}"
+        claim = f"{start} credit of the {'s and '.join(streams)}s{of_model} {kind.verb} {verdicts[streams[0]]}"
     else:
-        claim = " and ".join(f"its {stream}s {verdict}" for stream, verdict in verdicts.items())
-    parts = [f"{percent(share[stream], error[stream])} of the credit of the {stream}s" for stream in streams]
-    return (
-        f"{model_name(result)} writes {claim}: {' and '.join(parts)} comes from queries at later positions, "
-        f"where counting the edges alone would give {percent(1 - float(stats.counts(result).isel(lag=0)))}"
-        f"{_median_words(result, streams)}."
-    )
+        key, value = verdicts.values()
+        claim = f"{start} credit of the keys{of_model} {kind.verb} {key}, that of the values {value}"
+    numbers = [f"{percent(share[stream], error[stream], windows)} ({stream}s)" for stream in streams]
+    part = "" if set(verdicts.values()) == {kind.large} else f" {kind.part}"  # which the verdict names already
+    return f"{claim}: {' and '.join(numbers)}{part}"
 
 
-def _median_words(result: xr.Dataset, streams: list[str]) -> str:
-    """Return the rest of the sentence on the median lag; nothing where it is not known."""
-    median = stats.median_lag(stats.profile(result).share)
-    lags = [(stream, float(median.sel(stream=stream))) for stream in streams]
-    medians = [f"lag {lag:.0f} for the {stream}s" for stream, lag in lags if not math.isnan(lag)]
+def _median_words(result: xr.Dataset, edges: xr.Dataset) -> str:
+    """Return the rest of the sentence on the median lag; nothing where it or the share of the edges is not known."""
+    reader = lead_reader(result)
+    median = stats.median_lag(stats.profile(result, reader_of=reader).share).where(edges.share.notnull())
+    lags = [(stream, float(median.sel(stream=stream))) for stream in WRITTEN]
+    medians = [f"lag {lag:.0f} ({stream}s)" for stream, lag in lags if not math.isnan(lag)]
     if not medians:
         return ""
-    counted = float(stats.median_lag(stats.counts(result)))
-    words = f"; half of the credit is reached at {' and at '.join(medians)}"
-    return words if math.isnan(counted) else f"{words} (counting alone: lag {counted:.0f})"
-
-
-def _verdict(share: float, error: float) -> str:
-    """Return for whom most of the credit is; undecided within two standard errors of one half."""
-    if abs(share - 0.5) <= (0.0 if math.isnan(error) else 2 * error):
-        return "about equally for later readers and for their own position"
-    return "mostly for later readers" if share > 0.5 else "mostly for their own position"
+    counted = float(stats.median_lag(stats.counts(result, reader_of=reader)))
+    words = f"; half of the credit is reached at {' and '.join(medians)}"
+    return words if math.isnan(counted) else f"{words}, by counting alone at lag {counted:.0f}"
 
 
 def _adapter_words(result: xr.Dataset) -> str:
     """Return one sentence on the gradients of the adapters' parameters, all together."""
     shares, number = stats.adapter_shares(result), result.sizes["adapter"]
-    share = percent(float(shares.share), float(shares.error))
+    share = percent(float(shares.share), float(shares.error), result.sizes["document"])
     return (
         f"Gradient of the adapters at queries, keys and values ({number} parameters; weights above are those of the "
         f"merged model): self share {share} in one window, {percent(float(shares.share_mean))} in the mean."
@@ -122,31 +199,49 @@ def _borrowing_layers(result: xr.Dataset) -> str:
     )
 
 
+def _heavy_words(result: xr.Dataset) -> str:
+    """Name the windows that carry more than ten times the median gradient; "" for none."""
+    norms, heavy = stats.window_norms(result), stats.heavy_windows(result).values
+    times = (norms / norms.median("document")).max("stream").values
+    order = sorted(heavy.nonzero()[0].tolist(), key=lambda window: -times[window])
+    if not order:
+        return ""
+    names = [f"{times[window]:.0f} times by window {window} ({result.text.values[window]})" for window in order[:NAMES]]
+    more = [f"by {len(order) - NAMES} more above {stats.HEAVY:.0f} times"] if len(order) > NAMES else []
+    return (
+        f"Warning: the median window's gradient (squared norm) is exceeded {', '.join([*names, *more])}. Windows count "
+        "by it: most of every share is theirs."
+    )
+
+
 def reading_notes(result: xr.Dataset) -> list[str]:
     """Return what a reader must know to judge the table, and warnings."""
     windows = result.sizes["document"]
-    several, single = f"± is one standard error over {windows} windows.", "One window: there are no standard errors."
-    notes = [several if windows > 1 else single]
+    notes = [error_words(windows)]
     if limit := portable_value(result.attrs.get("context_of_config")):
         notes.append(f"The context is beyond the {limit} tokens of the model's config: the model may read it badly.")
     left_out = str(portable_value(result.attrs.get("left_out_passes")))
     if left_out.isdecimal() and int(left_out):
         notes.append(f"Left out: {left_out} backward passes with gradients that are not finite.")
-    present = stats.existing_heads(result)
-    weak = int((stats.weak_heads(result) & present).sum())
+    if not stats.has_reader_axis(result):
+        notes.append("An older file: edges into the first positions, often sinks, are in every number. Measure again.")
+    present, reader = stats.existing_heads(result), lead_reader(result)
+    weak = int((stats.weak_heads(result, reader) & present).sum())
     if weak:
         heads = int(present.sum()) * len(STREAMS)
-        notes.append(f"Not ranked: {weak} of {heads} heads x streams, of small, negative or uncertain credit.")
-    unknown = int(stats.shares(result, ("layer",)).share.isel(side=0).isnull().sum())
+        notes.append(f"Not ranked: {weak} of {heads} heads × streams, of small, negative or uncertain credit.")
+    unknown = int(stats.shares(result, ("layer",), reader).share.isel(side=0).isnull().sum())
     if unknown:
         layers = result.sizes["layer"] * len(STREAMS)
-        notes.append(f"{unknown} of {layers} layers x streams have no share: credit zero or not known.")
+        notes.append(f"{unknown} of {layers} layers × streams have no share: credit zero or not known.")
     if left_out := portable_value(result.attrs.get("weights_left_out")):
         notes.append(f"Gradients of weights that are not split: {left_out}.")
     elif borrowing := _borrowing_layers(result):
         notes.append(borrowing)
     if "adapter_mean" in result:
         notes.append(_adapter_words(result))
+    if heavy := _heavy_words(result):
+        notes.append(heavy)
     imbalance = float(stats.balance(result).max())
     if imbalance > TRUSTED:
         notes.append(f"Warning: the accounts of the credit disagree by up to {imbalance:.1g} of a layer's credit.")

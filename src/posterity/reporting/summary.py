@@ -1,9 +1,10 @@
 """`posterity.summary`: the table of a result, an audit or a comparison, in a terminal or a notebook."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import xarray as xr
 from rich.console import Console
+from rich.text import Text
 
 from posterity.reporting.audit_table import print_audit
 from posterity.reporting.comparison_table import print_comparison
@@ -20,13 +21,20 @@ PRINTERS: dict[str, Callable[[xr.Dataset, Console], None]] = {  # by the name of
 }
 
 
-def summary(result: xr.Dataset, console: Console | None = None) -> None:
+def summary(result: xr.Dataset | Mapping[str, xr.Dataset], console: Console | None = None) -> None:
     """Print table and sentence, in a terminal (from 80 columns) or a notebook; of several steps, those of the last.
 
-    Of an audit, the table of its clauses; of a comparison, that of its arms.
+    Of an audit, the table of its clauses; of a comparison, that of its arms; of a dict of results by name, one after
+    the other under their names.
 
     Raises:
         InputError: It is no result.
     """
+    console = console or Console(highlight=False)
+    if isinstance(result, Mapping) and not isinstance(result, xr.Dataset):
+        for name, member in result.items():
+            console.rule(Text(str(name), style="bold"), align="left")
+            summary(member, console)
+        return
     print_kind = PRINTERS.get(kind_name(result), print_result)
-    print_kind(result, console or Console(highlight=False))
+    print_kind(result, console)

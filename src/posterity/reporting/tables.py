@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import xarray as xr
@@ -11,7 +12,7 @@ from posterity.reporting.bins import bin_names, position_bins, sum_positions
 from posterity.reporting.module_kinds import shares_by_kind
 from posterity.reporting.result_table import LOSS_PARTS
 from posterity.results import stats
-from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, value_with_error
+from posterity.results.formatting import UNKNOWN, decimals, horizon_text, number_text, percent, value_with_error
 from posterity.results.steps import latest_step
 
 ROUNDING = 1e-5  # of the largest part: the direction of a smaller one is rounding
@@ -45,13 +46,13 @@ def chart_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
         tables |= _modules(result)
     if "horizon_by_document" in result:
         tables["horizons"] = [_curves(result, stream) for stream in STREAMS]
-        tables["reach"] = [_reach(result, stream) for stream in STREAMS]
+        tables["head_horizons"] = [_reach(result, stream) for stream in STREAMS]
     return tables
 
 
 def _self_shares(result: xr.Dataset) -> NumberTable:
     shares = stats.shares(result, ("layer",)).sel(side="self")
-    return NumberTable("Self share by layer", ("layer", *STREAMS), _by_layer(result, _percents(shares)))
+    return NumberTable("Self share by layer", ("layer", *STREAMS), _by_layer(result, _percents(result, shares)))
 
 
 def _adapters(result: xr.Dataset) -> NumberTable:
@@ -60,7 +61,7 @@ def _adapters(result: xr.Dataset) -> NumberTable:
     terms = result.adapter_by_document.mean("document")
     norm = (terms.sel(term="self") + terms.sel(term="other") + 2 * terms.sel(term="inner")).clip(min=0) ** 0.5
     columns = [
-        _percents(shares),
+        _percents(result, shares),
         format_cells(percent, shares.share_mean.values),
         format_cells(number_text, shares.agreement.sel(part="whole").values),
         format_cells(value_with_error, norm.values),
@@ -74,11 +75,11 @@ def _adapters(result: xr.Dataset) -> NumberTable:
 
 def _training(result: xr.Dataset) -> NumberTable:
     shares = stats.shares(result).sel(side="self")
-    return NumberTable("Self share by training step", ("step", *STREAMS), _by_step(result, _percents(shares)))
+    return NumberTable("Self share by training step", ("step", *STREAMS), _by_step(result, _percents(result, shares)))
 
 
 def _training_own(result: xr.Dataset) -> NumberTable:
-    rows = _by_step(result, _percents(stats.loss_shares(result).sel(part="own")))
+    rows = _by_step(result, _percents(result, stats.loss_shares(result).sel(part="own")))
     return NumberTable("Share of the own loss by training step", ("step", *WRITTEN), rows)
 
 
@@ -111,14 +112,14 @@ def _loss_parts(result: xr.Dataset, written: str) -> NumberTable:
             for pair in pairs
         ]
         cosine_cells = format_cells(_two_decimals, np.stack(cosines, -1))
-        rows += np.atleast_2d(np.concatenate([_percents(shares), cosine_cells], -1)).tolist()
+        rows += np.atleast_2d(np.concatenate([_percents(result, shares), cosine_cells], -1)).tolist()
     head = ("layer", *LOSS_PARTS.values(), *(f"cos({pair.replace(' . ', ', ')})" for pair in pairs))
     return NumberTable(f"Who pays for the {written}s", head, [("all", "", rows[0]), *_by_layer(result, rows[1:])])
 
 
 def _inputs(result: xr.Dataset) -> NumberTable:
     hidden = stats.hidden_shares(result)
-    cells = zip(_percents(hidden), map(_two_decimals, hidden.cosine.values), strict=True)
+    cells = zip(_percents(result, hidden), map(_two_decimals, hidden.cosine.values), strict=True)
     head = ("layer", "own loss", "cos(own, later)")
     return NumberTable("The residual stream at the layers' inputs", head, _by_layer(result, map(list, cells)))
 
@@ -137,7 +138,7 @@ def _loss_positions(result: xr.Dataset) -> NumberTable:
 
 def _modules(result: xr.Dataset) -> dict[str, list[NumberTable]]:
     places, shares = shares_by_kind(result)
-    share = dict(zip(places, _percents(shares), strict=True))
+    share = dict(zip(places, _percents(result, shares), strict=True))
     cosine = dict(zip(places, shares.cosine.values, strict=True))
     kinds = list(dict.fromkeys(kind for kind, layer in places if layer is not None))
     layers = sorted({layer for _, layer in places if layer is not None})
@@ -164,7 +165,7 @@ def _curves(result: xr.Dataset, stream: str) -> NumberTable:
     """Return where the horizon curve reaches one half, and the curve, for the model and by layer."""
     rows = []
     for by in ((), ("layer",)):
-        curve = _percents(stats.horizon_curve(result, by).sel(stream=stream))
+        curve = _percents(result, stats.horizon_curve(result, by).sel(stream=stream))
         reach = _lengths(result, stats.effective_horizon(result, by).sel(stream=stream))
         rows += np.atleast_2d(np.concatenate([reach[..., None], curve], -1)).tolist()
     head = ("layer", "effective horizon", *(f"h = {horizon}" for horizon in result.horizon.values))
@@ -183,8 +184,9 @@ def _by_layer(result: xr.Dataset, cells: Iterable[list[str]]) -> list[tuple[str,
     return [(str(layer), str(module), row) for layer, (module, row) in enumerate(rows)]
 
 
-def _percents(shares: xr.Dataset) -> np.ndarray:
-    return format_cells(percent, shares.share.values, shares.error.values)
+def _percents(result: xr.Dataset, shares: xr.Dataset) -> np.ndarray:
+    windows = result.sizes["document"]
+    return format_cells(partial(percent, windows=windows), shares.share.values, shares.error.values)
 
 
 def _lengths(result: xr.Dataset, reach: xr.DataArray) -> np.ndarray:
@@ -203,4 +205,4 @@ def _degrees(value: float) -> str:
 
 
 def _two_decimals(value: float) -> str:
-    return UNKNOWN if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus before a zero
+    return UNKNOWN if np.isnan(value) else decimals(value, 2)

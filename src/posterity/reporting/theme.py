@@ -40,8 +40,9 @@ TEMPLATE = go.layout.Template(
         },
         "coloraxis": {
             "colorbar": {
-                "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom",
-                "lenmode": "pixels", "thickness": 11, "outlinewidth": 0, "tickfont": {"color": SOFT},
+                "orientation": "h", "x": 0, "xref": "container", "xanchor": "left", "y": 0, "yref": "container",
+                "yanchor": "bottom", "lenmode": "pixels", "thickness": 11, "outlinewidth": 0,
+                "tickfont": {"color": SOFT}, "tickangle": 0, "ticklabeloverflow": "allow",
             },
         },
     },

@@ -12,13 +12,14 @@ from posterity.reporting.bins import bin_middles, bin_names, single_shares
 from posterity.reporting.html import figure_text
 from posterity.reporting.panel_grid import Axis
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.results.formatting import json_numbers
+from posterity.results.formatting import UNKNOWN, json_numbers, percent
 
 PERCENT = {"tickformat": ".0%", "rangemode": "tozero"}
 ZERO_LINE = {"zeroline": True, "zerolinecolor": AXIS}
 EDGES = "counting edges alone"
 BEHIND: dict[str, Any] = {"legendrank": 1001}  # what a line is compared with stands behind it in the legend
-TICK = 34  # pixels that a label on a log scale needs
+LONG_TITLE = 300  # pixels that the title of an axis with a log scale needs
+TICK, LAYER_TICK = 34, 24  # pixels that a label on a log scale needs, and the number of a layer
 NARROWEST = 270  # pixels of a column that shows one of several results
 
 
@@ -43,7 +44,7 @@ def counting_line(name: str, x: Any, y: Any, colour: str = COUNT, hover: str = "
 
 
 def band(name: str, x: Any, y: Any, error: Any, colour: str, **style: Any) -> list[go.Scatter]:
-    """Draw one standard error on both sides of a line; nothing if no error is known."""
+    """Draw an error on both sides of a line; nothing if none is known."""
     y, error = np.asarray(y, dtype=float), np.asarray(error, dtype=float)
     if not np.isfinite(error).any():
         return []
@@ -64,8 +65,16 @@ def result_line(
 ) -> list[go.Scatter]:  # fmt: skip
     """Draw the line of one result with its band and a marker at every point."""
     label, colour = group.label(member, name), group.colour(member, colour)
-    bands = [] if error is None else band(label, x, y, error, colour)
-    return [*bands, line(label, x, y, colour, hover=hover, **points(x))]
+    if error is None:
+        return [line(label, x, y, colour, hover=hover, **points(x))]
+    error = member.uncertainty(error)
+    return [*band(label, x, y, error, colour), line(label, x, y, colour, **share_labels(y, error), **points(x))]
+
+
+def share_labels(share: Any, error: Any) -> dict[str, Any]:
+    """Return the labels of the points of a line: each share with its error where it is known."""
+    pairs = zip(np.asarray(share, dtype=float), np.asarray(error, dtype=float), strict=True)
+    return {"customdata": [percent(*map(float, pair)) for pair in pairs], "hover": "%{customdata}"}
 
 
 def points(x: Any) -> dict[str, Any]:
@@ -100,10 +109,19 @@ def _depth_line(x: Any, y: Any, layer: int, layers: int) -> go.Scatter:
 
 def by_position(bins: tuple[np.ndarray, np.ndarray], share: Any) -> dict[str, Any]:
     """Return the numbers of a line by position: the share of one position of each bin (first positions, last ones)."""
-    return {
-        "x": bin_middles(*bins), "y": single_shares(share, *bins), "customdata": bin_names(*bins),
-        "hover": "position %{customdata}: %{y:.3~p}",
-    }  # fmt: skip
+    single = single_shares(share, *bins)
+    labels = [[name, fine_percent(value)] for name, value in zip(bin_names(*bins), single, strict=True)]
+    hover = "position %{customdata[0]}: %{customdata[1]}"
+    return {"x": bin_middles(*bins), "y": single, "customdata": labels, "hover": hover}
+
+
+def fine_percent(share: float, error: float = math.nan) -> str:
+    """Format a share of one position or lag in percent, with three digits: "0.0123 ± 0.0004 %"."""
+    if math.isnan(share):
+        return UNKNOWN
+    digits = max(0, 2 - math.floor(math.log10(abs(100 * share)))) if share else 0
+    more = "" if math.isnan(error) else f" ± {100 * error:.{digits}f}"
+    return f"{100 * share:.{digits}f}{more} %"
 
 
 def position_points(bins: tuple[np.ndarray, np.ndarray], colour: str) -> dict[str, Any]:
@@ -119,13 +137,14 @@ def log_axis(last: int, zero: str, title: str) -> Callable[[float], Axis]:
     """Return the axis of lags or positions: number + 1 on a log scale, with a word for number 0."""
 
     def axis(room: float) -> Axis:
-        step = 4 if room / math.log2(last + 2) < 30 else 2
+        step = 2 ** max(1, math.ceil(TICK * math.log2(last + 2) / room))
         numbers, number = [0], 1
         while number <= last:
             numbers.append(number)
             number *= step
         return {
-            "type": "log", "title": title, "hover": f"by {title.split()[0]}", "range": [0, math.log10(last + 2)],
+            "type": "log", "title": title if room > LONG_TITLE else title.partition(";")[0] + ")",
+            "hover": f"by {title.split()[0]}", "range": [0, math.log10(last + 2)],
             "tickvals": [math.sqrt((number + 1) * (number + 2)) for number in numbers],
             "ticktext": [zero, *map(str, numbers[1:])],
         }  # fmt: skip
@@ -141,9 +160,11 @@ def position_axes(last: int) -> dict[str, Any]:
     }
 
 
-def layer_axis(layers: int) -> Axis:
+def layer_axis(layers: int) -> Callable[[float], Axis]:
     """Return the axis of layers."""
-    return {"title": "layer"} if layers > 10 else {"title": "layer", "dtick": 1}
+    return lambda room: {
+        "title": "layer", "range": [-0.5, layers - 0.5], "tick0": 0, "dtick": math.ceil(LAYER_TICK * layers / room),
+    }  # fmt: skip
 
 
 def spaced(numbers: list[int], room: float) -> list[int]:

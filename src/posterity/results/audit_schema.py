@@ -1,7 +1,8 @@
 """The Dataset of an audit: figures, verdicts, and their validation.
 
 `verdict`, `reason` (model, clause): holds, fails, mixed or not measured; one sentence.
-`figure`, `error`, `baseline` (model, measure), each measure with `of_clause`, `formula`, `expected` and `units_of`.
+`figure`, `error`, `baseline` and `windows` (of the error) (model, measure), each measure with `of_clause`, `formula`,
+`expected` and `units_of`.
 Every other variable is what a clause measured; it has a leading dimension `model`.
 """
 
@@ -16,7 +17,8 @@ from posterity.results.kind import Kind, kind_name
 KIND, KIND_VERSION = "audit", 1
 HOLDS, FAILS, MIXED = "holds", "fails", "mixed"
 REFUSED = "not measured"  # the model or the text lacks what the clause needs
-NUMERIC_DIMS = {"figure": ("model", "measure"), "error": ("model", "measure"), "baseline": ("model", "measure")}
+NUMERIC_DIMS = dict.fromkeys(("figure", "error", "baseline", "windows"), ("model", "measure"))
+OPTIONAL = {"windows"}  # older audits have none
 TEXT_DIMS = {
     "verdict": ("model", "clause"), "reason": ("model", "clause"), "name": ("clause",), "statement": ("clause",),
     "formula": ("measure",), "expected": ("measure",), "units_of": ("measure",),
@@ -35,6 +37,7 @@ class Figure:
     formula: str = ""
     expected: str = ""  # what the baseline is
     units: str = "1"
+    windows: int = 0  # (or prefixes, segments) over which the error is taken; 0 for an error that is of none
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def _flaw(audit: xr.Dataset) -> str | None:
         return f"its version is {audit.attrs.get('kind_version')!r} and this is posterity for version {KIND_VERSION}"
     for name, dims in {**NUMERIC_DIMS, **TEXT_DIMS}.items():
         if name not in audit.variables:
+            if name in OPTIONAL:
+                continue
             return f"it has no {name!r}"
         if audit[name].dims != dims:
             return f"{name!r} has the dimensions {audit[name].dims} where {dims} belong"

@@ -1,4 +1,4 @@
-"""Values as text and as JSON: numbers with their standard errors, shares in percent, tokens, lists of layers."""
+"""Values as text and as JSON: numbers with their errors, shares in percent, tokens, lists of layers."""
 
 import math
 from collections.abc import Mapping
@@ -6,43 +6,81 @@ from typing import Any
 
 import numpy as np
 
+from posterity.results.ratios import ENOUGH_WINDOWS, MIN_WINDOWS, uncertainty
+
 UNKNOWN = "–"  # stands for a value that is not known
 
 
-def value_with_error(value: float, error: float = math.nan, empty: str = UNKNOWN) -> str:
+def value_with_error(
+    value: float, error: float = math.nan, empty: str = UNKNOWN, *, windows: int = ENOUGH_WINDOWS
+) -> str:
     """Format a number with as many digits as its error allows, four significant ones without: "0.123 ± 0.004".
 
     Args:
         value: The number.
         error: Its standard error; NaN for none.
         empty: The text for a value that is not finite.
+        windows: How many windows the error is taken over; what stands behind the ± is `stats.uncertainty` of it.
     """
     if not math.isfinite(value):
         return empty
-    if error == 0:
+    if error == 0 and windows >= MIN_WINDOWS:
         return f"{value_with_error(value)} ± 0"
-    if not math.isfinite(error) or error < 0:
-        return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+    error = uncertainty(error, windows)
+    if not math.isfinite(error) or error <= 0:
+        return minus(f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value + 0.0:.4g}")
     digits = max(0, 1 - math.floor(math.log10(error)))
     if digits > 6 or abs(value) >= 1e6:
-        return f"{value:.2e} ± {error:.1e}"
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+        return f"{minus(f'{value:.2e}')} ± {error:.1e}"
+    return f"{decimals(value, digits)} ± {error:.{digits}f}"
 
 
 def fixed_with_error(value: float, error: float, sign: str = "") -> str:
     """Format a number to four decimals, with its standard error where there is one; sign="+" shows every sign."""
-    value = 0.0 if abs(value) < 5e-5 else value  # no "-0.0000"
-    return f"{value:{sign}.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+    return decimals(value, 4, sign) + ("" if math.isnan(error) else f" ± {error:.4f}")
 
 
-def percent(share: float, error: float = math.nan) -> str:
-    """Format a share in percent, with its standard error where there is one: "12.3 ± 0.4 %"."""
+def percent(share: float, error: float = math.nan, windows: int = ENOUGH_WINDOWS) -> str:
+    """Format a share in percent, with an error where there is one: "12.3 ± 0.4 %".
+
+    Args:
+        share: The share, units 1.
+        error: Its standard error; NaN for none.
+        windows: How many windows the error is taken over; what stands behind the ± is `stats.uncertainty` of it.
+    """
     if math.isnan(share):
         return UNKNOWN
+    error = uncertainty(error, windows)
     digits = 2 if 0 < abs(share) < 0.01 or 0 < error < 0.0005 else 1
     if math.isnan(error):
-        return f"{100 * share:.{digits}f} %"
-    return f"{100 * share:.{digits}f} ± {100 * error:.{digits}f} %"
+        return f"{decimals(100 * share, digits)} %"
+    return f"{decimals(100 * share, digits)} ± {100 * error:.{digits}f} %"
+
+
+def decimals(value: float, digits: int, sign: str = "") -> str:
+    """Format a number to some decimals with a true minus, and none before a zero; sign="+" shows every sign."""
+    return minus(f"{round(value, digits) + 0.0:{sign}.{digits}f}")
+
+
+def minus(text: str) -> str:
+    """Return the text of a number with a minus in place of the hyphen before it."""
+    return "−" + text[1:] if text.startswith("-") else text
+
+
+def error_words(windows: int, unit: str = "window") -> str:
+    """Say in one sentence what stands behind the ± of numbers over so many windows.
+
+    Args:
+        windows: How many.
+        unit: What one of them is called.
+    """
+    if windows >= ENOUGH_WINDOWS:
+        return f"± is one standard error over {windows} {unit}s."
+    if windows >= MIN_WINDOWS:
+        return f"± is half the 95 % interval (Student's t) over {windows} {unit}s: few, so that it is wide and rough."
+    if windows == 1:
+        return f"One {unit}: there are no errors."
+    return f"{windows} {unit}s: no error worth printing."
 
 
 def horizon_text(reach: float, smallest: int, largest: int) -> str:
@@ -63,7 +101,7 @@ def tokens_text(number: float) -> str:
 
 def number_text(value: float) -> str:
     """Format a number to three decimals."""
-    return UNKNOWN if math.isnan(value) else f"{value:.3f}"
+    return UNKNOWN if math.isnan(value) else decimals(value, 3)
 
 
 def left_out_text(attrs: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from posterity.results.loss_stats import (
     parameter_shares,
 )
 from posterity.results.ratios import (
+    confidence,
     describe,
     existing_heads,
     has_reader_axis,
@@ -40,6 +41,7 @@ from posterity.results.ratios import (
     required_variable,
     sum_over_heads,
     sum_readers,
+    uncertainty,
 )
 from posterity.results.reach import reach
 
@@ -47,14 +49,18 @@ __all__ = [
     "adapter_shares",
     "angles",
     "attention_first",
+    "attention_mean",
     "attention_profile",
     "balance",
+    "confidence",
     "counts",
     "effective_horizon",
     "existing_heads",
     "first_position",
     "first_share",
+    "group_shares",
     "has_reader_axis",
+    "heavy_windows",
     "hidden_shares",
     "horizon_curve",
     "loss_parts",
@@ -66,13 +72,17 @@ __all__ = [
     "profile",
     "ratio",
     "reach",
+    "reader_lags",
     "shares",
+    "uncertainty",
     "weak_heads",
     "weight_shares",
+    "window_norms",
 ]
 
 MIN_CREDIT = 0.1  # of an equal part of the layer's credit, below which a head's share is not reported
 MAX_ERROR = 0.25  # standard error of a self share, above which a head's share is not reported
+HEAVY = 10.0  # times the median of the windows' squared gradient norms
 ROUNDING = 1e-14  # square of single precision's rounding
 
 
@@ -104,18 +114,24 @@ def profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") 
 
     Args:
         result: A result of `posterity.measure`.
-        by: () or ("layer",): credit by window and lag is kept for all heads together.
+        by: Any of "layer" and "head" (or "kv_head"). Credit by window and lag is kept for all heads together: by head
+            the error is NaN.
         reader_of: Which edges are compared, by their key.
 
     Returns:
         `share`, `error`: units 1, dims (*by, stream, lag).
-        `counted`: the share of the edges, units 1, dims (*by, lag); see `counts`.
+        `counted`: the share of the edges, units 1, dims (lag), with "layer" where `by` has it; see `counts`.
         `premium`: share / counted, units 1, dims (*by, stream, lag).
         `width`: lags in the bin, units tokens, dims (lag); share / width is the density per lag.
     """
-    credit = sum_over_heads(result, sum_readers(result.profile_by_document, reader_of), by)
-    lag_shares = ratio(credit, credit.sum("lag", skipna=False))
-    counted = counts(result, by, reader_of)
+    if {"head", "kv_head"} & set(by):
+        credit = sum_over_heads(result, sum_readers(result.credit, reader_of), by)
+        share = describe(credit / credit.sum("lag", skipna=False), "share")
+        lag_shares = xr.Dataset({"share": share, "error": describe(xr.full_like(share, math.nan), "unknown error")})
+    else:
+        credit = sum_over_heads(result, sum_readers(result.profile_by_document, reader_of), by)
+        lag_shares = ratio(credit, credit.sum("lag", skipna=False))
+    counted = counts(result, [dim for dim in by if dim == "layer"], reader_of)
     premium = describe(lag_shares.share / counted, "share over the share of the edges")
     width = describe(result.lag_end - result.lag + 1, "lags in the bin", "tokens")
     return lag_shares.assign(counted=counted, premium=premium, width=width)
@@ -152,6 +168,22 @@ def attention_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str
     """
     attention = sum_over_heads(result, sum_readers(result.attention, reader_of), by)
     return describe(attention / attention.sum("lag", skipna=False), "share of the attention weights")
+
+
+def attention_mean(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
+    """Return the mean attention weight of one edge by lag: a result keeps their sums.
+
+    Args:
+        result: A result of `posterity.measure`.
+        by: Any of "layer" and "head" (or "kv_head").
+        reader_of: Which edges are meant, by their key.
+
+    Returns:
+        Units 1, dims (*by, lag); NaN where the weights were not measured (lags="self") or no edge has the lag.
+    """
+    edges = sum_readers(result.edges, reader_of) * existing_heads(result)
+    weight = sum_over_heads(result, sum_readers(result.attention, reader_of), by)
+    return describe(weight / sum_over_heads(result, edges, by), "mean attention weight of an edge")
 
 
 def median_lag(share: xr.DataArray) -> xr.DataArray:
@@ -230,6 +262,27 @@ def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     return describe(weight, "mean attention weight on the first key")
 
 
+def reader_lags(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+    """Return how far away the readers of each token of an inspected text are.
+
+    The lag within which a part of what they take lies, nearest readers first, over all heads: of the attention on the
+    token's key, of its key credit and of its value credit. Credit can be negative: the first crossing counts.
+
+    Args:
+        result: A result of `posterity.inspect`.
+        by: () for all layers together, or ("layer",).
+
+    Returns:
+        Units tokens, dims (*by, reader_quantity, level, position); NaN where a token's edges cancel or carry nothing.
+
+    Raises:
+        InputError: The result is of no inspected text.
+    """
+    if tuple(by) not in ((), ("layer",)):
+        raise InputError(f"by expects () or ('layer',); got {by!r}")
+    return required_variable(result, "reader_lag" if by else "reader_lag_all")
+
+
 # ---- gradients of the weights
 
 
@@ -299,19 +352,73 @@ def _gradient_shares(single: xr.DataArray, mean: xr.DataArray) -> xr.Dataset:
 # ---- which heads to report, and how well the sums agree
 
 
-def weak_heads(result: xr.Dataset) -> xr.DataArray:
+def weak_heads(result: xr.Dataset, reader_of: str = "all") -> xr.DataArray:
     """Return the heads whose share is too small or too uncertain to report, and those that a layer does not have.
 
     Such a head has less than a tenth of an equal part of its layer's credit, so that a share divides by almost nothing
     (with shared keys a head's own part can even be negative), or a self share with a standard error above 0.25.
 
+    Args:
+        result: A result of `posterity.measure`.
+        reader_of: Which edges are meant, by their key.
+
     Returns:
         bool, dims (layer, head, stream).
     """
-    credit = result.credit_by_document.sum(("document", "reader_of", "side"), skipna=False)
+    credit = sum_readers(result.credit_by_document, reader_of).sum(("document", "side"), skipna=False)
     equal_part = sum_over_heads(result, credit, ("layer",)) / existing_heads(result).sum("head")
-    uncertain = shares(result, ("layer", "head")).error.sel(side="self", drop=True) > MAX_ERROR
+    uncertain = shares(result, ("layer", "head"), reader_of).error.sel(side="self", drop=True) > MAX_ERROR
     return ~(credit >= MIN_CREDIT * equal_part) | ~(credit > 0) | uncertain
+
+
+def group_shares(result: xr.Dataset, reader_of: str = "all") -> xr.Dataset:
+    """Return what each head's self edge and other edges bring, as shares of the credit of the head's group.
+
+    A group is the heads that read one key and value, which make its gradient together. A head's own credit can be
+    close to zero or negative there, and a share of it without bounds; the shares of a group add up to one. Queries
+    belong to one head, so that their shares are those of `shares`.
+
+    Args:
+        result: A result of `posterity.measure`.
+        reader_of: Which edges are compared, by their key.
+
+    Returns:
+        `share` and `error`, units 1, dims (layer, head, stream, side).
+
+    Raises:
+        InputError: An earlier version left the key/value heads out.
+    """
+    credit = sum_readers(result.credit_by_document, reader_of)
+    total = credit.sum("side", skipna=False)
+    by_group = sum_over_heads(result, total, ("layer", "kv_head"))
+    group = by_group.sel(layer=result.layer, kv_head=result.kv_head.clip(min=0).drop_vars("kv_head"))
+    group = group.drop_vars("kv_head").transpose(*total.dims)
+    return ratio(credit, xr.where(total.stream == "query", total, group).where(total.notnull()))
+
+
+# ---- windows that decide every number
+
+
+def window_norms(result: xr.Dataset) -> xr.DataArray:
+    """Return the squared norm of each window's gradient, of queries, keys and values over all layers and heads.
+
+    Shares pool windows by it: a window with ten times the norm counts ten times.
+
+    Returns:
+        Units nats^2, dims (document, stream).
+    """
+    credit = sum_over_heads(result, sum_readers(result.credit_by_document, "all"), ()).sum("side", skipna=False)
+    return describe(credit, "squared norm of the gradient of one window", "nats^2")
+
+
+def heavy_windows(result: xr.Dataset) -> xr.DataArray:
+    """Return the windows whose squared gradient norm, of any stream, is above ten times the median of all windows.
+
+    Returns:
+        bool, dims (document).
+    """
+    norms = window_norms(result)
+    return (norms > HEAVY * norms.median("document")).any("stream")
 
 
 def balance(result: xr.Dataset) -> xr.DataArray:

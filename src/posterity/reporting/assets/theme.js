@@ -1,11 +1,11 @@
 "use strict";
 // Draws the figures of a page: each in the layout for its width and in the colours of the reader's scheme, in light
-// colours for print; saves one as SVG or PNG. Figures come in from the page as plotly takes them; nothing is fetched.
+// colours for print; the view and the edges that the page's choosers ask for. Nothing is fetched.
 const page = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const PRINTED = 680; // pixels of a figure on paper
   const scheme = matchMedia("(prefers-color-scheme: dark)");
-  const listeners = [];
+  const listeners = { scheme: [], choice: [], drawn: [], redraw: [] };
   let printing = false;
 
   // ---- colours: every figure is in light ones
@@ -32,46 +32,44 @@ const page = (() => {
     return copy;
   }
 
-  // The figure that the choosers of the page ask for.
+  // What the chooser of a figure, or the page's chooser of edges ("readers"), asks for.
+  const choice = (name) => document.querySelector(`[data-views="${name}"] input:checked`)?.value;
+
+  // The figure that the choosers of the page ask for: a view of it, of all edges or of those that the page begins with.
   function chosen(name) {
     const figure = data.figures[name];
-    const view = document.querySelector(`[data-views="${name}"] input:checked`)?.value;
-    const other = figure.views?.[view];
+    const view = choice(name);
+    const readers = choice("readers");
+    const key = [`${view} ${readers}`, readers, view].find((candidate) => figure.views?.[candidate]);
+    const other = figure.views?.[key];
     return other ? { ...other, data: changed(figure.data, other.data) } : figure;
   }
 
   const place = (name) => document.querySelector(`[data-chart="${name}"]`);
 
   async function draw(name) {
-    const figure = chosen(name);
     const width = Math.floor(printing ? PRINTED : place(name).clientWidth);
-    if (!width) return;
+    if (!width || !window.Plotly) return;
+    const figure = chosen(name);
     const changes = figure.layouts.find((layout) => layout.width <= width) ?? figure.layouts.at(-1);
     const layout = { ...changed(figure.layout, changes), width, template: data.template };
     await Plotly.react(place(name), coloured(figure.data), coloured(layout), {
       displaylogo: false,
       displayModeBar: true,
       responsive: false,
-      modeBarButtons: [
-        ["zoom2d", "pan2d", "resetScale2d"],
-        [button(name, "svg"), button(name, "png")],
-      ],
+      modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]],
     });
     place(name).dataset.drawn = width;
   }
 
-  // ---- saving, in light colours, with the title
-  const ICONS = {
-    svg: "M5 3h9l5 5v13H5V3zm8 2v4h4M8 17l3-5 2.5 3.5 1.5-2 2 3.5H8z",
-    png: "M9 4l-1.5 2H4v13h16V6h-3.5L15 4H9zm3 4.5a4 4 0 110 8 4 4 0 010-8zm0 2a2 2 0 100 4 2 2 0 000-4z",
-  };
-  const button = (name, format) => ({
-    name: `save-${format}`,
-    title: `Save as ${format.toUpperCase()}`,
-    icon: { width: 24, height: 24, path: ICONS[format] },
-    click: () => save(name, format),
-  });
+  // A figure of which the page has other traces than it came with.
+  function redraw(name, traces) {
+    data.figures[name].data = traces;
+    for (const listener of listeners.redraw) listener(name);
+    return draw(name);
+  }
 
+  // ---- saving, in light colours, with the title
   function save(name, format) {
     const { data: traces, layout } = structuredClone(chosen(name));
     const { width, height } = layout;
@@ -80,40 +78,117 @@ const page = (() => {
     return Plotly.downloadImage(figure, { format, width, height, scale, filename: `posterity-${name}` });
   }
 
-  // ---- drawing again when the width, the colours or the view change
+  // ---- drawing again when the width, the colours or a choice change
   const names = Object.keys(data.figures).filter(place);
   const drawAll = () => Promise.all(names.map(draw));
+  const tell = (kind) => listeners[kind].forEach((listener) => listener());
 
   function schemeChanged() {
-    drawAll();
-    for (const listener of listeners) listener();
+    const done = drawAll();
+    tell("scheme");
+    return done;
   }
   scheme.addEventListener("change", schemeChanged);
-  for (const event of ["beforeprint", "afterprint"]) {
-    addEventListener(event, () => {
-      printing = event === "beforeprint";
-      schemeChanged();
-    });
-  }
+
+  // On paper every part is open but the tables of numbers.
+  const folded = () => document.querySelectorAll("details:not(.numbers):not([open])");
+  addEventListener("beforeprint", () => {
+    printing = true;
+    for (const details of folded()) {
+      details.open = true;
+      details.dataset.opened = "";
+    }
+    schemeChanged();
+  });
+  addEventListener("afterprint", () => {
+    printing = false;
+    for (const details of document.querySelectorAll("details[data-opened]")) {
+      details.open = false;
+      delete details.dataset.opened;
+    }
+    schemeChanged();
+  });
 
   let waiting;
   const widths = new ResizeObserver((entries) => {
-    const same = ({ target }) => Number(target.dataset.drawn) === Math.floor(target.clientWidth);
+    const same = ({ target }) => !target.clientWidth || Number(target.dataset.drawn) === Math.floor(target.clientWidth);
     if (printing || entries.every(same)) return;
     clearTimeout(waiting);
     waiting = setTimeout(drawAll, 120);
   });
 
   for (const views of document.querySelectorAll("[data-views]")) {
-    views.addEventListener("change", ({ target }) => {
-      for (const words of document.querySelectorAll("[data-view]")) words.hidden = words.dataset.view !== target.value;
-      draw(views.dataset.views);
+    const { views: name } = views.dataset;
+    views.addEventListener("change", () => {
+      for (const words of document.querySelectorAll(`[data-view^="${name} "]`)) {
+        words.hidden = words.dataset.view !== `${name} ${choice(name)}`;
+      }
+      if (name === "readers") drawAll();
+      else draw(name);
+      tell("choice");
     });
   }
 
-  drawAll().then(() => {
-    document.documentElement.dataset.drawn = names.length;
-    for (const name of names) widths.observe(place(name));
+  // A link of the index opens what it leads to.
+  for (const link of document.querySelectorAll("nav a")) {
+    link.addEventListener("click", () => {
+      for (let part = document.querySelector(link.hash); part; part = part.parentElement) {
+        if (part.localName === "details") part.open = true;
+      }
+      document.querySelector(`${link.hash} > details`)?.setAttribute("open", "");
+    });
+  }
+
+  function start() {
+    drawAll().then(() => {
+      document.documentElement.dataset.drawn = names.length;
+      for (const name of names) widths.observe(place(name));
+      tell("drawn");
+    });
+  }
+
+  // ---- plotly's script: packed in the page, or, in a notebook, in the first of its reports, which the others ask
+  const QUESTION = "posterity: which script draws the figures?";
+  const ANSWER = "posterity: this one";
+  const packed = document.getElementById("plotly").textContent;
+
+  // Unpack the script and run it; the page's policy allows that for the very same script only.
+  async function run(text) {
+    const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    if (window.Plotly) return;
+    document.head.append(script);
+    document.getElementById("waiting").hidden = true;
+    start();
+  }
+
+  function allFrames(frame, frames = []) {
+    for (let number = 0; number < frame.length; number += 1) {
+      frames.push(frame[number]);
+      allFrames(frame[number], frames);
+    }
+    return frames;
+  }
+  addEventListener("message", ({ data: message, source }) => {
+    if (message === QUESTION && packed) source.postMessage({ [ANSWER]: packed }, "*");
+    if (typeof message?.[ANSWER] === "string" && !window.Plotly) run(message[ANSWER]);
   });
-  return { data, colour, onSchemeChange: (listener) => listeners.push(listener) };
+  function ask(times = 0) {
+    if (window.Plotly) return;
+    document.getElementById("waiting").hidden = times < 3;
+    for (const frame of allFrames(top)) frame.postMessage(QUESTION, "*");
+    setTimeout(ask, 500, times + 1);
+  }
+  if (packed) run(packed);
+  else ask();
+
+  return {
+    data, colour, chosen, choice, names, place, save, redraw,
+    onSchemeChange: (listener) => listeners.scheme.push(listener),
+    onChoice: (listener) => listeners.choice.push(listener),
+    onRedraw: (listener) => listeners.redraw.push(listener),
+    onDrawn: (listener) => listeners.drawn.push(listener),
+  };
 })();

@@ -1,0 +1,104 @@
+"use strict";
+// One head at a time, that of a cell of the map or of the fields under it: its numbers, and its shares up to each lag.
+(() => {
+  const { heads: members, streams } = page.data;
+  const form = document.getElementById("head-choice");
+  const table = document.getElementById("head-numbers");
+  const { layer: layerField, head: headField, member: memberField } = form.elements;
+
+  // ---- packed numbers: little-endian, in base64
+  const KINDS = { f4: [4, "getFloat32", 1], i2: [2, "getInt16", 1e-4] };
+  const arrays = new Map();
+  function unpacked({ kind, data }) {
+    if (!arrays.has(data)) {
+      const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
+      const [size, read, unit] = KINDS[kind];
+      const view = new DataView(bytes.buffer);
+      const number = (_, index) => unit * view[read](index * size, true);
+      arrays.set(data, Float64Array.from({ length: bytes.length / size }, number));
+    }
+    return arrays.get(data);
+  }
+  // The numbers of a head: of an array (layer, head, number).
+  function numbersOf(packed, { heads }, layer, head) {
+    const length = packed.numbers;
+    const start = (layer * heads + head) * length;
+    return unpacked(packed).slice(start, start + length);
+  }
+
+  // ---- words
+  const signed = (text) => text.replace("-", "\u2212");
+  function percent(share, error) {
+    if (Number.isNaN(share)) return "–";
+    const digits = (Math.abs(share) > 0 && Math.abs(share) < 0.01) || (error > 0 && error < 0.0005) ? 2 : 1;
+    const more = Number.isNaN(error ?? NaN) ? "" : ` ± ${(100 * error).toFixed(digits)}`;
+    return signed(`${(100 * share).toFixed(digits)}${more}\u00a0%`);
+  }
+  function tokens(length, [smallest, largest]) {
+    if (Number.isNaN(length)) return "–";
+    if (!Number.isFinite(length)) return `> ${largest} tokens`;
+    if (length <= smallest) return `≤ ${smallest} token${smallest === 1 ? "" : "s"}`;
+    return `${length < 10 ? length.toFixed(1) : Math.round(length)} tokens`;
+  }
+
+  // ---- one head
+  const readers = () => page.choice("readers") ?? "all";
+
+  function show() {
+    const member = members[memberField?.value ?? 0];
+    layerField.max = member.layers - 1;
+    headField.max = member.heads - 1;
+    if (!form.checkValidity()) return;
+    const [layer, head] = [Number(layerField.value), Number(headField.value)];
+    showNumbers(member, layer, head);
+    const curves = member.curves[readers()] ?? member.curves.all;
+    const shares = numbersOf(curves, member, layer, head);
+    const traces = page.data.figures.head.data.map((trace, number) => {
+      const length = member.lags.length;
+      const y = [...shares.slice(number * length, (number + 1) * length)].map((y) => (Number.isNaN(y) ? null : y));
+      const labels = y.map((share, index) => [member.lags[index], percent(share ?? NaN)]);
+      return number < curves.numbers / length ? { ...trace, x: member.x, y, customdata: labels } : trace;
+    });
+    page.redraw("head", traces);
+  }
+
+  function showNumbers(member, layer, head) {
+    const cell = (tag, text, scope) => {
+      const node = document.createElement(tag);
+      node.textContent = text;
+      if (scope) node.scope = scope;
+      return node;
+    };
+    const caption = document.createElement("caption");
+    const title = member.title ? ` of ${member.title}` : "";
+    caption.textContent = `Layer ${layer}, head ${head}${title}${member.marks[layer][head]}`;
+    const top = document.createElement("tr");
+    top.append(cell("td", ""), ...streams.map((stream) => cell("th", stream, "col")));
+    const rows = member.rows.map((row) => {
+      const line = document.createElement("tr");
+      const packed = row.values[readers()] ?? row.values.all;
+      const numbers = numbersOf(packed, member, layer, head);
+      const texts = streams.map((_, index) => {
+        if (row.ends) return tokens(numbers[index], row.ends);
+        return percent(numbers[index], numbers[index + streams.length]);
+      });
+      line.append(cell("th", row.label, "row"), ...texts.map((text) => cell("td", text)));
+      return line;
+    });
+    table.replaceChildren(caption, top, ...rows);
+  }
+
+  form.addEventListener("input", show);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  page.onChoice(show);
+  page.onDrawn(() => {
+    page.place("map").on("plotly_click", ({ points: [{ x, y, data }] }) => {
+      const panel = Number(data.xaxis.slice(1) || 1) - 1;
+      if (memberField) memberField.value = panel % members.length;
+      [layerField.value, headField.value] = [y, x];
+      show();
+    });
+  });
+  [layerField.value, headField.value] = members[0].begin;
+  show();
+})();

@@ -1,0 +1,127 @@
+"""One head at a time: its numbers, and its shares up to each lag, of every head for the reader of a page to choose."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from posterity.axes import STREAMS, WRITTEN
+from posterity.palette import ATTENTION, SERIES
+from posterity.reporting.bins import bin_middles
+from posterity.reporting.panel_grid import Panel, PanelGrid
+from posterity.reporting.result_group import NamedResult, ResultGroup
+from posterity.reporting.result_table import LOSS_PARTS
+from posterity.reporting.traces import BEHIND, line, log_axis
+from posterity.results import stats
+from posterity.results.formatting import json_numbers
+
+CURVES = {"attention": (ATTENTION, "dot"), "query": (SERIES[3], "solid"), "key": (SERIES[2], "solid"),
+          "value": (SERIES[5], "solid")}  # fmt: skip
+
+
+def draw_head(group: ResultGroup) -> PanelGrid:
+    """Draw the shares of one head up to each lag; a page puts in those of the head that is chosen."""
+    last = max(int(member.result.lag_end[-1]) for member in group.members)
+    traces = [
+        line(name, [0.0], [math.nan], colour, dash, hover="lag %{customdata[0]}: %{customdata[1]}",
+             **(BEHIND if name == "attention" else {"mode": "lines+markers", "marker": {"size": 4.5}}))
+        for name, (colour, dash) in CURVES.items()
+    ]  # fmt: skip
+    x = log_axis(last, "self", "lag (tokens; log scale of lag + 1)")
+    y = {"title": "share up to this lag", "tickformat": ".0%", "rangemode": "tozero"}
+    return PanelGrid("One head: its credit up to each lag", [Panel("", traces, x, y)], height=240, columns=1)
+
+
+def head_details(group: ResultGroup) -> list[dict[str, Any]]:
+    """Return the numbers of all heads of each result, as `heads.js` reads them.
+
+    `curves` are shares up to the last lag of each octave (`lags`, at `x` of the figure), of attention and of the three
+    streams; `rows` are numbers with their errors, by stream. Both are packed: (layer, head, number).
+    """
+    return [_describe(member, "" if group.single else member.name, group.readers) for member in group.members]
+
+
+def _describe(member: NamedResult, title: str, readers: Sequence[str]) -> dict[str, Any]:
+    result = member.result
+    ends = _octave_ends(result)
+    last = result.lag_end.values[ends]
+    weak = stats.weak_heads(result, readers[0])
+    share = stats.shares(result, ("layer", "head"), readers[0]).share.sel(side="self", stream="value")
+    strong = share.where(~weak.sel(stream="value")).fillna(-math.inf).values
+    begin = np.unravel_index(int(strong.argmax()), strong.shape)
+    missing = ~stats.existing_heads(result).values
+    return {
+        "title": title,
+        "layers": result.sizes["layer"],
+        "heads": result.sizes["head"],
+        "begin": [int(index) for index in begin],
+        "marks": np.where(missing, ": no such head", "").tolist(),
+        "lags": ["0" if lag == 0 else f"0–{lag}" for lag in last.tolist()],
+        "x": json_numbers(bin_middles(last, last), 6),
+        "curves": {reader_of: _pack(_curves(result, ends, reader_of), "i2") for reader_of in readers},
+        "rows": _rows(member, readers),
+    }
+
+
+def _octave_ends(result: xr.Dataset) -> np.ndarray:
+    """Return the bins of lags that end an octave of lag + 1, and the last bin."""
+    octave = np.floor(np.log2(result.lag.values + 1))
+    return np.append(np.flatnonzero(np.diff(octave)), len(octave) - 1)
+
+
+def _curves(result: xr.Dataset, ends: np.ndarray, reader_of: str) -> np.ndarray:
+    """Return the shares up to each of the lags: (layer, head, 4, lag)."""
+    by = ("layer", "head")
+    attention = stats.attention_profile(result, by, reader_of).transpose(*by, "lag").values
+    credit = stats.profile(result, by, reader_of).share.transpose(*by, "stream", "lag").values
+    return np.concatenate([attention[:, :, None], credit], 2).cumsum(-1)[..., ends]
+
+
+def _rows(member: NamedResult, readers: Sequence[str]) -> list[dict[str, Any]]:
+    by, result = ("layer", "head"), member.result
+    written = xr.DataArray([stream in WRITTEN for stream in STREAMS], {"stream": list(STREAMS)})
+    shares = {reader_of: stats.shares(result, by, reader_of).sel(side="self") for reader_of in readers}
+    both = stats.has_reader_axis(result)
+    first = stats.first_share(result, by) if both else stats.first_position(result, by)
+    where = f"first {result.attrs.get('sinks')} positions" if both else "first position"
+    attention = stats.attention_first(result, by).where(written)
+    rows = [
+        _row(member, "self share", shares),
+        _row(member, f"share of the {where}", {"all": first}),
+        _row(member, "attention weight on the first key", {"all": xr.Dataset({"share": attention})}),
+    ]
+    if "loss_credit" in result:
+        losses = {reader_of: stats.loss_shares(result, by, reader_of) for reader_of in readers}
+        for part, words in LOSS_PARTS.items():
+            parts = {reader_of: share.sel(part=part) for reader_of, share in losses.items()}
+            streams = {
+                reader_of: x.rename(written="stream").reindex(stream=list(STREAMS)) for reader_of, x in parts.items()
+            }
+            rows.append(_row(member, words, streams))
+    if "horizon_by_document" in result:
+        lengths = {reader_of: stats.effective_horizon(result, by, reader_of) for reader_of in readers}
+        row = _row(member, "effective horizon", {name: xr.Dataset({"share": x}) for name, x in lengths.items()})
+        rows.append(row | {"ends": [int(result.horizon[0]), int(result.horizon[-1])]})
+    return rows
+
+
+def _row(member: NamedResult, label: str, shares: Mapping[str, xr.Dataset]) -> dict[str, Any]:
+    """Pack a row of numbers, and of their errors where they are known, by the edges that they are of."""
+    values = {}
+    for reader_of, share in shares.items():
+        arrays = [share.share, *([member.uncertainty(share.error)] if "error" in share else [])]
+        numbers = [array.transpose("layer", "head", "stream").values for array in arrays]
+        values[reader_of] = _pack(np.concatenate(numbers, -1), "f4")
+    return {"label": label, "values": values}
+
+
+def _pack(values: np.ndarray, kind: str) -> dict[str, Any]:
+    """Pack numbers (layer, head, ...) as base64: "f4", single precision, or "i2", ten-thousandths up to 3.27."""
+    numbers = math.prod(values.shape[2:])
+    if kind == "i2":
+        values = np.nan_to_num(values, nan=0.0).clip(-3.2, 3.2) * 1e4
+    packed = np.ascontiguousarray(np.round(values) if kind == "i2" else values, dtype=f"<{kind}")
+    return {"kind": kind, "numbers": numbers, "data": base64.b64encode(packed.tobytes()).decode()}
