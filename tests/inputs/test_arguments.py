@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import posterity
 from posterity import InputError
 from posterity.cli.main import app
-from posterity.inputs.documents import TokenRow, default_text
+from posterity.inputs.documents import Tokens, default_text
 from posterity.inputs.named_documents import name_documents
 from posterity.inputs.windows import cut_windows, read_corpus, token_digest
 
@@ -172,7 +172,7 @@ def test_labels_of_a_row_say_which_tokens_have_a_loss(tmp_path):
     labels = [-100] * 6 + ids[6:11] + [-100]
     model = tiny("llama")
     [(_, row)] = named([{"input_ids": ids, "attention_mask": mask, "labels": labels}])
-    assert isinstance(row, TokenRow)
+    assert isinstance(row, Tokens)
     result = posterity.measure(
         model, [{"input_ids": ids, "labels": labels[:-1] + ids[-1:]}], context=12, progress=False
     )
@@ -181,8 +181,9 @@ def test_labels_of_a_row_say_which_tokens_have_a_loss(tmp_path):
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-6)
     whole = posterity.measure(model, [{"input_ids": ids, "labels": ids}], context=12, progress=False)
     equal(whole, posterity.measure(model, [ids], context=12, progress=False))
-    with pytest.raises(InputError, match="document 0: expected token ids; got labels with -100"):
-        cut_windows([{"input_ids": ids, "labels": labels}], None, 4)
+    for run in (posterity.audit, posterity.fold):
+        with pytest.raises(InputError, match="document 0: expected token ids; got labels with -100"):
+            run(model, [{"input_ids": ids, "labels": labels[:-1] + ids[-1:]}], context=4)
 
 
 @pytest.mark.parametrize(

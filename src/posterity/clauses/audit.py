@@ -20,7 +20,7 @@ from posterity.clauses.saved_findings import SavedFindings
 from posterity.clauses.subject import Plan, Subject
 from posterity.errors import InputError
 from posterity.inputs.arguments import open_model, split_arguments
-from posterity.inputs.documents import TextStream, refuse_conversation
+from posterity.inputs.documents import TextStream, refuse_answers
 from posterity.inputs.named_documents import name_documents, open_files
 from posterity.inputs.windows import read_corpus
 from posterity.measurement.distributed import Processes
@@ -185,7 +185,7 @@ def _read_texts(documents: Any) -> Texts:
     texts: Texts = []
     remaining = MAX_CHARACTERS
     for name, document in name_documents(documents):
-        refuse_conversation(name, document)
+        refuse_answers(name, document)
         if isinstance(document, TextStream):
             pieces: list[str] = []
             for piece in document.pieces():

@@ -33,19 +33,6 @@ def default_text() -> tuple[str, str]:
     return f"pydoc topics of Python {platform.python_version()}", "\n\n".join(topics[key] for key in sorted(topics))
 
 
-@dataclass(frozen=True, eq=False)
-class TokenRow:
-    """Token ids of which only some are asked for, by the labels of a tokenized data set.
-
-    Attributes:
-        ids: Token ids in one dimension.
-        answers: For each token whether its prediction has a loss, (token,) bool.
-    """
-
-    ids: Int64[Tensor, "tokens"]
-    answers: Bool[Tensor, "tokens"]
-
-
 def document_kind(value: Any) -> str:
     """Return the type of a value, and a mapping's fields, for messages."""
     if isinstance(value, Mapping):
@@ -107,8 +94,6 @@ class TokenReader:
         """Return the first `size` tokens of a document, all for None."""
         if isinstance(document, Conversation | Completion):
             return self._read_answers(name, document)
-        if isinstance(document, TokenRow):
-            return Tokens(document.ids[:size], [], document.answers[:size])
         if isinstance(document, Tokens):
             return replace(document, ids=check_ids(name, document.ids))
         if not isinstance(document, str | TextStream):
@@ -131,18 +116,23 @@ class TokenReader:
 
 def document_ids(document: Any, tokenizer: Any) -> Int64[Tensor, "tokens"]:
     """Return all token ids of one document; those of a text begin with the tokenizer's special tokens, once."""
-    refuse_conversation("the text", document)
+    refuse_answers("the text", document)
     tokens = TokenReader(tokenizer).read("the text", document)
     return torch.cat((tokens.front(0), tokens.ids))
 
 
-def refuse_conversation(name: str, document: Any) -> None:
-    """Raise InputError for a document whose loss is on its answers only."""
-    if isinstance(document, TokenRow):
+def refuse_answers(name: str, document: Any) -> None:
+    """Raise InputError for a document whose loss is on some of its tokens only."""
+    refuse_conversation(name, document)
+    if isinstance(document, Tokens) and document.answers is not None:
         raise InputError(
             f"{name}: expected token ids; got labels with -100, whose loss is on the other tokens only, which only "
             "`measure` takes: leave the labels out"
         )
+
+
+def refuse_conversation(name: str, document: Any) -> None:
+    """Raise InputError for a document whose loss is on its answers only."""
     if isinstance(document, Conversation | Completion):
         raise InputError(
             f"{name}: expected text or token ids; got a conversation, whose loss is on its answers only, which only "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posterity.errors import InputError
 from posterity.inputs.conversations import find_conversation
-from posterity.inputs.documents import TextStream, TokenRow, check_ids, default_text, document_kind
+from posterity.inputs.documents import TextStream, Tokens, check_ids, default_text, document_kind
 from posterity.inputs.text_sources import open_documents
 
 LONGEST_PATH = 1024  # characters; a longer str is a text
@@ -137,7 +137,7 @@ def _row_document(row: Mapping[str, Any], name: str) -> Any:
     return row if row.get("input_ids") is None else _row_tokens(row, name)
 
 
-def _row_tokens(row: Mapping[str, Any], name: str) -> Tensor | TokenRow:
+def _row_tokens(row: Mapping[str, Any], name: str) -> Tensor | Tokens:
     """Return the token ids of a row without padding, and which of them have a loss if not all."""
     ids = check_ids(name, row["input_ids"])
     mask, labels = (_column(row, field, ids, name) for field in COLUMNS[1:])
@@ -152,7 +152,7 @@ def _row_tokens(row: Mapping[str, Any], name: str) -> Tensor | TokenRow:
             f"{name}: expected labels that are the token ids themselves or {IGNORED}, for the model shifts them; got "
             "others: leave the labels out"
         )
-    return ids if bool(answers.all()) else TokenRow(ids, answers)
+    return ids if bool(answers.all()) else Tokens(ids, [], answers)
 
 
 def _column(row: Mapping[str, Any], field: str, ids: Tensor, name: str) -> Tensor | None:

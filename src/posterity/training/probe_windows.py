@@ -35,7 +35,6 @@ def probe_corpus(trainer: Trainer, documents: Any, tokenizer: Any, context: int 
     """
     with seed_rng(0):  # rows may be drawn at random
         named = name_documents(trainer_rows(trainer) if documents is None else documents)
-        named = ((name, row_tokens(document) if _is_row(document) else document) for name, document in named)
         head = list(islice(named, ROWS))
         context = context or choose_context([document for _, document in head], limit)
         return read_corpus(chain(head, named), tokenizer, context, limit)
@@ -60,11 +59,7 @@ def trainer_rows(trainer: Trainer) -> Iterator[tuple[str, Any]]:
                 f"Monitor expects the {kind} rows of the Trainer to hold input_ids or text; got "
                 f"{document_kind(row)}: pass documents=..."
             )
-        yield f"{kind} row {number}", row
-
-
-def _is_row(document: Any) -> bool:
-    return isinstance(document, Mapping) and "input_ids" in document
+        yield f"{kind} row {number}", row_tokens(row) if "input_ids" in row else row
 
 
 def row_tokens(row: Mapping[str, Any]) -> Tokens:
