@@ -15,8 +15,8 @@ from posterity.clauses.drawing import Chart, View, bars, measured_line
 from posterity.palette import DARK
 from posterity.reporting.audit_page import draw_picture
 from posterity.reporting.audit_table import figure_rows, reading_note
-from posterity.results.audit_schema import AUDIT
-from posterity.results.formatting import value_with_error
+from posterity.results.audit_schema import AUDIT, SHARE
+from posterity.results.formatting import percent, value_with_error
 
 SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "pass_tokens": 16, "prefix": 8}
 SMALL |= {"positions": 2, "prefixes": 2, "future": 4, "draws": 3}
@@ -61,7 +61,8 @@ def test_a_figure_prints_the_interval_of_its_few_windows(audited):
             for model in range(models):
                 value, error = (float(audit[name][model, index]) for name in ("figure", "error"))
                 counted = int(audit.windows[model, index]) or 8
-                assert row.values[model] == value_with_error(value, error, windows=counted)
+                formatted = percent if str(audit.units_of.values[index]) == SHARE else value_with_error
+                assert row.values[model] == formatted(value, error, windows=counted)
                 assert counted != 2 or "±" not in row.values[model]
     assert "Student's t" in reading_note(audited)
 

@@ -51,6 +51,7 @@ def test_several_results_stand_side_by_side(tmp_path, plain):
         opened(tab, report([plain, uneven], tmp_path / "report.html"))
         panels = {chart["id"]: chart["panels"] for chart in tab.evaluate(DRAWN)}
         assert panels == {
+            "reach": 3,
             "lags": 3,
             "map": 6,
             "head": 1,

@@ -9,7 +9,7 @@ from posterity.clauses.clause import Clause, common_verdict, judge, margin_of_er
 from posterity.clauses.drawing import Chart, View, expected_line, measured_line
 from posterity.clauses.subject import Subject
 from posterity.results import stats
-from posterity.results.audit_schema import HOLDS, MIXED, Figure, Finding
+from posterity.results.audit_schema import HOLDS, MIXED, SHARE, Figure, Finding
 from posterity.results.formatting import percent
 
 
@@ -67,6 +67,7 @@ def _side_figures(
                 baseline=1 - float(profile.counted.isel(lag=0)),
                 formula=f"sum over edges of lag > 0 of their credit, over the whole |d{stream[0]}|²",
                 expected="share of these edges",
+                units=SHARE,
             ),
             Figure(
                 f"median lag of {stream} credit",
@@ -159,7 +160,7 @@ def _weight_name(stream: str) -> str:
 def _weight_figures(name: str, share: float, error: float, mean: float, counted: float, windows: int) -> list[Figure]:
     """Return the self share in the gradient of one weight, for one window and for the mean over windows."""
     formula = f"(|self|² + self·other) / |gradient of {name}|²"
-    baseline = {"baseline": counted, "expected": "share of the edges"}
+    baseline = {"baseline": counted, "expected": "share of the edges", "units": SHARE}
     return [
         Figure(
             f"self share of {name}, one window",

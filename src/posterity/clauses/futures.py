@@ -21,7 +21,7 @@ from posterity.inputs.documents import document_ids
 from posterity.inputs.named_documents import name_documents
 from posterity.models.attach import watch_model
 from posterity.models.language_model import freeze_parameters
-from posterity.results.audit_schema import FAILS, HOLDS, MIXED, Figure, Finding
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED, SHARE, Figure, Finding
 from posterity.results.formatting import percent
 from posterity.results.stats import mean_and_error
 
@@ -147,6 +147,7 @@ def _figures(
                 baseline=0.0,
                 formula="mean of g_r·g_s over pairs, over the mean of |g|²",
                 expected="zero by law (the score identity)",
+                units=SHARE,
             ),
             Figure(
                 f"consensus of real futures on {stream}s",
@@ -156,6 +157,7 @@ def _figures(
                 baseline=0.0,
                 formula="the same, over different futures of n-grams that recur",
                 expected="nothing in common",
+                units=SHARE,
             ),
             Figure(
                 f"real over drawn squared pull on {stream}s",

@@ -28,7 +28,7 @@ from posterity.models.patching import (
     Patch,
     patched_losses,
 )
-from posterity.results.audit_schema import MIXED, Figure, Finding
+from posterity.results.audit_schema import MIXED, SHARE, Figure, Finding
 from posterity.results.stats import mean_and_error
 
 EFFECTS = {  # variable: (kind of patch, what it shows, units)
@@ -231,6 +231,7 @@ def _share_figures(heads: np.ndarray, single: np.ndarray) -> list[Figure]:
             baseline=0.5,
             formula="share of (layer, position) with later worth > own worth",
             expected="no difference",
+            units=SHARE,
         ),
         Figure(
             "heads that need the look-back more",
@@ -240,6 +241,7 @@ def _share_figures(heads: np.ndarray, single: np.ndarray) -> list[Figure]:
             baseline=0.5,
             formula="share of heads, mean over windows: only self and first costs more than no self edge",
             expected="no difference",
+            units=SHARE,
         ),
     ]
 

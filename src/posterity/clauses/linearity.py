@@ -29,7 +29,7 @@ from posterity.models.linear import as_linear
 from posterity.models.watch import Layer
 from posterity.ops.attention import attention
 from posterity.ops.mask import Mask
-from posterity.results.audit_schema import FAILS, HOLDS, MIXED, Figure, Finding
+from posterity.results.audit_schema import FAILS, HOLDS, MIXED, SHARE, Figure, Finding
 from posterity.results.formatting import list_parts
 
 
@@ -154,7 +154,7 @@ def _cost_figures(
             formula="the cheapest alone, as many as together "
             f"stay within {budget:g} nats per token on windows of their own",
         ),
-        Figure("share of these heads", value=number / len(costs.order), formula="these heads / all heads"),
+        Figure("share of these heads", value=number / len(costs.order), formula="these heads / all heads", units=SHARE),
         *(
             Figure(
                 name,

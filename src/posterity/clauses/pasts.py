@@ -18,7 +18,7 @@ from posterity.models.chunked_loss import token_losses
 from posterity.models.language_model import freeze_parameters, input_device
 from posterity.models.watch import Layer
 from posterity.ops.attention import Backward
-from posterity.results.audit_schema import Figure, Finding
+from posterity.results.audit_schema import SHARE, Figure, Finding
 from posterity.results.formatting import list_parts, percent
 
 LayerGradient = tuple[
@@ -107,6 +107,7 @@ def _finding(gradients: Agreement, queries: Agreement) -> Finding:
             baseline=chance,
             formula="mean of g_r·g_s over pairs of pasts, over the mean of |g|²",
             expected="between segments at equal offsets",
+            units=SHARE,
         ),
         Figure(
             "cosine between queries over pasts",

@@ -32,7 +32,7 @@ from posterity.models.interception import AttentionCall
 from posterity.models.language_model import freeze_parameters
 from posterity.models.watch import Layer, Watch
 from posterity.ops.attention import Backward
-from posterity.results.audit_schema import Figure, Finding
+from posterity.results.audit_schema import SHARE, Figure, Finding
 from posterity.results.formatting import list_parts
 from posterity.results.stats import mean_and_error
 
@@ -185,7 +185,7 @@ def _figures(numbers: dict[str, np.ndarray], default: np.ndarray, by_window: np.
         existing = np.isfinite(flatten_heads(numbers["weight"]))
         error = mean_and_error(_share(flatten_heads(single), existing))[1]
         value = float(_share(flatten_heads(pooled), existing[0]))
-        return Figure(name, value=value, error=error, formula=formula, windows=len(by_window))
+        return Figure(name, value=value, error=error, formula=formula, windows=len(by_window), units=SHARE)
 
     def mean(name: str, number: str, formula: str, **baseline) -> Figure:
         value, error = mean_and_error(np.nanmean(numbers[number], (1, 2)))

@@ -4,11 +4,13 @@ In a terminal: `summary` (which table for which kind), `result_table`, `result_w
 `comparison_table`.
 
 As a page: `report` (which page for which kind), `result_page`, `audit_page`, `comparison_page`. What they show:
-`charts` (the figures by name), `credit_charts`, `lag_chart`, `head_maps`, `loss_charts`, `training_charts`, `tables`
-(the numbers of the figures) and `inspected_text` with `reader_table`.
+`key_numbers` (the first five), `charts` (the figures by name), `reach_chart`, `lag_chart`, `head_maps`, `head_details`
+(one head at a time), `credit_charts`, `loss_charts`, `training_charts`, `tables` (the numbers of the figures) and
+`inspected_text` with `reader_table`.
 
 How a figure is made: `panel_grid` (panels side by side as a plotly figure, at a width), `traces` (lines, bands and
 axes), `bins`, `module_kinds` and `result_group` (what is drawn), `theme` (the plotly template), `page_figures` (figures
-as JSON for a page), `html` (templates, escaping, content security policy). Templates, styles and scripts are in
-`assets`; `theme.js` draws the figures of every page.
+as JSON for a page), `html` (templates, escaping, content security policy), `notebook` (which report holds plotly's
+script). Templates, styles and scripts are in `assets`; `theme.js` draws the figures of every page, `numbers.js` saves
+them and makes their tables.
 """

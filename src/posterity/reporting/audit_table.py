@@ -1,5 +1,6 @@
 """The audit as a table in a terminal, and the words that the table and the page share."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from posterity.results.audit_schema import AUDIT, FAILS, HOLDS, MIXED, REFUSED
-from posterity.results.formatting import left_out_text, value_with_error
+from posterity.results.audit_schema import AUDIT, FAILS, HOLDS, MIXED, REFUSED, SHARE
+from posterity.results.formatting import left_out_text, percent, value_with_error
 from posterity.results.netcdf import portable_value
 
 NAME_COLUMNS, NUMBER_COLUMNS = 36, 22  # of a terminal: names of measures; numbers of a model
@@ -91,12 +92,20 @@ def figure_rows(audit: xr.Dataset, number: int) -> Iterator[FigureRow]:
             name=str(measure.measure.values),
             formula=str(measure.formula.values),
             expected=str(measure.expected.values),
-            units="" if units == "1" else units,
-            values=tuple(_value_cell(float(value), float(error), float(count)) for value, error, count in figures),
-            baselines=tuple(value_with_error(float(baseline), empty="") for baseline in measure.baseline.values),
+            units="" if units in ("1", SHARE) else units,
+            values=tuple(_value_cell(*map(float, numbers), units) for numbers in figures),
+            baselines=tuple(_baseline_cell(float(baseline), units) for baseline in measure.baseline.values),
         )
 
 
-def _value_cell(value: float, error: float, windows: float) -> str:
+def _value_cell(value: float, error: float, windows: float, units: str) -> str:
     """Return a figure with what stands behind its ±: of no number of windows (0 or NaN), the error as it is."""
-    return value_with_error(value, error, windows=int(windows)) if windows > 0 else value_with_error(value, error)
+    counted = {"windows": int(windows)} if windows > 0 else {}
+    return percent(value, error, **counted) if units == SHARE else value_with_error(value, error, **counted)
+
+
+def _baseline_cell(baseline: float, units: str) -> str:
+    """Return what counting or chance predicts; "" for nothing."""
+    if math.isnan(baseline):
+        return ""
+    return percent(baseline) if units == SHARE else value_with_error(baseline, empty="")

@@ -114,7 +114,8 @@ class _LagProfile:
         colour = self.group.colour(self.member, OTHER)
         return go.Scatter(
             x=json_numbers(bin_middles(lags, lags)), y=list(LEVELS), mode=f"markers{'+text' * self.group.single}",
-            text=[f"{lag:.0f}" for lag in lags], textposition="bottom right", textfont={"size": 11, "color": colour},
+            text=["" if math.isnan(lag) else f"{lag:.0f}" for lag in lags],
+            textposition="bottom right", textfont={"size": 11, "color": colour},
             marker={"symbol": "diamond", "size": 8, "color": colour}, hoverinfo="skip",
             visible=visible, showlegend=False,
         )  # fmt: skip

@@ -26,6 +26,9 @@ TEXT_DIMS = {
 COORDINATES = {"model": "text", "clause": "int", "measure": "text", "of_clause": "int"}
 
 
+SHARE = "share"  # the units of a part of a whole, which table and page show in percent
+
+
 @dataclass(frozen=True)
 class Figure:
     """One number of a clause, with its standard error and what chance or counting predicts."""

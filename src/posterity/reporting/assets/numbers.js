@@ -112,7 +112,7 @@
     return [...panels].flatMap(([axis, shown]) => {
       const title = layout.annotations?.find(({ xref }) => xref === `${axis} domain`)?.text ?? "";
       const suffix = axis.slice(1);
-      const x = plain(layout[`xaxis${suffix}`]?.title?.text ?? "").replace(/; .*\)/, ")");
+      const x = plain(layout[`xaxis${suffix}`]?.title?.text ?? "").replace(RegExp("; log scale[^)]*"), "");
       const percent = /[%p]/.test(layout[`yaxis${suffix}`]?.tickformat ?? "");
       const tables = isMap(shown.at(-1)) ? shown.map(mapRows) : lineTables(shown, x, percent);
       return tables.map((rows) => ({ caption: plain(title), rows }));
