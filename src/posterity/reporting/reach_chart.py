@@ -23,7 +23,8 @@ QUANTITIES = {"attention": ATTENTION, "key credit": OTHER, "value credit": SELF}
 def has_lags(result: xr.Dataset) -> bool:
     """Return whether a result has what `reach` needs: documents by lag, in bins that are not wider than their lags."""
     wide = result.lag_end - result.lag > np.maximum(result.lag, 1)
-    return "attention_by_document" in result and "tail_moment" in result and not bool(wide.any())
+    measured = "attention_by_document" in result and "tail_moment" in result and result.sizes["lag"] > 1
+    return measured and not bool(wide.any())
 
 
 def draw_reach(group: ResultGroup) -> PanelGrid:
