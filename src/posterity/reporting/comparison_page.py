@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 
 from posterity.palette import OTHER, SELF, SERIES
-from posterity.reporting.comparison_table import arm_cells, error_words
+from posterity.reporting.comparison_table import arm_cells, gap_error_words
 from posterity.reporting.html import render_page
 from posterity.reporting.page_figures import page_figures
 from posterity.reporting.panel_grid import Panel, PanelGrid
@@ -31,7 +31,7 @@ def render_comparison(compared: xr.Dataset) -> str:
     return render_page(
         "comparison.html.j2", page_figures({"gap": _gap_figure(others, units)}), text=compared.attrs["data"],
         steps=compared.attrs["steps"], documents=compared.sizes["document"], positions=compared.sizes["position"],
-        units=units, arms=arms, rows=rows, error=error_words(gaps, compared.sizes["document"]),
+        units=units, arms=arms, rows=rows, error=gap_error_words(gaps, compared.sizes["document"]),
         runs=list(zip(*(compared[name].values.tolist() for name in ("folder", "arm", "seed")), strict=True)),
     )  # fmt: skip
 

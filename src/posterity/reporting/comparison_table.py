@@ -27,10 +27,10 @@ def print_comparison(compared: xr.Dataset, console: Console) -> None:
     for arm in gaps.arm.values:
         table.add_row(*map(Text, arm_cells(gaps.sel(arm=arm))))
     console.print(table)
-    console.print(Text(f"Losses in {units}; ± is {error_words(gaps, compared.sizes['document'])}."))
+    console.print(Text(f"Losses in {units}; ± is {gap_error_words(gaps, compared.sizes['document'])}."))
 
 
-def error_words(gaps: xr.Dataset, rows: int) -> str:
+def gap_error_words(gaps: xr.Dataset, rows: int) -> str:
     """Return what the errors of `myopia_gaps` are over, in words; `rows` held-out rows."""
     several = int(gaps.seeds.max()) > 1
     seeds = "and the seeds" if several else "(one seed: what another would change is not in it)"
