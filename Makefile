@@ -24,7 +24,7 @@ $(VENV)/tested: $(VENV)/installed
 
 demo: $(VENV)/installed  ## measure SmolLM2-135M on 8 windows of 512 tokens: demo/run.nc and demo/report.html
 	mkdir -p demo
-	$(BIN)/posterity measure --context 512 --documents 8 --output demo/run.nc --report demo/report.html
+	$(BIN)/posterity measure --context 512 --limit 8 --output demo/run.nc --report demo/report.html
 
 test: $(VENV)/tested  ## the quick tests, on all cores (three minutes on two)
 	$(BIN)/pytest $(PARALLEL)

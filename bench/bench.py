@@ -9,6 +9,7 @@ python bench/bench.py sweep      the accounts of one layer beside torch's fused 
 python bench/bench.py context    memory on SmolLM2-135M up to 8192 tokens, beside what was estimated (12 GB)
 python bench/bench.py precision  bfloat16, float16 and autocast beside float32, on SmolLM2-135M
 python bench/bench.py monitor    training with a Monitor at its default
+python bench/bench.py trends     what it logs over three trainings from scratch
 """
 
 import json
@@ -22,8 +23,9 @@ from monitoring import monitor
 from precisions import measured_precision, precision
 from step_kinds import losses, step_peak, steps
 from timing import ROUNDS, console
+from trends import trends
 
-TABLES = {table.__name__: table for table in (steps, losses, naive, long, sweep, context, precision, monitor)}
+TABLES = {table.__name__: table for table in (steps, losses, naive, long, sweep, context, precision, monitor, trends)}
 MEASUREMENTS = {  # each in a process of its own
     measurement.__name__: measurement
     for measurement in (

@@ -166,7 +166,7 @@ def print_loss_split(folders, seed, ids, length):
     table = Table("arm", "own losses", "later losses, by layer and head", title=f"who pays for keys, seed {seed}")
     for arm in dict.fromkeys(arm for arm, _ in folders):
         model, _ = load_arm(folders, arm, seed)
-        result = posterity.measure(model, None, ids, context=length, losses=True, batch=16, progress=False)
+        result = posterity.measure(model, None, ids, context=length, limit=None, losses=True, batch=16, progress=False)
         credit = result.loss_credit.sel(written="key").sum("position") / result.loss_credit.sel(written="key").sum()
         later = credit.sel(part=["self later", "future"]).sum("part")
         cells = (

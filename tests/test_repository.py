@@ -19,6 +19,7 @@ MAY |= {
     "ops": {"errors"},
     "decomposition": {"ops", "errors", "axes"},
     "results": {"errors", "axes", "atomic_files", "_version"},
+    "plotting": {"results", "errors", "axes", "palette"},  # a plot is a function of a Dataset
 }
 FACE = "posterity"  # the public names: only the command line asks for them by name, for its start-up time
 MAY["cli"] |= {FACE}
@@ -29,7 +30,8 @@ OUTSIDE = {
     "decomposition": TORCH,
     "models": TORCH | HUGGING_FACE,
     "inputs": TORCH | HUGGING_FACE | {"numpy", "datasets", "safetensors", "gguf", "rich", "peft"},
-    "results": {"numpy", "xarray", "h5py"},
+    "results": {"numpy", "xarray", "h5py", "pandas"},
+    "plotting": {"numpy", "xarray", "matplotlib"},
     "measurement": TORCH
     | HUGGING_FACE
     | {"numpy", "xarray", "rich", "accelerate", "safetensors", "filelock", "psutil"},
@@ -138,11 +140,18 @@ def test_no_two_public_functions_or_classes_share_a_name():
     assert not doubled
 
 
-@pytest.mark.parametrize("name", ["load", "save", "stats", "InputError"])
+@pytest.mark.parametrize("name", ["load", "save", "stats", "table", "plot", "InputError"])
 def test_reading_a_result_imports_neither_torch_nor_transformers(name):
     code = f"import sys, posterity; posterity.{name}; import posterity.results.schema; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers"} & set(run.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["table", "summary"])
+def test_only_plots_import_matplotlib(name):
+    code = f"import sys, posterity; posterity.{name}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "matplotlib" not in run.stdout.split()
 
 
 def test_importing_the_operator_loads_torch_and_nothing_heavier():
@@ -201,7 +210,8 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     known = {"model": tiny("llama"), "tokenizer": None, "documents": tokens(6, 12), "ids": tokens()}
     known |= {"query": query, "key": key, "value": value, "rows": Rows(tokens(8), tokens(8))}
     known["arguments"] = TrainingArguments(str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to="none")
-    small = "context=12, limit=2, contexts=(4, 8), span=12, short=6, budget=12, prefix=6, future=4, prefixes=2, draws=2"
+    small = "context=12, limit=2, contexts=(4, 8), span=12, short=6, pass_tokens=12, prefix=6, future=4, prefixes=2, "
+    small += "draws=2"
     assert "quick=True" in code
     exec(code.replace("context=512", "context=12").replace("quick=True", small), known)
     assert known["linear"].in_features == 24

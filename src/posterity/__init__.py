@@ -12,7 +12,7 @@ from posterity._version import __version__
 if TYPE_CHECKING:
     from posterity.clauses.audit import audit
     from posterity.errors import InputError
-    from posterity.inputs.model import load_folded
+    from posterity.inputs.model import load_folded, load_model
     from posterity.measurement.account import account
     from posterity.measurement.distributed import Processes
     from posterity.measurement.head_folding import fold
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from posterity.ops.attention import attention
     from posterity.ops.horizon_rules import Discount, EdgeWindow, Full, Leak, Myopic
     from posterity.ops.mask import Mask
+    from posterity.plotting import plot
     from posterity.reporting.report import report
     from posterity.reporting.summary import summary
     from posterity.results import stats
     from posterity.results.files import load, save
+    from posterity.results.reach import reach
+    from posterity.results.tidy_table import table
     from posterity.training.compare import compare
     from posterity.training.monitor import Monitor
     from posterity.training.trainer import Trainer
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "clauses.audit": ("audit",),
     "errors": ("InputError",),
-    "inputs.model": ("load_folded",),
+    "inputs.model": ("load_folded", "load_model"),
     "measurement.account": ("account",),
     "measurement.distributed": ("Processes",),
     "measurement.head_folding": ("fold",),
@@ -49,14 +52,15 @@ _HOMES = {
     "ops.mask": ("Mask",),
     "reporting.report": ("report",),
     "reporting.summary": ("summary",),
-    "results": ("stats",),
     "results.reach": ("reach",),
     "results.files": ("load", "save"),
+    "results.tidy_table": ("table",),
     "training.compare": ("compare",),
     "training.monitor": ("Monitor",),
     "training.trainer": ("Trainer",),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = {"plot": "plotting.plot", "stats": "results.stats"}  # public names that are modules
+_HOME = {name: module for module, names in _HOMES.items() for name in names} | _MODULES
 __all__ = [
     "Discount",
     "EdgeWindow",
@@ -80,12 +84,15 @@ __all__ = [
     "inspect",
     "load",
     "load_folded",
+    "load_model",
     "measure",
+    "plot",
     "reach",
     "report",
     "save",
     "stats",
     "summary",
+    "table",
 ]
 
 
@@ -93,8 +100,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module, once."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = f"{__name__}.{_HOME[name]}"
-    value = import_module(f"{home}.stats") if name == "stats" else getattr(import_module(home), name)
+    module = import_module(f"{__name__}.{_HOME[name]}")
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     if not _HOME[name].startswith(("errors", "ops.")):
         # nnsight gives every object a method `save`, which would hide this name until it is bound.

@@ -7,6 +7,8 @@ TERMS = ("self", "other", "inner")  # squared norms of the two sides, and their 
 WRITTEN = ("key", "value")  # the streams that later positions read
 PARTS = ("own", "self later", "future")  # of a gradient at a key or value, by the losses that send it
 PAIRS = ("own", "self later", "future", "own . self later", "own . future", "self later . future")
+READER_QUANTITIES = ("attention", "key credit", "value credit")  # of the edges from a token to its readers
+READER_LEVELS = (0.5, 0.9)  # parts of them, nearest readers first
 LOSS_TERMS = ("own", "later", "inner")
 QUANTITIES = ("attention", *(f"{stream} {kind}" for kind in ("mass", "credit") for stream in STREAMS))
 # of the tails by lag of a document, with the rest of its edges, all of them, and their totals

@@ -41,6 +41,7 @@ SERIES = (
     _role("#16806a", "#5cc8a2"), MEAN, _role("#8a6d00", "#d8c55a"), _role("#b03060", "#f08fb0"),
     _role("#4d5c6b", "#a9b6c4"), _role("#3f4fb0", "#9fadff"),
 )  # fmt: skip
+STREAM = {"query": SERIES[5], "key": SERIES[3], "value": SERIES[2]}  # where all stand on one pair of axes
 
 # Shares from "all of others" to "all of self"; numbers on both sides of zero.
 DIVERGING = _scale(

@@ -18,7 +18,7 @@ from posterity.clauses.subject import Plan, Subject
 from posterity.models.patching import LATER_MEAN, Patch, patched_losses
 from posterity.results.audit_schema import FAILS, HOLDS, MIXED
 
-SMALL = {"short": 9, "budget": 20, "positions": 3, "share": 0.3, "context": 14, "limit": 3}
+SMALL = {"short": 9, "pass_tokens": 20, "positions": 3, "share": 0.3, "context": 14, "limit": 3}
 
 
 def subject(model, ids=None, **changes):
@@ -138,7 +138,7 @@ def test_the_verdict_of_row_6_needs_the_layers_and_the_whole_model(shares, costs
 
 
 def test_row_6_draws_from_the_saved_audit_alone_and_bears_what_is_missing():
-    finding = LATER_USE.find(subject(tiny("llama"), budget=9))
+    finding = LATER_USE.find(subject(tiny("llama"), pass_tokens=9))
     clause = LATER_USE
     audit = assemble({"one": {6: finding}}, [clause], {})
     charts = clause.draw(View(audit, "one"))

@@ -17,7 +17,7 @@ from posterity.results.audit_schema import HOLDS, MIXED
 
 
 def finding_on(name, **plan):
-    return LINEARITY.find(Subject(tiny(name), None, tokens(6, 10), Plan(short=10, budget=30, **plan)))
+    return LINEARITY.find(Subject(tiny(name), None, tokens(6, 10), Plan(short=10, pass_tokens=30, **plan)))
 
 
 def test_row_8_holds_where_every_layer_is_its_linear_layer():
@@ -54,7 +54,7 @@ def test_row_8_names_the_layers_that_are_not_linear(name):
 
 def test_row_8_prices_heads_as_a_diagonal_mask_by_hand_does():
     model, ids = exact("llama"), tokens(9, 10)
-    finding = LINEARITY.find(Subject(model, None, ids, Plan(short=10, budget=30, fold=0.02)))
+    finding = LINEARITY.find(Subject(model, None, ids, Plan(short=10, pass_tokens=30, fold=0.02)))
     figures = {figure.name: figure for figure in finding.figures}
     pricing = ids[:3]
     before, cost = mean_loss(model, pricing, {}), finding.variables["straight_cost"].values
@@ -76,7 +76,7 @@ def test_row_8_prices_heads_as_a_diagonal_mask_by_hand_does():
 
 def test_the_charts_of_row_8_come_from_a_saved_audit_with_or_without_its_costs(tmp_path):
     models = {"one": tiny("llama"), "two": tiny("gpt_oss")}
-    audit = posterity.audit(models, None, tokens(6, 10), rows=[8], short=10, budget=20, progress=False)
+    audit = posterity.audit(models, None, tokens(6, 10), rows=[8], short=10, pass_tokens=20, progress=False)
     saved = load(save(audit, tmp_path / "audit.nc"))
     charts = LINEARITY.draw(View(saved, "one"))
     assert [chart.traces[0]["type"] for chart in charts] == ["heatmap", "scatter"]

@@ -3,14 +3,17 @@
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import posterity
+from posterity.cli.guide import GUIDE
 from posterity.cli.main import app
 from posterity.errors import InputError
 from posterity.inputs.documents import default_text
@@ -82,14 +85,14 @@ def test_measure_passes_on_what_was_given_and_leaves_the_defaults_to_the_library
     attributes = {"model": "its name", "revision": "its revision", "command": "posterity measure 'a b'"}
     assert measuring[1][:2] == ("the model", "the tokenizer")
     assert list(measuring[1][2]) == [default_text()]
-    assert measuring[2] == {"limit": 16, "attrs": attributes, "state": None, "processes": Processes()}
+    assert measuring[2] == {"attrs": attributes, "state": None, "processes": Processes()}
     assert showing == ("summary", ("the result",), {})
 
 
 def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("some text")
-    options = ["--context", 64, "--documents", 3, "--lags", "all", "--batch", 2, "--no-weights", "--seed", 7]
+    options = ["--context", 64, "--limit", 3, "--lags", "all", "--sinks", 2, "--batch", 2, "--no-weights", "--seed", 7]
     options += ["--dtype", "float64", "--device", "cpu", "--revision", "r", "--trust-remote-code"]
     result = run("measure", "org/model", text, *options, "--output", "run.nc", "--report", "page.html")
     assert result.exit_code == 0
@@ -99,7 +102,7 @@ def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, t
     keywords = dict(calls[3][2])
     del keywords["attrs"]
     assert (keywords.pop("state"), keywords.pop("processes")) == (Path("run.nc.state"), Processes())
-    assert keywords == {"context": 64, "limit": 3, "lags": "all", "batch": 2, "weights": False, "seed": 7}
+    assert keywords == {"context": 64, "limit": 3, "lags": "all", "sinks": 2, "batch": 2, "weights": False, "seed": 7}
     assert [name for name, _ in calls[3][1][2]] == [str(text)]
     assert calls[4][1] == ("the result", Path("run.nc"))
     assert calls[5][1] == ("the result", Path("page.html"))
@@ -109,7 +112,7 @@ def test_who_pays_is_passed_on(calls):
     assert run("measure", "--losses", "--parameters", "--horizons", "1,2, 4").exit_code == 0
     keywords = dict(calls[1][2])
     del keywords["attrs"], keywords["state"], keywords["processes"]
-    assert keywords == {"limit": 16, "losses": True, "parameters": True, "horizons": (1, 2, 4)}
+    assert keywords == {"losses": True, "parameters": True, "horizons": (1, 2, 4)}
 
 
 def test_inspect_passes_on_the_text_and_leaves_the_defaults_to_the_library(calls, monkeypatch):
@@ -154,7 +157,8 @@ def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(c
     }
     assert showing == ("summary", ("the result",), {})
     calls.clear()
-    options = ["--rows", "4,8", "--contexts", "16,32", "--context", 64, "--documents", 3, "--budget", 99, "--seed", 7]
+    options = ["--rows", "4,8", "--contexts", "16,32", "--context", 64, "--documents", 3]
+    options += ["--pass-tokens", 99, "--seed", 7]
     options += ["--quick", "--control", "random", "--beside", "other", "-o", "audit.nc", "-r", "audit.html"]
     assert run("audit", "one", *options).exit_code == 0
     names = [name for name, _, _ in calls]
@@ -173,7 +177,7 @@ def test_audit_sets_models_side_by_side_and_leaves_the_defaults_to_the_library(c
     assert list(calls[4][1][0]) == ["its name", "other"]
     assert keywords == {
         "quick": True, "control": "random", "rows": (4, 8), "contexts": (16, 32), "context": 64, "limit": 3,
-        "budget": 99, "seed": 7,
+        "pass_tokens": 99, "seed": 7,
     }  # fmt: skip
 
 
@@ -199,8 +203,8 @@ def test_a_missing_text_stops_before_the_model_is_loaded(calls):
 def test_the_defaults_that_the_help_shows_are_those_of_the_library():
     signature = inspect.signature(posterity.measure).parameters
     text = " ".join(process("measure", "--help").stdout.split())
-    for name in ("context", "lags", "batch", "seed"):
-        shown = re.search(rf"--{name} <.*?\[default: (\w+)\]", text)
+    for name in ("context", "limit", "lags", "sinks", "batch", "seed"):
+        shown = re.search(rf"--{name}(?:, --documents)? <.*?\[default: (\w+)\]", text)
         assert shown is not None
         assert shown[1] == str(signature[name].default)
     assert "[default: weights]" in text
@@ -208,7 +212,8 @@ def test_the_defaults_that_the_help_shows_are_those_of_the_library():
 
 
 def test_several_runs_make_one_page(calls):
-    assert run("report", "a.nc", "b.nc", "-o", "page.html").exit_code == 0
+    result = run("report", "a.nc", "b.nc", "-o", "page.html")
+    assert (result.exit_code, result.output) == (0, "page written: page.html\n")
     assert run("report", "a.nc", "b.nc", "-o", "page.html", "--labels", "plain, myopic").exit_code == 0
     files, page = [Path("a.nc"), Path("b.nc")], Path("page.html")
     assert [call for call in calls if call[0] == "report"] == [
@@ -232,9 +237,51 @@ def test_check_answers_in_one_line_and_by_its_exit_code(calls, monkeypatch, ok, 
         def __str__(self):
             return "its name: the verdict"
 
+    def forecast(model, **options):
+        assert (model, options) == ("the model", {"limit": 3})
+        return "its size and what it takes"
+
     monkeypatch.setattr(posterity, "check", Verdict, raising=False)
-    result = run("check", "its name")
-    assert (result.exit_code, result.stdout) == (code, "its name: the verdict\n")
+    monkeypatch.setattr("posterity.measurement.forecast.forecast", forecast)
+    result = run("check", "its name", "--limit", 3)
+    assert result.exit_code == code
+    assert result.stdout == "its name: the verdict\n" + ok * "its size and what it takes\n"
+
+
+def test_every_command_says_its_question_and_examples_that_its_options_take():
+    app_help = run("--help").stdout
+    commands = get_command(app).commands
+    assert list(commands) == [name for name in GUIDE if name in commands]  # the order of use
+    for name, command in commands.items():
+        purpose, text = GUIDE[name], run(name, "--help").stdout
+        assert re.search(rf"^  {name} +{re.escape(purpose.question[:20])}", app_help, re.MULTILINE)
+        assert text.split("\n\n")[1].split() == purpose.question.split()
+        for example in purpose.examples:
+            assert f"    {example}\n" in text
+            program, called, *words = shlex.split(example)
+            assert (program, called) == ("posterity", name)
+            command.make_context(name, words)  # a wrong option raises
+
+
+@pytest.mark.parametrize("kind", ["--output", "--report"])
+@pytest.mark.parametrize("name", ["run.csv", "run.json", "run", "run.txt"])
+def test_an_output_with_the_ending_of_something_else_is_refused_in_one_line(calls, kind, name):
+    for command in (["measure"], ["audit"], ["inspect", "--text", "some"]):
+        result = run(*command, kind, name)
+        assert result.exit_code == 2
+        expected = "a result that ends in .nc" if kind == "--output" else "a page that ends in .html"
+        ending = expected[-3:] if kind == "--output" else ".html"
+        assert result.stderr == f"posterity: expected {expected}; got {name}: name it run{ending}\n"
+    assert [name for name, _, _ in calls if name != "check_output_path"] == []
+
+
+def test_a_text_that_names_a_file_is_refused_before_the_model_is_loaded(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("words")
+    result = run("inspect", "--text", "my.txt")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("posterity: expected a text; got 'my.txt', and a file of that name exists: did you")
+    assert calls == []
 
 
 def test_the_version_is_the_package_s(calls):
@@ -270,7 +317,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
     "args",
     [
         ["measure", "--context", "1"],
-        ["measure", "--documents", "0"],
+        ["measure", "--limit", "0"],
+        ["audit", "--budget", "9"],
         ["measure", "--lags", "few"],
         ["measure", "--zorg"],
         ["inspect"],
@@ -292,7 +340,7 @@ def test_a_wrong_option_is_exit_code_2_and_nothing_is_called(calls, args):
     ("args", "which"),
     [
         (("measure", "default", "some.txt", "-o", "some.txt"), "is read here"),
-        (("measure", "default", "some.txt", "-o", "a.out", "-r", "./a.out"), "is the other output"),
+        (("measure", "default", "some.txt", "-o", "a.nc", "-r", "./a.nc"), "is the other output"),
         (("inspect", "some.txt", "--text", "one", "-r", "some.txt"), "is read here"),
         (("report", "some.txt", "-o", "some.txt"), "is read here"),
     ],
@@ -309,7 +357,7 @@ def test_no_output_takes_the_place_of_an_input_or_of_the_other_output(tmp_path, 
 
 @pytest.mark.parametrize("option", ["--output", "--report"])
 def test_no_file_of_another_kind_is_replaced(tmp_path, calls, option):
-    there = tmp_path / "model.safetensors"
+    there = tmp_path / ("run.nc" if option == "--output" else "page.html")
     there.write_bytes(b"weights")
     for command in ("measure", "audit"):
         result = run(command, option, there)

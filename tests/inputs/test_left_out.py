@@ -60,8 +60,8 @@ def test_folding_and_an_audit_say_it_too(tmp_path):
         posterity.fold(model, None, documents, context=16, limit=1, progress=False)
     )
     audit = posterity.audit(
-        model, None, documents, rows=[1], context=16, limit=4, contexts=(4, 8), span=8, short=4, budget=4, prefix=2,
-        future=2, progress=False,
+        model, None, documents, rows=[1], context=16, limit=4, contexts=(4, 8), span=8, short=4, pass_tokens=4,
+        prefix=2, future=2, progress=False,
     )  # fmt: skip
     assert audit.attrs["documents_left_out"] == 1
     assert "left out: 1 of 4 documents, 3 of 51 tokens" in posterity.report(audit, tmp_path / "audit.html").read_text()

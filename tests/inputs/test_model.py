@@ -20,7 +20,8 @@ from transformers import (
 from transformers.utils import logging
 
 from posterity.inputs import model_source
-from posterity.inputs.model import load_model
+from posterity.inputs.model import load_model, parse_dtype
+from posterity.measurement.provenance import provenance
 
 
 def test_a_folder_loads_as_stored_in_eval_mode_with_its_tokenizer(folder):
@@ -92,14 +93,37 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
 def test_dtype_device_and_revision_are_checked(folder):
     assert "got float3: change --dtype" in refusal(str(folder), dtype="float3")
     assert "got int8: change --dtype" in refusal(str(folder), dtype="int8")
-    assert "zorg gives: " in refusal(str(folder), device="zorg")
+    assert "got zorg: choose another" in refusal(str(folder), device="zorg")
     assert "got meta" in refusal(str(folder), device="meta")
     assert "leave --revision out" in refusal(str(folder), revision="main")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_cuda_where_there_is_none_is_refused(folder):
-    assert "expected a device of this machine; cuda gives" in refusal(str(folder), device="cuda")
+    assert "expected a device that this torch has (cpu); cuda gives" in refusal(str(folder), device="cuda")
+
+
+def test_a_device_of_no_torch_brings_the_list_of_those_there_are(folder):
+    for device in ("gpu", "cpu:x"):
+        message = f"expected a device that this torch has (cpu); got {device}: choose another"
+        assert refusal(str(folder), device=device) == message
+    assert "holds numbers (cpu); got meta" in refusal(str(folder), device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bf16", torch.bfloat16), ("fp16", torch.float16), ("half", torch.float16), ("FP32", torch.float32),
+        ("float", torch.float32), ("torch.bfloat16", torch.bfloat16), ("double", torch.float64),
+    ],
+)  # fmt: skip
+def test_short_names_of_dtypes_are_known(name, expected):
+    assert parse_dtype(name) is expected
+
+
+@pytest.mark.parametrize("name", ["int8", "tensor", "", "cuda"])
+def test_what_is_no_dtype_brings_the_names_of_those_there_are(folder, name):
+    assert f"bfloat16 (bf16) or float16 (fp16, half); got {name}: change --dtype" in refusal(str(folder), dtype=name)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +251,7 @@ def test_a_gguf_file_is_converted_once_and_equals_what_transformers_reads(gguf_f
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=str(gguf_file))
     capfd.readouterr()
     loaded = load_model(str(gguf_file))
+    assert provenance(loaded.model)["model"] == str(gguf_file)  # not the folder in a cache
     assert capfd.readouterr() == ("", f"Converting {gguf_file} to safetensors; this is done once\n")
     state = direct.state_dict()
     assert loaded.model.state_dict().keys() == state.keys()
@@ -313,3 +338,4 @@ def test_the_default_model_is_smollm2_as_transformers_reads_it():
     assert loaded.model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in loaded.model.state_dict().items())
     assert loaded.model.config.num_hidden_layers == 30
+    assert provenance(loaded.model)["model"] == "SmolLM2-135M-Instruct"

@@ -113,3 +113,14 @@ def test_a_cell_holds_a_long_text_and_the_csv_module_is_left_as_it_was(tmp_path,
     monkeypatch.setattr(text_files, "CHUNK_BYTES", 1000)
     with pytest.raises(InputError, match="MB in a line"):
         texts_of(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.csv", "text,label\n"), ("a.tsv", "text\n\n"), ("a.jsonl", "\n\n"), ("a.json", "[]")]
+)
+def test_a_file_without_a_row_is_named(tmp_path, name, data):
+    path = tmp_path / name
+    path.write_text(data)
+    for paths in ([str(path)], [str(path), str(path)]):
+        with pytest.raises(InputError, match=rf"expected at least one row with a document; .*{name} has none"):
+            cut_windows(open_documents(paths), PLAIN, 4)

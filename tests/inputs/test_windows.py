@@ -220,8 +220,10 @@ def test_names_of_documents_are_kept():
     [
         (b"bytes", "got bytes"),
         (3, "got int"),
-        (None, "got NoneType"),
-        ({"input_ids": [1, 2]}, "fields input_ids"),
+        ({3: "a"}, "expected labels with documents; got a dict with the fields 3"),
+        ({}, "expected labels with documents"),
+        ({"a": 3}, "a: expected text or token ids; got int"),
+        ({"a": []}, "a: expected at least one document"),
         ([{"body": "a", "label": 1}], "fields body, label"),
         ([], "got none"),
         ([None], "document 0: expected text or token ids; got NoneType"),

@@ -55,7 +55,11 @@ def test_float32_accounts_equal_the_dense_ones_of_the_float64_reference():
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_check_answers_in_one_line():
-    process = subprocess.run([*POSTERITY, "check"], capture_output=True, text=True, check=False)
+def test_check_says_whether_and_what_a_measurement_takes():
+    command = [*POSTERITY, "check", "--context", "128", "--limit", "2"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines() == ["can be measured: 30 attention layers"]
+    verdict, size, cost = process.stdout.splitlines()
+    assert verdict == "can be measured: 30 attention layers"
+    assert size == "134,515,008 parameters, 0.54 GB in float32"
+    assert cost.startswith("2 windows of 128 tokens: about ")

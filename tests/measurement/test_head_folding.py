@@ -390,6 +390,18 @@ def test_the_command_writes_a_folded_model_and_verifies_it(plain):
     assert check(load_folded(plain / "out")).ok
 
 
+def test_a_folding_beyond_its_budget_on_held_out_windows_is_written_by_force_only(plain):
+    options = ["--budget", 0.12, "--context", 12, "--documents", 2, "--device", "cpu", "-o", plain / "out"]
+    answer = run("fold", plain / "plain", plain / "text.txt", *options)
+    assert answer.exit_code == 1
+    assert "there it is more than the budget of 0.12" in answer.stdout
+    assert answer.stderr.splitlines()[-1].startswith(f"posterity: {plain / 'out'} is not written: +0.1371 nats")
+    assert not (plain / "out").exists()
+    answer = run("fold", plain / "plain", plain / "text.txt", *options, "--force")
+    assert answer.exit_code == 0, answer.output
+    assert check(load_folded(plain / "out")).ok
+
+
 def test_the_command_fails_where_the_loaded_model_is_another(plain, monkeypatch):
     monkeypatch.setattr(loading, "apply_folded_heads", lambda *args: None)
     options = ["--budget", 0.5, "--context", 12, "--documents", 2, "--device", "cpu", "-o", plain / "out"]

@@ -7,11 +7,13 @@ import pytest
 import torch
 from support.batches import INPUTS
 from support.loss_oracles import by_position, close, dense, exact, own_of, position_losses, remaining
+from support.spy import spy_on
 from support.tiny import CONFIGS, summed_loss, tiny, tokens
 from transformers import AttentionInterface
 
 import posterity
 from posterity import Discount, EdgeWindow, Full, InputError, Myopic
+from posterity.decomposition.reader_lags import lags_within
 from posterity.inputs import model as loading
 from posterity.inputs.documents import default_text
 from posterity.inputs.windows import cut_windows
@@ -441,6 +443,59 @@ def test_the_matrix_of_one_text_is_one_backward_pass_per_loss(name, batch):
     early = np.triu(np.ones((12, 12)), 1).astype(bool)
     assert (result.inspect_credit.values[..., early] == 0).all()
     assert (result.inspect_norm.values[..., early] == 0).all()
+
+
+def lag_by_hand(carried, level):
+    """The lag within which a part of what a key carries lies, given what it carries to each of its readers in turn."""
+    total, running = carried.sum(), 0.0
+    if total <= 1e-3 * np.abs(carried).sum():
+        return np.nan
+    for lag, part in enumerate(carried):
+        running += part
+        if running >= level * total:
+            return lag
+    return np.nan
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2", "deepseek_v3"])
+@pytest.mark.usefixtures("small_blocks")
+def test_the_lags_of_a_tokens_readers_are_those_of_the_dense_edges(name):
+    model, ids = exact(name), tokens(1, 30)
+    result = posterity.inspect(model, None, ids[0], progress=False)
+    model.requires_grad_(True)
+    with spy_on(model) as spy:
+        summed_loss(model, ids).backward()
+        layers = [
+            np.stack([x.sum((0, 1)).detach().numpy() for x in (weight, credit[1], credit[2])])
+            for credit, _, weight, *_ in spy.accounts()
+        ]
+    by_hand = [
+        [[[lag_by_hand(edges[key:, key], level) for key in range(30)] for level in (0.5, 0.9)] for edges in quantities]
+        for quantities in (*layers, sum(layers))
+    ]
+    np.testing.assert_array_equal(stats.reader_lags(result, ("layer",)), by_hand[:-1])
+    np.testing.assert_array_equal(stats.reader_lags(result), by_hand[-1])
+    assert np.isnan(result.reader_lag_all.sel(reader_quantity="value credit").values[:, -1]).all()  # it has no loss
+    assert float(result.reader_lag.max()) > 9
+
+
+def test_the_first_crossing_counts_and_cancelled_edges_have_no_lag():
+    edges = torch.zeros(1, 6, 6)
+    edges[0, :, 0] = torch.tensor([1.0, 4.0, 5.0, -8.0, 6.0, 2.0])  # their sum is 10
+    edges[0, 1:, 1] = torch.tensor([1.0, -2.0, 1.0, 0.0, 0.0])
+    edges[0, 2, 2] = 3.0
+    lags = lags_within(edges, (0.5, 0.9))
+    np.testing.assert_array_equal(lags[0, :, :3], [[1, np.nan, 0], [2, np.nan, 0]])
+
+
+def test_results_without_the_lags_of_readers_are_read_and_say_so(tmp_path):
+    result = posterity.inspect(tiny("llama"), None, tokens(1)[0], progress=False)
+    old = result.drop_vars(["reader_lag", "reader_lag_all", "reader_quantity", "level"])
+    old = posterity.load(posterity.save(old, tmp_path / "old.nc"))
+    with pytest.raises(InputError, match=r"which was not measured: measure with posterity\.inspect"):
+        stats.reader_lags(old)
+    with pytest.raises(InputError, match=r"by expects \(\) or \('layer',\)"):
+        stats.reader_lags(result, ("head",))
 
 
 def test_an_inspected_text_is_saved_and_read(tmp_path):

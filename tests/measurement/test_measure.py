@@ -423,7 +423,7 @@ def test_progress_shows_an_estimate_and_a_bar(capsys):
 
 
 def test_what_is_no_model_is_refused_and_one_horizon_may_stand_alone():
-    with pytest.raises(InputError, match="expected a causal language model of transformers; got str: load it"):
-        posterity.measure("gpt2", None, tokens(), context=12)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a causal language model of transformers; got int: load it"):
+        posterity.measure(3, None, tokens(), context=12)  # type: ignore[arg-type]
     one = posterity.measure(tiny("llama"), None, tokens(), context=12, horizons=4, progress=False)  # type: ignore[arg-type]
     assert one.horizon.values.tolist() == [4]

@@ -22,6 +22,7 @@ import posterity
 from posterity import InputError
 from posterity.cli import main as cli
 from posterity.decomposition.accumulator import Accumulator
+from posterity.inputs.model import LoadedModel
 from posterity.measurement import run_state
 from posterity.measurement.distributed import Processes
 from posterity.measurement.state_folder import FolderLock, remove_state
@@ -246,12 +247,10 @@ def test_processes_that_cannot_find_each_other_say_so(monkeypatch):
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The command line on a tiny model, in an empty folder; a call gives exit code, stdout, stderr."""
-    from types import SimpleNamespace
-
     model, text = tiny("llama", torch.float32), tmp_path / "text.txt"
     text.write_text("words " * 60)
     tokenizer = lambda text, **_: {"input_ids": [len(word) + 1 for word in text.split()]}  # noqa: E731
-    loaded = SimpleNamespace(model=model, tokenizer=tokenizer, name="tiny", revision="")
+    loaded = LoadedModel(model, tokenizer, "tiny", "")
     monkeypatch.setattr("posterity.inputs.model.load_model", lambda *_, **__: loaded)
     monkeypatch.chdir(tmp_path)
 

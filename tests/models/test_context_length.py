@@ -70,6 +70,11 @@ def test_a_context_ends_where_a_table_of_positions_does(name):
             model(input_ids=torch.ones(1, context, dtype=torch.long))
 
 
+def test_the_table_that_ends_is_named():
+    with pytest.raises(InputError, match=r"got a context of 65 \(transformer.wpe ends after 64 entries\): lower it"):
+        check_context(tiny("gpt2"), 65)
+
+
 def test_a_table_with_rows_that_no_token_gets_ends_before_its_config_says():
     config = AutoConfig.for_model(
         "roberta", vocab_size=61, max_position_embeddings=64, is_decoder=True, intermediate_size=32, **SMALL

@@ -18,7 +18,7 @@ from posterity.reporting.audit_table import figure_rows, reading_note
 from posterity.results.audit_schema import AUDIT, SHARE
 from posterity.results.formatting import percent, value_with_error
 
-SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "budget": 16, "prefix": 8}
+SMALL = {"context": 16, "limit": 2, "contexts": (4, 8, 16), "span": 32, "short": 8, "pass_tokens": 16, "prefix": 8}
 SMALL |= {"positions": 2, "prefixes": 2, "future": 4, "draws": 3}
 
 

@@ -7,9 +7,11 @@ import pytest
 from support.pages import browser
 from support.sample import sample
 
+import posterity
 from posterity.reporting.inspected_text import pack_inspected_text, visible_token
 from posterity.reporting.report import report
 from posterity.reporting.result_page import render_results
+from posterity.results import stats
 
 WORDS = ["The", " cat", " sat", " on", " the", " mat", ",", " and", " it", " was", " warm", "."]
 HOSTILE = [
@@ -55,6 +57,21 @@ def test_the_packed_matrices_are_those_of_the_result(measure):
             true = values(result, measure, written, layer)
             step = np.abs(true).max(0) / (2**15 - 1)
             assert (np.abs(unpacked(text, 11) - true) <= 0.51 * step).all()
+
+
+def test_the_lags_of_readers_are_those_of_the_result_on_the_page_and_in_the_table(capsys):
+    result = inspected()
+    packed = pack_inspected_text(result)["reader_lags"]
+    for lags, by in ((packed["all"], ()), (packed["layers"], ("layer",))):
+        np.testing.assert_array_equal(np.array(lags, dtype=float), stats.reader_lags(result, by))
+    assert pack_inspected_text(result.drop_vars(["reader_lag", "reader_lag_all"]))["reader_lags"] is None
+    posterity.summary(result)
+    lines = capsys.readouterr().out.splitlines()
+    lags = stats.reader_lags(result)[..., :-1].astype(int).astype(str).values
+    for number in (0, 4):
+        (line,) = [line for line in lines if line.strip().startswith(f"{number} {WORDS[number].strip()} ")]
+        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        assert cells[1:] == [" · ".join(quantity[:, number]) for quantity in lags]
 
 
 def test_a_number_that_is_not_known_stays_so():
@@ -163,6 +180,30 @@ def test_the_numbers_of_a_token_are_those_of_the_result(tmp_path, toward):
             )
             drawn = np.array(bars) / max(bars)
             np.testing.assert_allclose(drawn, np.abs(rows[:, 2]) / np.abs(rows[:, 2]).max(), atol=0.01)
+        assert heard == []
+
+
+@pytest.mark.slow
+def test_the_readers_of_the_chosen_token_are_those_of_the_chosen_layer(tmp_path):
+    result = inspected()
+    with browser() as (tab, heard):
+        text = opened(tab, report(result, tmp_path / "report.html"))
+        for layer, by in (("all", ()), ("2", ("layer",))):
+            text.locator("select").select_option(layer)
+            lags = stats.reader_lags(result, by)
+            for number in (4, 7):
+                token(text, number).hover()
+                here = lags.sel(position=number) if layer == "all" else lags.sel(position=number, layer=2)
+                attention, key, value = ([int(lag) for lag in here.sel(reader_quantity=name).values]
+                                         for name in ("attention", "key credit", "value credit"))  # fmt: skip
+                shown = text.locator("[data-part=readers]").inner_text()
+                assert shown == (
+                    f"Its readers: 50 % and 90 % of its key credit within lag {key[0]} and {key[1]}, of its value "
+                    f"credit within {value[0]} and {value[1]}, of the attention on it within {attention[0]} and "
+                    f"{attention[1]}."
+                )
+        token(text, 11).hover()
+        assert "key credit within lag not known" in text.locator("[data-part=readers]").inner_text()
         assert heard == []
 
 

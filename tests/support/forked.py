@@ -228,7 +228,16 @@ def shared(folder):
     return largest
 
 
-PLAN = {"context": 12, "limit": 2, "contexts": (4, 8), "span": 12, "short": 6, "budget": 12, "prefix": 6, "future": 4}
+PLAN = {
+    "context": 12,
+    "limit": 2,
+    "contexts": (4, 8),
+    "span": 12,
+    "short": 6,
+    "pass_tokens": 12,
+    "prefix": 6,
+    "future": 4,
+}
 PLAN |= {"prefixes": 2, "draws": 2, "positions": 1}
 
 

@@ -110,6 +110,10 @@ def sample(
         decay = np.exp(-np.abs(lag) / random.uniform(2, 20, (layers, 2, 1, 1)))
         variables["inspect_norm"] = random.gamma(1, 1, shape) * decay * (lag >= 0)
         variables["inspect_credit"] = variables["inspect_norm"] ** 2 * random.uniform(-0.2, 1, shape)
+        reach = context - np.arange(context)
+        lags = np.sort(random.integers(0, reach, (layers + 1, 3, 2, context)), 2).astype(float)  # quantity, level
+        lags[..., -1] = np.nan
+        variables |= {"reader_lag": lags[1:], "reader_lag_all": lags[0]}
     if missing_heads:
         _mask_missing_heads(variables, missing_heads)
     if with_weights:

@@ -1,12 +1,15 @@
 """Results over training and compared runs: files, tables, pages, the command line."""
 
+import json
 import re
+import shlex
 
 import numpy as np
 import pytest
 import xarray as xr
-from support.pages import DRAWN, browser, opened, tables, traces
+from support.pages import DRAWN, browser, data, opened, tables, traces
 from support.sample import sample
+from support.trainings import saved_losses
 from typer.testing import CliRunner
 
 import posterity
@@ -176,7 +179,11 @@ def runs(tmp_path_factory):
     for name, more in {"full": (), "myopic": ("--horizon", "myopic", "--cut", "hidden", "--monitor-every", 2)}.items():
         done = run("train", "-o", folder / name, *small, *more)
         assert done.exit_code == 0, done.output
-        assert f"trained: {folder / name}" in done.stdout.replace("\n", "")
+        trained, following = done.stdout.splitlines()
+        loss = saved_losses(folder / name)[-1]
+        assert trained == f"trained: {folder / name}, training loss {loss:.4f} (nats per token, steps 4 to 4)"
+        arms = {"full": f"{folder / 'full'} OTHER", "myopic": f"PLAIN {folder / 'myopic'}"}[name]
+        assert following.startswith(f"next: posterity compare {arms} -r gap.html # ")
     return folder
 
 
@@ -187,6 +194,8 @@ def test_a_folder_of_checkpoints_is_measured_over_training(tmp_path, runs):
     text = run("train", "-o", tmp_path / "text", "--data", texts, "--steps", 2, "--save-every", 1, "--context", 16,
                "--width", 16, "--depth", 1, "--heads", 2, "--batch", 2)  # fmt: skip
     assert text.exit_code == 0, text.output
+    measurement = ["measure", tmp_path / "text", texts, "--context", "16", "--losses", "-r", "report.html"]
+    assert text.stdout.splitlines()[-1] == f"next: {shlex.join(['posterity', *map(str, measurement)])}"
     folders = [tmp_path / "text" / f"checkpoint-{step}" for step in (2, 1)]
     done = run("measure", *folders, texts, "--context", 16, "--documents", 2, "--losses", "--parameters",
                "-o", tmp_path / "over.nc", "-r", tmp_path / "over.html")  # fmt: skip
@@ -268,6 +277,24 @@ def compared():
     )  # fmt: skip
 
 
+def test_an_error_over_one_seed_is_not_said_to_be_over_seeds(capsys, compared):
+    for comparison, words in (
+        (compared, "one standard error over 3 held-out rows and the seeds."),
+        (compared.isel(run=[0, 2]), "over 3 held-out rows (one seed: what another would change is not in it)."),
+    ):
+        posterity.summary(comparison)
+        page = html(comparison)
+        for text in (capsys.readouterr().out, page):
+            assert words in " ".join(text.split())
+        assert "and seeds" not in page
+
+
+def test_the_axis_of_a_gap_begins_at_zero(compared):
+    layout = data(html(compared))["figures"]["gap"]["layout"]
+    axes = [axis for name, axis in layout.items() if name.startswith("yaxis")]
+    assert [axis["rangemode"] for axis in axes] == ["tozero"]
+
+
 @pytest.mark.slow
 def test_the_page_of_compared_runs_is_drawn_without_an_error(tmp_path, compared):
     posterity.report(compared, tmp_path / "gap.html")
@@ -277,3 +304,17 @@ def test_the_page_of_compared_runs_is_drawn_without_an_error(tmp_path, compared)
         assert tab.evaluate("document.querySelectorAll('article b, article i').length") == 0
         assert tab.locator("#gap .scatterlayer .trace").count() == 3
         assert heard == []
+
+
+def test_rows_of_a_chat_train_by_the_field_that_the_error_advises(tmp_path):
+    path, line = tmp_path / "chat.jsonl", " ".join(f"word {number}" for number in range(200))
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "body": line}
+    path.write_text("\n".join([json.dumps(row)] * 3))
+    small = ["--data", path, "--steps", 1, "--context", 8, "--width", 8, "--depth", 1, "--heads", 1, "--batch", 2]
+    refused = run("train", "-o", tmp_path / "run", *small)
+    assert refused.exit_code == 2
+    assert refused.stderr.rstrip().endswith("name a field that holds text (--field)")
+    done = run("train", "-o", tmp_path / "run", *small, "--field", "body")
+    assert done.exit_code == 0, done.output
+    assert "--field body" in done.stdout
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["field"] == "body"

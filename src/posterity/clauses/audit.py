@@ -19,7 +19,9 @@ from posterity.clauses.dataset import assemble
 from posterity.clauses.saved_findings import SavedFindings
 from posterity.clauses.subject import Plan, Subject
 from posterity.errors import InputError
-from posterity.inputs.documents import TextStream, name_documents, refuse_conversation
+from posterity.inputs.arguments import open_model, split_arguments
+from posterity.inputs.documents import TextStream, refuse_answers
+from posterity.inputs.named_documents import name_documents, open_files
 from posterity.inputs.windows import read_corpus
 from posterity.measurement.distributed import Processes
 from posterity.measurement.provenance import provenance
@@ -36,9 +38,9 @@ Findings = dict[int, Finding]  # by the number of the clause
 
 
 def audit(
-    model: nn.Module | Mapping[str, nn.Module],
-    tokenizer: Any,
-    documents: Any,
+    model: Any = "default",
+    tokenizer: Any = None,
+    documents: Any = None,
     *,
     quick: bool = False,
     rows: Sequence[int] | None = None,
@@ -52,10 +54,9 @@ def audit(
     """Ask of a model, clause by clause, whether what is commonly asserted of keys and values holds.
 
     Args:
-        model: A causal language model of transformers, or several by name, which are set side by side (checkpoints of
-            one training, say). Restored afterwards.
-        tokenizer: Its tokenizer (for several models, one for all or one for each by name); None if `documents` are
-            token ids.
+        model: As in `posterity.measure`: a model, or the name of one; or a mapping of labels to several, which are set
+            side by side (checkpoints of one training, say). Restored afterwards.
+        tokenizer: As in `posterity.measure`; for several models, one for all or one for each by label.
         documents: As in `posterity.measure`.
         quick: Take a first look: a quarter of the passes or less.
         rows: Numbers of the clauses; all by default.
@@ -65,8 +66,9 @@ def audit(
         state: A folder for the findings of an unfinished audit; where it holds some, the audit continues from there.
         processes: `posterity.Processes.join()` in each process that torchrun started: they share the rows
             and all return the same result. `documents` are read by the first of them only.
-        changes: How much is measured (posterity.clauses.subject.Plan), such as `contexts=(64, 128)` or `budget=512`.
-            Lengths that are not given shrink for a model that reads fewer tokens; the plan that was used is in `attrs`.
+        changes: How much is measured (posterity.clauses.subject.Plan), such as `contexts=(64, 128)` or
+            `pass_tokens=512`. Lengths that are not given shrink for a model that reads fewer tokens; the plan that was
+            used is in `attrs`.
 
     Returns:
         `verdict` and `reason` (model, clause); `figure`, `error` and `baseline` (model, measure), each measure with its
@@ -78,9 +80,12 @@ def audit(
     """
     clauses = _select_clauses(rows)
     plan = _change_plan(Plan.quick() if quick else Plan(), changes)
-    models = _name_models(model, attrs or {})
     if control not in (None, "random"):
         raise InputError(f'control expects "random"; got {control!r}')
+    tokenizer, documents = split_arguments(tokenizer, documents)
+    documents = open_files(documents)
+    model, tokenizer, attrs = _open_models(model, tokenizer, attrs or {})
+    models = _name_models(model, attrs)
     plan = plan.fit_to(_max_tokens(models.values(), plan.longest(changes)), changes)
     processes = processes or Processes()
     texts = processes.broadcast(lambda: _read_texts(documents))
@@ -104,9 +109,7 @@ def audit(
     run_attrs = _run_attrs(seconds, processes, plan) | _coverage_attrs(
         texts, _tokenizer_of(first_name, tokenizer), plan
     )
-    return processes.broadcast(
-        lambda: assemble(findings, clauses, provenance(first_model) | run_attrs | dict(attrs or {}))
-    )
+    return processes.broadcast(lambda: assemble(findings, clauses, provenance(first_model) | run_attrs | dict(attrs)))
 
 
 def _max_tokens(models: Collection[PreTrainedModel], length: int) -> int:
@@ -137,6 +140,18 @@ def _change_plan(plan: Plan, changes: Mapping[str, Any]) -> Plan:
     if unknown:
         raise InputError(f"audit takes {', '.join(names)}; got {', '.join(sorted(unknown))}")
     return replace(plan, **changes)
+
+
+def _open_models(model: Any, tokenizer: Any, attrs: Mapping[str, object]) -> tuple[Any, Any, Mapping[str, object]]:
+    """Load the models that are named; return model, tokenizer and attributes in the form in which they came."""
+    if not isinstance(model, Mapping):
+        loaded = open_model(model, tokenizer)
+        return loaded.model, loaded.tokenizer, loaded.attrs | dict(attrs)
+    models = {
+        label: open_model(value, tokenizer[label] if isinstance(tokenizer, Mapping) else tokenizer)
+        for label, value in model.items()
+    }
+    return ({label: x.model for label, x in models.items()}, {label: x.tokenizer for label, x in models.items()}, attrs)
 
 
 def _name_models(model: nn.Module | Mapping[str, nn.Module], attrs: Mapping[str, object]) -> dict[str, PreTrainedModel]:
@@ -170,7 +185,7 @@ def _read_texts(documents: Any) -> Texts:
     texts: Texts = []
     remaining = MAX_CHARACTERS
     for name, document in name_documents(documents):
-        refuse_conversation(name, document)
+        refuse_answers(name, document)
         if isinstance(document, TextStream):
             pieces: list[str] = []
             for piece in document.pieces():

@@ -66,7 +66,7 @@ def _measure_block(subject: Subject, ids: Tensor, context: int) -> xr.Dataset:
     """Return the result of one block of the text, cut into windows of a length."""
     windows = ids[: len(ids) // context * context].view(-1, context)
     return measure(
-        subject.model, None, windows, context=context, lags="self", batch=max(1, min(16, 512 // context)),
+        subject.model, None, windows, context=context, limit=None, lags="self", batch=max(1, min(16, 512 // context)),
         progress=False, seed=subject.plan.seed,
     )  # fmt: skip
 

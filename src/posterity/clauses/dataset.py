@@ -44,14 +44,14 @@ def _measures(findings: Findings) -> dict[str, tuple[int, Figure]]:
 def _numbers(findings: Findings) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Return figure, error, baseline and windows, (model, measure); NaN where a model lacks a measure."""
     columns = {name: column for column, name in enumerate(_measures(findings))}
-    table = {name: np.full((len(findings), len(columns)), np.nan) for name in NUMERIC_DIMS}
+    table: dict[str, np.ndarray] = {str(name): np.full((len(findings), len(columns)), np.nan) for name in NUMERIC_DIMS}
     for row, by_clause in enumerate(findings.values()):
         for finding in by_clause.values():
             for figure in finding.figures:
                 place = row, columns[figure.name]
                 table["figure"][place], table["error"][place] = figure.value, figure.error
                 table["baseline"][place], table["windows"][place] = figure.baseline, figure.windows
-    return {name: (NUMERIC_DIMS[name], values) for name, values in table.items()}
+    return {name: (dims, table[name]) for name, dims in NUMERIC_DIMS.items()}
 
 
 def _texts(findings: Findings, clauses: Sequence[Clause]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:

@@ -17,7 +17,8 @@ from posterity.clauses.drawing import Chart, View, measured_line
 from posterity.clauses.ngrams import recurring_ngrams
 from posterity.clauses.pull_products import PullProducts, mean_pull_z
 from posterity.clauses.subject import Subject, spread_indices
-from posterity.inputs.documents import document_ids, name_documents
+from posterity.inputs.documents import document_ids
+from posterity.inputs.named_documents import name_documents
 from posterity.models.attach import watch_model
 from posterity.models.language_model import freeze_parameters
 from posterity.results.audit_schema import FAILS, HOLDS, MIXED, SHARE, Figure, Finding

@@ -63,7 +63,7 @@ def measure_later_use(subject: Subject) -> Finding:
     plan, changes = subject.plan, _LossChanges()
     if plan.short < MIN_CONTEXT:
         raise InputError(f"row 6 expects windows of at least {MIN_CONTEXT} tokens; got short={plan.short}")
-    short_windows = subject.windows(plan.short, max(2, plan.budget // plan.short))
+    short_windows = subject.windows(plan.short, max(2, plan.pass_tokens // plan.short))
     long_windows = subject.windows(plan.context, plan.limit)
     generator = subject.generator(6)
     with watch_model(subject.model) as watch:

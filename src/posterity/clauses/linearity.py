@@ -39,7 +39,7 @@ def measure_linearity(subject: Subject) -> Finding:
     It holds if both agree to rounding in every layer; layers that are not linear are named.
     """
     plan = subject.plan
-    number = max(2, plan.budget // plan.short)
+    number = max(2, plan.pass_tokens // plan.short)
     windows, selection, held_out = split_windows(subject.windows(plan.short, 5 * number), number)
     differences, refusals = _differences(subject, windows)
     nonlinear = np.nan_to_num(differences) > rounding(subject.model.dtype)

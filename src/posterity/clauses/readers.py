@@ -8,7 +8,8 @@ from posterity.clauses.clause import Clause, common_verdict, judge, labelled_arr
 from posterity.clauses.drawing import Chart, View, expected_line, measured_line
 from posterity.clauses.subject import Subject
 from posterity.decomposition.accumulator import stack_layers
-from posterity.decomposition.participation import KINDS, participation_ratio
+from posterity.decomposition.edge_blocks import KINDS
+from posterity.decomposition.participation import participation_ratio
 from posterity.models.attach import observe_model
 from posterity.models.chunked_loss import window_losses
 from posterity.models.language_model import freeze_parameters

@@ -28,7 +28,7 @@ class Plan:
     contexts: tuple[int, ...] = (64, 128, 256, 512, 1024)  # row 5
     span: int = 4096  # tokens of text, the same for every context of row 5
     short: int = 64  # tokens of a window, for rows 6 and 8, in which every head takes passes of its own
-    budget: int = 256  # tokens of text for each of these passes
+    pass_tokens: int = 256  # tokens of text for each of these passes
     positions: int = 4  # of each window, for what single positions are worth
     share: float = 0.25  # of the positions of a window, replaced together for what a head writes
     fold: float = 0.01  # nats per token that folded heads may cost, row 8
@@ -40,7 +40,7 @@ class Plan:
 
     def __post_init__(self):
         """Check the numbers."""
-        for name in ("limit", "budget", "positions", "prefixes", "future"):
+        for name in ("limit", "pass_tokens", "positions", "prefixes", "future"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1; got {getattr(self, name)}")
         for name in ("context", "short", "prefix", "draws"):
@@ -90,7 +90,7 @@ class Plan:
     def quick(cls) -> "Plan":
         """Return the plan of a first look."""
         return cls(
-            context=256, limit=2, contexts=(64, 128, 256), span=768, short=24, budget=48, positions=2, prefixes=3,
+            context=256, limit=2, contexts=(64, 128, 256), span=768, short=24, pass_tokens=48, positions=2, prefixes=3,
             draws=4,
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Exit codes of the command line: every mistake, lack of memory or interruption is one line and a code.
 
-2 is a mistake or a lack of memory, 130 an interruption from the keyboard, 143 one by SIGTERM, 141 a reader of the
-output that has gone. A bug keeps its traceback.
+1 is a folding beyond its budget, 2 a mistake or a lack of memory, 130 an interruption from the keyboard, 143 one by
+SIGTERM, 141 a reader of the output that has gone. A bug keeps its traceback.
 """
 
 import errno

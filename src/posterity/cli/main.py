@@ -10,11 +10,14 @@ from typer.core import TyperGroup
 
 import posterity
 from posterity.cli.exit_codes import exit_with_one_line, raise_termination
+from posterity.cli.guide import explain_commands
 from posterity.cli.options import (
+    Context,
     Device,
     Dtype,
     Field,
     Horizons,
+    Limit,
     Model,
     OutputFile,
     ReportPage,
@@ -29,11 +32,10 @@ from posterity.cli.options import (
     parse_integers,
 )
 from posterity.cli.outputs import ResumableRun, check_outputs, require_one_process, run_attrs, write_outputs
+from posterity.cli.tables import reach_command, table_command
 from posterity.cli.training import compare_command, fold_command, train_command
-from posterity.errors import InputError
+from posterity.errors import InputError, one_line
 from posterity.inputs.checkpoints import find_checkpoints
-
-DOCUMENTS = 16  # windows that `measure` takes
 
 
 class _Group(TyperGroup):
@@ -52,7 +54,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Shows, exactly, who the keys and values of causal attention are written for.",
+    help="Shows, exactly, who the keys and values of causal attention are written for.\n\n"
+    "The commands stand in the order of use: check a model, measure it on texts (measure MODEL TEXT -o run.nc), then "
+    "read run.nc as a table or a page. COMMAND --help has an example of each.",
 )
 
 
@@ -60,8 +64,8 @@ app = typer.Typer(
 def measure_command(
     model: Model = None,
     text: Texts = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 512]")] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Windows to measure.")] = DOCUMENTS,
+    context: Context = None,
+    limit: Limit = None,
     pack: Annotated[
         bool | None,
         typer.Option(
@@ -72,6 +76,10 @@ def measure_command(
     lags: Annotated[
         Literal["octaves", "all", "self"] | None,
         typer.Option(help="Bins of a quarter octave, every lag, or only self and other.  [default: octaves]"),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(min=0, help="First keys of each document that are told apart (attention sinks).  [default: 4]"),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows in one pass.  [default: 1]")] = None,
     checkpoint: Annotated[
@@ -121,15 +129,15 @@ def measure_command(
     if run.show_if_done(report):
         return
     options = drop_unset(
-        context=context, lags=lags, weights=weights, losses=losses, parameters=parameters, batch=batch, seed=seed,
-        checkpoint=checkpoint, pack=pack, horizons=parse_integers(horizons),
+        context=context, limit=limit, lags=lags, sinks=sinks, weights=weights, losses=losses, parameters=parameters,
+        batch=batch, seed=seed, checkpoint=checkpoint, pack=pack, horizons=parse_integers(horizons),
     )  # fmt: skip
 
     def measure_model(name: str | None, texts: Any, part: str = "") -> Any:
         loaded = load_model(name, dtype, device, revision, trust_remote_code)
         return posterity.measure(
-            loaded.model, loaded.tokenizer, texts, limit=documents, attrs=run_attrs(loaded),
-            state=run.subfolder(part), processes=run.processes, **options,
+            loaded.model, loaded.tokenizer, texts, attrs=run_attrs(loaded), state=run.subfolder(part),
+            processes=run.processes, **options,
         )  # fmt: skip
 
     if checkpoints:
@@ -165,14 +173,18 @@ def inspect_command(
     """
     require_one_process()
     from posterity.inputs.model import load_model
+    from posterity.inputs.named_documents import refuse_path
 
     check_outputs(output, report, inputs=[model or ""])
+    refuse_path(text)
     options = drop_unset(batch=batch, seed=seed, horizons=parse_integers(horizons))
     loaded = load_model(model, dtype, device, revision, trust_remote_code)
     result = posterity.inspect(loaded.model, loaded.tokenizer, text, attrs=run_attrs(loaded), **options)
     write_outputs(result, output, report)
 
 
+app.command("reach")(reach_command)
+app.command("table")(table_command)
 app.command("train")(train_command)
 app.command("compare")(compare_command)
 app.command("fold")(fold_command)
@@ -188,8 +200,10 @@ def audit_command(
         str | None, typer.Option(metavar="N,N,...", help="Lengths for clause 5.  [default: 64,128,256,512,1024]")
     ] = None,
     context: Annotated[int | None, typer.Option(min=8, help="Tokens in a window.  [default: 512]")] = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="Windows to measure.  [default: 4]")] = None,
-    budget: Annotated[
+    limit: Annotated[
+        int | None, typer.Option("--limit", "--documents", min=1, help="Windows to measure, at most.  [default: 4]")
+    ] = None,
+    pass_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of each pass of clauses 6 and 8, in two windows at least.  [default: 256]"),
     ] = None,
@@ -226,8 +240,8 @@ def audit_command(
     if run.show_if_done(report):
         return
     options = drop_unset(
-        contexts=parse_integers(contexts, "contexts", "64,128,256"), context=context, limit=documents, budget=budget,
-        rows=parse_integers(rows, "rows", "4,8"), seed=seed,
+        contexts=parse_integers(contexts, "contexts", "64,128,256"), context=context, limit=limit,
+        pass_tokens=pass_tokens, rows=parse_integers(rows, "rows", "4,8"), seed=seed,
     )  # fmt: skip
     checkpoints, names = find_checkpoints([model, *(text or [])] if model else [])
     skipped = SkippedLines() if skip_broken else None
@@ -262,11 +276,14 @@ def report_command(
     check_outputs(None, output, inputs=runs)
     names = [name.strip() for name in labels.split(",")] if labels is not None else []
     posterity.report(runs, output, labels=names)
+    typer.echo(one_line(f"page written: {output}"))
 
 
 @app.command("check")
 def check_command(
     model: Model = None,
+    context: Context = None,
+    limit: Limit = None,
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -274,15 +291,19 @@ def check_command(
 ) -> None:
     """Say whether a model can be measured.
 
-    One line, with the reasons; the exit code is 0 for yes and 2 for no.
+    One line, with the reasons, then its size, and the time and memory that measure takes with so many windows of so
+    many tokens on this machine, from trial passes. The exit code is 0 for yes and 2 for no.
     """
     require_one_process()
     from posterity.inputs.model import load_model
+    from posterity.measurement.forecast import forecast
 
-    result: Any = posterity.check(load_model(model, dtype, device, revision, trust_remote_code).model)
+    loaded = load_model(model, dtype, device, revision, trust_remote_code)
+    result: Any = posterity.check(loaded.model)
     typer.echo(str(result))
     if not result.ok:
         raise typer.Exit(2)
+    typer.echo(forecast(loaded.model, **drop_unset(context=context, limit=limit)))
 
 
 @app.command("summary")
@@ -305,6 +326,9 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+explain_commands(app.registered_commands)
 
 
 def main() -> None:

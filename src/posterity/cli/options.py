@@ -18,7 +18,9 @@ Texts = Annotated[
         help="Text files, '-', .jsonl, .json, .csv, .tsv, dataset names (name:config:split); nothing: default text.",
     ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored unless given.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 (bf16), float16 (fp16) or float64; as stored unless given.")
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda:1, ..., or auto: over all devices; CUDA where there is one unless given.")
 ]
@@ -35,8 +37,12 @@ SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out broken lines of .jsonl, .csv and .tsv files, and say how many.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.  [default: 0]")]
-OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (netCDF).")]
-ReportPage = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (HTML).")]
+Context = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 512]")]
+Limit = Annotated[  # --documents is its older name
+    int | None, typer.Option("--limit", "--documents", min=1, help="Windows to measure, at most.  [default: 16]")
+]
+OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="Result file to write (.nc, netCDF).")]
+ReportPage = Annotated[Path | None, typer.Option("--report", "-r", help="Report page to write (.html).")]
 Horizons = Annotated[
     str | None,
     typer.Option(metavar="H,H,...", help="Horizon curve at these horizons, such as 1,2,4,8,16,32,64,128,256."),

@@ -18,17 +18,26 @@ if TYPE_CHECKING:
     from posterity.inputs.model import LoadedModel
     from posterity.inputs.text_sources import SkippedLines
 
-SIGNATURES = {"result": b"\x89HDF", "page": b"<!doctype html"}  # the first bytes of each kind of file
+SIGNATURES = {  # the first bytes of each kind of file
+    "result": b"\x89HDF",
+    "page": b"<!doctype html",
+    "csv": b"quantity,",
+    "parquet": b"PAR1",
+    "latex": b"\\begin{tabular}",
+}
+ENDINGS = {"result": (".nc",), "page": (".html", ".htm")}
 STATE_SUFFIXES = (".safetensors", ".nc")
 
 
-def check_outputs(output: Path | None, report: Path | None = None, inputs: Iterable[Any] = ()) -> None:
+def check_outputs(
+    output: Path | None, report: Path | None = None, inputs: Iterable[Any] = (), *, output_kind: str = "result"
+) -> None:
     """Check before the work that the files can be written, and that none takes the place of something else.
 
     A file that is there already is replaced only by one of its kind: a result by a result, a page by a page.
     """
     taken = {real_path(path): "is read here" for path in inputs if str(path)}
-    for kind, path in (("result", output), ("page", report)):
+    for kind, path in ((output_kind, output), ("page", report)):
         if path is None:
             continue
         if real_path(path) in taken:
@@ -38,7 +47,13 @@ def check_outputs(output: Path | None, report: Path | None = None, inputs: Itera
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as file:
                 if not file.read(16).lower().startswith(SIGNATURES[kind].lower()):
-                    raise InputError(f"cannot write {path}: what is there is no {kind}; choose another file")
+                    noun = kind if kind in ("result", "page") else f"{kind} table of posterity"
+                    raise InputError(f"cannot write {path}: what is there is no {noun}; choose another file")
+    for kind, path in ((output_kind, output), ("page", report)):
+        endings = ENDINGS.get(kind)  # tables have the endings that pandas and TeX know, or others
+        if path is not None and endings is not None and path.suffix.lower() not in endings:
+            ending = endings[0]
+            raise InputError(f"expected a {kind} that ends in {ending}; got {path}: name it {path.with_suffix(ending)}")
 
 
 def real_path(path: Any) -> str:
@@ -51,7 +66,7 @@ def real_path(path: Any) -> str:
 
 def run_attrs(loaded: "LoadedModel") -> dict[str, Any]:
     """Return the attributes of a result that only the command line knows: the model's name and the command."""
-    return {"model": loaded.name, "revision": loaded.revision, "command": command_line()}
+    return {**loaded.attrs, "command": command_line()}
 
 
 def command_line() -> str:

@@ -74,6 +74,9 @@ def train_command(
         ),
     ] = None,
     seed: Seed = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field of rows of text that holds the text.  [default: text]")
+    ] = None,
     skip_broken: SkipBroken = False,
 ) -> None:
     """Train under a horizon.
@@ -81,7 +84,7 @@ def train_command(
     Runs that differ only in --horizon start from the same weights and see the same batches; `compare` then shows what
     the horizon costs.
     """
-    from posterity.training.run import train
+    from posterity.training.run import final_loss, next_command, train
     from posterity.training.settings import Settings
 
     settings = Settings(
@@ -90,11 +93,13 @@ def train_command(
             streams=None if streams is None else tuple(stream.strip() for stream in streams.split(",")),
             layers=parse_integers(layers, "layers", "0,1,-1"), context=context, rate=rate, warmup=warmup, width=width,
             depth=depth, heads=heads, seed=seed, task=parse_assignments(task), skip_broken=skip_broken or None,
+            field=field,
         )
     )  # fmt: skip
     folder = train(output, settings, monitor=monitor, **drop_unset(save_every=save_every, keep=keep))
     if process_rank() == "0":
-        typer.echo(one_line(f"trained: {folder}"))
+        typer.echo(one_line(f"trained: {folder}, {final_loss(folder, settings)}"))
+        typer.echo(one_line(f"next: {next_command(folder, settings)}"))
 
 
 def compare_command(
@@ -118,11 +123,19 @@ def fold_command(
         float | None, typer.Option(min=0, help="Nats per token that the loss may grow.  [default: 0.01]")
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 128]")] = None,
-    documents: Annotated[
+    limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows on which every head is tried; four times as many judge.  [default: 4]"),
+        typer.Option(
+            "--limit",
+            "--documents",
+            min=1,
+            help="Windows on which every head is tried; four times as many judge.  [default: 4]",
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the model even if the loss on held-out windows exceeds the budget.")
+    ] = False,
     field: Field = None,
     skip_broken: SkipBroken = False,
     dtype: Dtype = None,
@@ -133,7 +146,8 @@ def fold_command(
     """Let heads look only at themselves.
 
     Finds the heads for which that costs least, folds as many as the budget allows, and writes the model with the list
-    of its folded heads, which `measure` and the other commands then run folded.
+    of its folded heads, which `measure` and the other commands then run folded. Where that costs more than the budget
+    on held-out windows, nothing is written and the exit code is 1, unless --force is given.
     """
     require_one_process()
     from posterity.inputs.folded_folder import check_folder, save_folded
@@ -147,10 +161,15 @@ def fold_command(
     loaded = load_model(model, dtype, device, revision, trust_remote_code)
     result = posterity.fold(
         loaded.model, loaded.tokenizer, open_documents(text or [], field, skipped),
-        **drop_unset(budget=budget, context=context, limit=documents, batch=batch),
+        **drop_unset(budget=budget, context=context, limit=limit, batch=batch),
     )  # fmt: skip
     attrs = {**result.record(), **run_attrs(loaded), **print_skipped_lines(skipped)}
-    save_folded(loaded.model, loaded.tokenizer, result.by_layer, output, attrs)
     typer.echo(str(result))
+    if result.exceeds_budget and not force:
+        cost = f"{result.held_out.change:+.4f} nats per token on held-out windows, budget {result.budget:g}"
+        refusal = f"posterity: {output} is not written: {cost}; add --force to write it all the same"
+        typer.echo(one_line(refusal), err=True)
+        raise typer.Exit(1)
+    save_folded(loaded.model, loaded.tokenizer, result.by_layer, output, attrs)
     folded = load_model(str(output), dtype, device)
     typer.echo(one_line(f"written and loaded again: {output}, loss {result.verify(folded.model):.4f} as measured"))

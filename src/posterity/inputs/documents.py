@@ -2,10 +2,9 @@
 
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from posterity.errors import InputError
-from posterity.inputs.conversations import Completion, Conversation, answer_tokens, find_conversation
+from posterity.inputs.conversations import Completion, Conversation, answer_tokens
 from posterity.inputs.tokenization import encode_text, special_prefix
 
 MARGIN = 64  # tokens dropped before a cut in a text: cutting at white space can change the few tokens before it
@@ -34,45 +33,6 @@ def default_text() -> tuple[str, str]:
     return f"pydoc topics of Python {platform.python_version()}", "\n\n".join(topics[key] for key in sorted(topics))
 
 
-def name_documents(documents: Any) -> Iterator[tuple[str, Any]]:
-    """Yield `(name, document)` for every document; one without a name is `document N`, a single text is `text`.
-
-    A row of a data set gives its field `text`, or with the fields of a conversation that.
-    """
-    if isinstance(documents, str | TextStream):
-        documents = [("text", documents)]
-    elif isinstance(documents, Tensor | np.ndarray):
-        documents = [documents] if documents.ndim < 2 else documents
-    elif isinstance(documents, bytes | Mapping) or not isinstance(documents, Iterable):
-        raise InputError(
-            f"expected text or token ids; got {document_kind(documents)}: pass a str, token ids, or a list of them"
-        )
-    items = iter(documents)
-    first = list(islice(items, 1))
-    if not first:
-        raise InputError("expected at least one document; got none: give a text or token ids")
-    items = chain(first, items)
-    if _is_token_id(first[0]):
-        items = iter([list(items)])
-    for number, item in enumerate(items):
-        name, document = f"document {number}", item
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            name, document = item
-        yield name, _row_document(document, name) if isinstance(document, Mapping) else document
-
-
-def _row_document(row: Mapping[str, Any], name: str) -> Any:
-    """Return the text of a row of a data set, or its conversation; the row itself where it has neither."""
-    if isinstance(text := row.get("text"), str):
-        return text
-    conversation = find_conversation(row, name)
-    return row if conversation is None else conversation
-
-
-def _is_token_id(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
-
-
 def document_kind(value: Any) -> str:
     """Return the type of a value, and a mapping's fields, for messages."""
     if isinstance(value, Mapping):
@@ -80,10 +40,11 @@ def document_kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _check_ids(name: str, document: Any, size: int | None) -> Int64[Tensor, "tokens"]:
+def check_ids(name: str, document: Any, size: int | None = None) -> Int64[Tensor, "tokens"]:
     """Check token ids and return the first `size` of them."""
     if not isinstance(document, Tensor | np.ndarray | list | tuple | range):
-        raise InputError(f"{name}: expected text or token ids; got {document_kind(document)}")
+        advice = ": call the field text, input_ids or messages" if isinstance(document, Mapping) else ""
+        raise InputError(f"{name}: expected text or token ids; got {document_kind(document)}{advice}")
     if isinstance(document, Tensor | np.ndarray) and document.ndim != 1:
         raise InputError(f"{name}: expected token ids in one dimension; got the shape {tuple(document.shape)}")
     values = document[:size]
@@ -133,8 +94,10 @@ class TokenReader:
         """Return the first `size` tokens of a document, all for None."""
         if isinstance(document, Conversation | Completion):
             return self._read_answers(name, document)
+        if isinstance(document, Tokens):
+            return replace(document, ids=check_ids(name, document.ids))
         if not isinstance(document, str | TextStream):
-            return Tokens(_check_ids(name, document, size), [])
+            return Tokens(check_ids(name, document, size), [])
         prefix = self.prefix  # refuses what is no tokenizer
         return Tokens(_text_ids(name, document, self.tokenizer, size), prefix)
 
@@ -153,9 +116,19 @@ class TokenReader:
 
 def document_ids(document: Any, tokenizer: Any) -> Int64[Tensor, "tokens"]:
     """Return all token ids of one document; those of a text begin with the tokenizer's special tokens, once."""
-    refuse_conversation("the text", document)
+    refuse_answers("the text", document)
     tokens = TokenReader(tokenizer).read("the text", document)
     return torch.cat((tokens.front(0), tokens.ids))
+
+
+def refuse_answers(name: str, document: Any) -> None:
+    """Raise InputError for a document whose loss is on some of its tokens only."""
+    refuse_conversation(name, document)
+    if isinstance(document, Tokens) and document.answers is not None:
+        raise InputError(
+            f"{name}: expected token ids; got labels with -100, whose loss is on the other tokens only, which only "
+            "`measure` takes: leave the labels out"
+        )
 
 
 def refuse_conversation(name: str, document: Any) -> None:

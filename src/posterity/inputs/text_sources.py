@@ -41,14 +41,23 @@ def _open_source(arg: str, field: str | None, skipped: SkippedLines | None) -> D
         if os.path.isfile(arg) and os.path.getsize(arg) == 0:
             raise InputError(f"expected text; {arg} is empty: give another file")
         if (read_rows := row_reader(arg)) is not None:
-            return read_rows(arg, field, skipped)
+            return _require_documents(read_rows(arg, field, skipped), arg)
         if os.path.isfile(arg):  # a pipe can be read only once, so it is left alone
             next(read_text(arg), None)
         return iter([(arg, TextStream(lambda: read_text(arg)))])
     is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,2}", arg)
     if not is_name or arg.lower().endswith(".jsonl") or mimetypes.guess_type(arg)[0]:
         raise InputError(f"expected a file, '-' or the name of a dataset; there is no file {arg}: check the path")
-    return _read_dataset(arg, _open_dataset(arg), field)
+    return _require_documents(_read_dataset(arg, _open_dataset(arg), field), f"the dataset {arg}")
+
+
+def _require_documents(documents: Documents, source: str) -> Documents:
+    """Yield documents; raise InputError if there is none."""
+    first = next(documents, None)
+    if first is None:
+        raise InputError(f"expected at least one row with a document; {source} has none: give another")
+    yield first
+    yield from documents
 
 
 # Datasets

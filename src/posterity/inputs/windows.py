@@ -16,7 +16,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from posterity.errors import InputError
-from posterity.inputs.documents import TokenReader, Tokens, name_documents, refuse_conversation
+from posterity.inputs.documents import TokenReader, Tokens, refuse_conversation
+from posterity.inputs.named_documents import name_documents
 from posterity.inputs.packing import SHORTEST, PackedRows, document_numbers
 from posterity.results.formatting import left_out_text
 
@@ -113,9 +114,10 @@ def read_corpus(
 
     Args:
         documents: a str; token ids (1-D tensor, array or list; a 2-D batch is one document per row); an iterable of
-            these; or pairs `(name, document)`, such as `posterity.inputs.text_sources.open_documents` gives. Token ids
-            are taken as they are; with text, every window begins with whatever the tokenizer puts in front of a text
-            (such as a BOS token), unless the text itself has it there.
+            these; rows of a data set; pairs `(name, document)`; a mapping of labels to documents; files; None for the
+            default text (`posterity.inputs.named_documents`). Token ids are taken as they are; with text, every window
+            begins with whatever the tokenizer puts in front of a text (such as a BOS token), unless the text itself
+            has it there.
         tokenizer: of transformers; may be None when `documents` holds token ids only.
         context: tokens in a window, at least 2.
         limit: the largest number of windows; None means all.

@@ -234,7 +234,9 @@ class Ledger:
         context = max(int(x) for layer in self.watch.layers for x in self.sums.rows[str(layer), "length"])
         bins, positions = Bins.of(self.lags, context), Bins.of_positions(self.positions, context)
         variables = self._layer_variables(len(positions.first), len(bins.first)) | self._document_variables()
-        coordinates: dict[str, object] = {"kv_head": self._kv_heads(variables["credit"].shape[1])}
+        coordinates: dict[str, Sequence[object] | np.ndarray] = {
+            "kv_head": self._kv_heads(variables["credit"].shape[1])
+        }
         if self.loss_split is not None:
             variables |= self.loss_split.variables()
             coordinates |= self.loss_split.coordinates()

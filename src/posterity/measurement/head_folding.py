@@ -5,7 +5,7 @@ used, and with the output projection it is a linear layer (`posterity.as_linear`
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from posterity.errors import InputError
+from posterity.inputs.arguments import open_model, split_arguments
+from posterity.inputs.documents import refuse_answers
+from posterity.inputs.named_documents import name_documents, open_files
 from posterity.inputs.windows import read_corpus, token_digest
 from posterity.models.attach import watch_model
 from posterity.models.chunked_loss import window_losses
@@ -85,16 +88,21 @@ class FoldedHeads:
         """The folded heads of each layer that has some."""
         return heads_by_layer(self.heads)
 
+    @property
+    def exceeds_budget(self) -> bool:
+        """Whether the loss on the held-out windows grows by more than the budget."""
+        return self.held_out.change > self.budget
+
     def __str__(self) -> str:
         """How many heads are folded in which layers, and what that costs, in lines."""
         lines = [f"{len(self.heads)} of {len(self.costs.order)} heads look only at themselves"]
         lines += [f"  layer {layer}: heads {', '.join(map(str, heads))}" for layer, heads in self.by_layer.items()]
         lines.append(f"loss on the windows that chose how many: {self.selection}")
         lines.append(f"loss on held-out windows: {self.held_out}")
-        if self.held_out.change > self.budget:
+        if self.exceeds_budget:
             lines.append(
                 f"there it is more than the budget of {self.budget:g}: on little text heads seem cheaper than they "
-                "are; give more of it (--documents, --context)"
+                "are; give more of it (--limit, --context)"
             )
         return "\n".join([*lines, self.left_out] if self.left_out else lines)
 
@@ -121,9 +129,9 @@ class FoldedHeads:
 
 
 def fold(
-    model: nn.Module,
-    tokenizer: Any,
-    documents: Any,
+    model: Any = "default",
+    tokenizer: Any = None,
+    documents: Any = None,
     *,
     budget: float = 0.01,
     context: int = 128,
@@ -139,8 +147,8 @@ def fold(
     one to trust. The model is not changed.
 
     Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer; None if `documents` are token ids.
+        model: As in `posterity.measure`: a model, or the name of one.
+        tokenizer: As in `posterity.measure`.
         documents: As in `posterity.measure`.
         budget: Nats per token, on the windows that decide how many heads.
         context: Tokens of a window.
@@ -154,8 +162,11 @@ def fold(
     """
     if not budget >= 0:
         raise InputError(f"expected a budget of at least 0 nats per token; got {budget}")
-    inner = language_model(model)
-    corpus = read_corpus(documents, tokenizer, context, 5 * limit)
+    tokenizer, documents = split_arguments(tokenizer, documents)
+    documents = open_files(documents)
+    loaded = open_model(model, tokenizer)
+    inner, tokenizer = language_model(loaded.model), loaded.tokenizer
+    corpus = read_corpus(_without_answers(documents), tokenizer, context, 5 * limit)
     windows = corpus.windows
     if len(windows) < 3:
         raise InputError(
@@ -178,6 +189,13 @@ def fold(
         heads, budget, selection_change, held_out_change, costs, losses.joint, token_digest(windows), selection,
         str(corpus.coverage),
     )  # fmt: skip
+
+
+def _without_answers(documents: Any) -> Iterator[tuple[str, Any]]:
+    """Yield documents by name; refuse one whose loss is on some of its tokens only."""
+    for name, document in name_documents(documents):
+        refuse_answers(name, document)
+        yield name, document
 
 
 def split_windows(windows: Windows, limit: int) -> tuple[Windows, Windows, Windows]:

@@ -8,9 +8,13 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from posterity.axes import READER_LEVELS, READER_QUANTITIES
 from posterity.decomposition.credit import check_finite
+from posterity.decomposition.reader_lags import edge_sums, lags_within
 from posterity.errors import InputError
+from posterity.inputs.arguments import open_model, split_arguments
 from posterity.inputs.documents import document_ids
+from posterity.inputs.named_documents import refuse_path
 from posterity.measurement.measure import measure
 from posterity.models.attach import refuse_uncut_paths, watch_model
 from posterity.models.chunked_loss import token_losses, window_losses
@@ -25,9 +29,9 @@ LONGEST = 256  # tokens: the matrices have tokens^2 numbers for every layer
 
 
 def inspect(
-    model: nn.Module,
-    tokenizer: Any,
-    text: Any,
+    model: Any = "default",
+    tokenizer: Any = None,
+    text: Any = None,
     *,
     horizons: tuple[int, ...] = (),
     batch: int = 8,
@@ -39,11 +43,14 @@ def inspect(
 
     `inspect_credit[layer, written, loss_position, position]` is the inner product of dl_t/dk_j (dl_t/dv_j) with the
     total gradient of k_j (v_j), over all key heads; `inspect_norm` the norm of dl_t/dk_j. Both are 0 where t < j.
+    `reader_lag[layer, reader_quantity, level, position]` is the lag within which 50 and 90 % of the attention on token
+    j, of its key credit and of its value credit lie; `reader_lag_all` the same of all layers together.
 
     Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer; None if `text` is token ids.
-        text: str or token ids, at most 256 tokens.
+        model: As in `posterity.measure`: a model, or the name of one.
+        tokenizer: Its tokenizer. It may be left out, and the text come second, where the model brings it or the text is
+            token ids.
+        text: A str or token ids, at most 256 tokens.
         horizons: As in `posterity.measure`.
         batch: Loss positions in one backward pass.
         progress: Whether to show a progress bar on stderr.
@@ -51,11 +58,17 @@ def inspect(
         attrs: Provenance to add to the result.
 
     Returns:
-        The result of `posterity.measure(..., losses=True)` on this text, with the two matrices and `token`.
+        The result of `posterity.measure(..., losses=True)` on this text, with these and `token`.
 
     Raises:
         InputError: The text is too short or too long; as in `posterity.measure`.
     """
+    tokenizer, text = split_arguments(tokenizer, text)
+    if text is None:
+        raise InputError(f"inspect expects a text of 2 to {LONGEST} tokens; got none: pass a str or token ids")
+    refuse_path(text)
+    loaded = open_model(model, tokenizer)
+    model, tokenizer = loaded.model, loaded.tokenizer
     ids = document_ids(text, tokenizer)
     if not 2 <= len(ids) <= LONGEST:
         raise InputError(f"inspect expects a text of 2 to {LONGEST} tokens; got {len(ids)}: choose another part of it")
@@ -63,7 +76,7 @@ def inspect(
         raise InputError(f"expected a batch of at least 1; got {batch}")
     result = measure(
         model, None, [("the text", ids)], context=len(ids), losses=True, horizons=horizons, progress=progress,
-        seed=seed, attrs={"command": "posterity.inspect"} | dict(attrs or {}),
+        seed=seed, attrs={"command": "posterity.inspect"} | loaded.attrs | dict(attrs or {}),
     )  # fmt: skip
     matrices = _LossMatrices(len(ids))
     inner = language_model(model)
@@ -102,10 +115,15 @@ class _LossMatrices:
         self._latest: dict[Layer, list[Tensor]] = {}  # what each layer sends to keys and values in the present pass
         self._totals: dict[Layer, list[Tensor]] = {}  # their gradients of all losses, over all layers that read them
         self._sums: dict[Layer, Tensor] = {}  # credit or norm, written, loss position, position
+        self._reader_lags: dict[Layer, Tensor] = {}  # quantity, level, position
+        self._edges = torch.zeros(len(READER_QUANTITIES), length, length, dtype=torch.float64)  # of all layers
 
     def observe_total(self, layer: Layer, back: Backward, project: object) -> None:
-        """Keep the gradients of the pass of all losses."""
+        """Keep the gradients of the pass of all losses, and how far away the readers of each position are."""
         self._totals[layer] = [_in_working_dtype(back.stream_gradient(stream)) for stream in (1, 2)]
+        edges = edge_sums(back).cpu()
+        self._reader_lags[layer] = lags_within(edges, READER_LEVELS)
+        self._edges += edges
 
     def observe(self, layer: Layer, back: Backward, project: object) -> None:
         """Keep the gradients of this pass."""
@@ -127,7 +145,11 @@ class _LossMatrices:
         """Return the matrices of all layers."""
         sums = [check_finite(self._sums[layer], f"the gradient of single losses in layer {layer}") for layer in layers]
         credit, norm = torch.stack(sums, 1).numpy()
-        return {"inspect_credit": credit, "inspect_norm": norm}
+        return {
+            "inspect_credit": credit, "inspect_norm": norm,
+            "reader_lag": torch.stack([self._reader_lags[layer] for layer in layers]).numpy(),
+            "reader_lag_all": lags_within(self._edges, READER_LEVELS).numpy(),
+        }  # fmt: skip
 
 
 def _in_working_dtype(x: Tensor) -> Tensor:

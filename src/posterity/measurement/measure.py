@@ -18,6 +18,8 @@ from posterity._version import __version__
 from posterity.decomposition.credit import EXACT_POSITIONS
 from posterity.decomposition.first_keys import SINKS
 from posterity.errors import InputError, NotFiniteError
+from posterity.inputs.arguments import open_model, split_arguments
+from posterity.inputs.named_documents import open_files
 from posterity.inputs.windows import Window, read_corpus, token_digest
 from posterity.measurement.account import Ledger, open_ledger
 from posterity.measurement.distributed import Processes
@@ -32,17 +34,18 @@ from posterity.models.packed_rows import refuse_shared_rows
 from posterity.models.weight_layout import is_first_process, is_sharded
 from posterity.progress import progress_bar
 
+CONTEXT, LIMIT = 512, 16  # tokens of a window, and windows, unless said
 ANSWERS = "the answers only"
 SOME_ANSWERS = "the answers only, in conversations; every token of the other texts"
 
 
 def measure(
-    model: nn.Module,
-    tokenizer: Any,
-    documents: Any,
+    model: Any = "default",
+    tokenizer: Any = None,
+    documents: Any = None,
     *,
-    context: int = 512,
-    limit: int | None = None,
+    context: int = CONTEXT,
+    limit: int | None = LIMIT,
     pack: bool = False,
     lags: str = "octaves",
     weights: bool = True,
@@ -66,12 +69,17 @@ def measure(
     loss; the keys and values of all others are measured too. The model runs in evaluation mode with frozen parameters
     and is restored afterwards.
 
+    `measure("gpt2", "my.txt")` is `posterity measure gpt2 my.txt`: the same windows, the same numbers.
+
     Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer; None if `documents` are token ids.
-        documents: str, token ids, rows of a chat data set (`messages`, or `prompt` and `completion`), a list of these,
-            or pairs (name, document); see
-            `posterity.inputs.windows.read_corpus`. What they leave out is counted in the result's attributes.
+        model: A causal language model of transformers; or the name of one as on the command line (hub id, folder,
+            .gguf file, "default"), or what `posterity.load_model` returns, which bring their tokenizer.
+        tokenizer: Its tokenizer. It may be left out, and the documents come second, where the model brings it or the
+            documents are token ids.
+        documents: A str, token ids, rows of a data set (`text`; `messages`, or `prompt` and `completion`;
+            `input_ids`), a list of these, pairs (name, document), or a mapping of labels to any of them. A
+            `pathlib.Path`, or a str that names a file that exists, is read as the command line reads it. None: the
+            default text of the command line. What they leave out is counted in the result's attributes.
         context: Tokens in a window.
         limit: The largest number of windows; None means all.
         pack: Whether to measure documents shorter than a window too, several in one window, where they do not see each
@@ -108,6 +116,10 @@ def measure(
     """
     _check_batch(batch, parameters)
     horizons = _check_horizons(horizons)
+    tokenizer, documents = split_arguments(tokenizer, documents)
+    documents = open_files(documents)
+    loaded = open_model(model, tokenizer)
+    model, tokenizer = loaded.model, loaded.tokenizer
     inner = language_model(model)
     model = model.module if isinstance(model, DistributedDataParallel) else model  # which waits for other processes
     processes = processes or Processes()
@@ -158,7 +170,8 @@ def measure(
         texts = [window.text for window in windows]
         limit = max_tokens(inner)
         beyond = {"context_of_config": limit} if context > limit else {}
-        run_attrs = _run_attrs(windows, settings, run_state) | beyond | corpus.coverage.attrs() | dict(attrs or {})
+        run_attrs = _run_attrs(windows, settings, run_state) | beyond | corpus.coverage.attrs()
+        run_attrs |= loaded.attrs | dict(attrs or {})
         return processes.broadcast(lambda: ledger.result(texts, **run_attrs))
 
 

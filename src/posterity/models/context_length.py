@@ -70,7 +70,7 @@ def _run(model: PreTrainedModel, tokens: int, **options: torch.Tensor) -> None:
     ids = torch.full((1, tokens), int(padding == 0))
     options = {name: x.to(device) for name, x in options.items()}
     try:
-        with evaluation_mode(model), torch.no_grad(), _BoundsCheck():
+        with evaluation_mode(model), torch.no_grad(), _BoundsCheck(model):
             model(input_ids=ids.to(device), use_cache=False, **options)
     finally:
         reshard(model)
@@ -79,7 +79,11 @@ def _run(model: PreTrainedModel, tokens: int, **options: torch.Tensor) -> None:
 class _BoundsCheck(TorchFunctionMode):
     """Raises IndexError before a look-up behind the end of a table, which a GPU does not survive."""
 
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.tables = {id(x.weight): name for name, x in model.named_modules() if isinstance(x, nn.Embedding)}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.embedding and int(args[0].max()) >= len(args[1]):
-            raise IndexError(f"a table ends after {len(args[1])} entries")
+            raise IndexError(f"{self.tables.get(id(args[1]), 'a table')} ends after {len(args[1])} entries")
         return func(*args, **(kwargs or {}))

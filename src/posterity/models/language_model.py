@@ -36,7 +36,7 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     if inner is None:
         raise InputError(
             f"expected a causal language model of transformers; got {type(model).__name__}: load it with "
-            "AutoModelForCausalLM.from_pretrained"
+            "AutoModelForCausalLM.from_pretrained, or take posterity.load_model(name).model"
         )
     if inner.config.is_encoder_decoder:
         raise InputError(

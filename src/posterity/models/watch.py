@@ -43,6 +43,10 @@ class Observer(Protocol):
         ...
 
 
+def _late_backward() -> InputError:
+    return InputError("the backward pass came after the `with` had ended: call .backward() inside it")
+
+
 Rules = tuple[Rule, Rule]  # the horizon of keys and of values
 Replacement = Callable[[Layer, AttentionCall], Tensor | None]
 
@@ -223,7 +227,7 @@ class Watch:
         def rate() -> float:
             rules = [cut.rule for cut in cuts] if self.override is None else list(self.override.rules)
             if self.override is None and not all(cut.active for cut in cuts):
-                raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
+                raise _late_backward()
             return discount_rate(rules[0]) if rules else 1.0
 
         return rate
@@ -284,7 +288,7 @@ class _BackwardPasses:
         if self.watch.override is not None:
             return self.watch.override.rules
         if not all(cut.active for cut in self.cuts.values()):
-            raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
+            raise _late_backward()
         key, value = (self.cuts[stream].rule if stream in self.cuts else Full() for stream in ("key", "value"))
         return key, value
 
@@ -311,5 +315,5 @@ class _BackwardPasses:
             return
         for observe in self.observers:
             if observe not in self.watch.observers:
-                raise InputError("the backward pass came after the `with` had ended: call .backward() inside it")
+                raise _late_backward()
             observe(self.layer, back, project)

@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 
 from posterity.palette import OTHER, SELF, SERIES
-from posterity.reporting.comparison_table import arm_cells
+from posterity.reporting.comparison_table import arm_cells, gap_error_words
 from posterity.reporting.html import render_page
 from posterity.reporting.page_figures import page_figures
 from posterity.reporting.panel_grid import Panel, PanelGrid
@@ -31,7 +31,7 @@ def render_comparison(compared: xr.Dataset) -> str:
     return render_page(
         "comparison.html.j2", page_figures({"gap": _gap_figure(others, units)}), text=compared.attrs["data"],
         steps=compared.attrs["steps"], documents=compared.sizes["document"], positions=compared.sizes["position"],
-        units=units, arms=arms, rows=rows,
+        units=units, arms=arms, rows=rows, error=gap_error_words(gaps, compared.sizes["document"]),
         runs=list(zip(*(compared[name].values.tolist() for name in ("folder", "arm", "seed")), strict=True)),
     )  # fmt: skip
 
@@ -46,5 +46,5 @@ def _gap_figure(gaps: xr.Dataset, units: str) -> PanelGrid:
         traces += band(name, x, gap.gap_by_position, gap.gap_by_position_error, colour)
         mode = "markers" if len(x) < 2 else "lines"
         traces.append(line(name, x, gap.gap_by_position, colour, hover="%{y:.4f}", mode=mode))
-    panel = Panel("", traces, {"title": "position"}, {"title": f"gap ({units})", **ZERO_LINE})
+    panel = Panel("", traces, {"title": "position"}, {"title": f"gap ({units})", "rangemode": "tozero", **ZERO_LINE})
     return PanelGrid("Myopia gap by position", [panel], height=320, columns=1)

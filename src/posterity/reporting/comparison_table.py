@@ -27,7 +27,11 @@ def print_comparison(compared: xr.Dataset, console: Console) -> None:
     for arm in gaps.arm.values:
         table.add_row(*map(Text, arm_cells(gaps.sel(arm=arm))))
     console.print(table)
-    rows = compared.sizes["document"]
+    console.print(Text(f"Losses in {units}; ± is {gap_error_words(gaps, compared.sizes['document'])}."))
+
+
+def gap_error_words(gaps: xr.Dataset, rows: int) -> str:
+    """Return what the errors of `myopia_gaps` are over, in words; `rows` held-out rows."""
     several = int(gaps.seeds.max()) > 1
     seeds = "and the seeds" if several else "(one seed: what another would change is not in it)"
-    console.print(Text(f"Losses in {units}; ± is one standard error over {rows} held-out rows {seeds}."))
+    return f"one standard error over {rows} held-out rows {seeds}"

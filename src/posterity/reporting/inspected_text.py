@@ -9,6 +9,7 @@ import xarray as xr
 from posterity.axes import WRITTEN
 from posterity.palette import MEAN, OTHER, PAPER, SELF
 from posterity.reporting.html import displayable
+from posterity.reporting.reader_table import pack_reader_lags
 
 SIGNS = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 MEASURES = ("credit", "norm")
@@ -30,6 +31,7 @@ def pack_inspected_text(result: xr.Dataset, name: str = "") -> dict | None:
         "name": displayable(name),
         "colours": COLOURS,
         "tokens": [visible_token(str(token)) for token in result.token.values],
+        "reader_lags": pack_reader_lags(result),
         **{measure: _matrices(result[f"inspect_{measure}"]) for measure in MEASURES},
     }
 

@@ -11,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from posterity.axes import STREAMS, WRITTEN
+from posterity.reporting.reader_table import reader_lags_table
 from posterity.reporting.result_words import beyond_words, heading, lead_reader, reading_notes, verdict_sentence
 from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, tokens_text
 from posterity.results.netcdf import portable_value
+from posterity.results.ratios import sum_readers
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
 
@@ -66,6 +68,10 @@ def print_result(result: xr.Dataset, console: Console) -> None:
     console.print(table)
     console.print()
     console.print(Text(verdict_sentence(result)))
+    if (readers := reader_lags_table(result)) is not None:
+        console.print()
+        console.print(readers)
+        console.print()
     for note in [*reading_notes(result), *row_notes(result, rows)]:
         console.print(Text(note, style="dim"))
 
@@ -189,7 +195,7 @@ def rank_heads(result: xr.Dataset, stream: str) -> list[RankedHead]:
     )
     shares = by_head.sel(stream=stream, side="self")
     ranked = shares.share.notnull().values & ~stats.weak_heads(result, reader).sel(stream=stream).values
-    columns = [shares.share.values, shares.error.values, credit_portions(result).sel(stream=stream).values]
+    columns = [shares.share.values, shares.error.values, credit_portions(result, reader).sel(stream=stream).values]
     heads = zip(*ranked.nonzero(), *(values[ranked] for values in columns), strict=True)
     rows = [RankedHead(int(layer), int(head), *map(float, numbers)) for layer, head, *numbers in heads]
     return sorted(rows, key=lambda head: head.share)
@@ -203,9 +209,9 @@ def shares_keys(result: xr.Dataset) -> bool:
     return any(len(set(row[mask].tolist())) < mask.sum() for row, mask in zip(groups, present, strict=True))
 
 
-def credit_portions(result: xr.Dataset) -> xr.DataArray:
+def credit_portions(result: xr.Dataset, reader_of: str = "all") -> xr.DataArray:
     """Return the credit of each head over an equal part of its layer's credit; dims (layer, head, stream)."""
-    credit = result.credit_by_document.sum(("document", "reader_of", "side"), skipna=False)
+    credit = sum_readers(result.credit_by_document, reader_of).sum(("document", "side"), skipna=False)
     present = stats.existing_heads(result)
     return credit / credit.where(present, 0.0).sum("head", skipna=False) * present.sum("head")
 

@@ -74,7 +74,7 @@ def result_line(
 def share_labels(share: Any, error: Any) -> dict[str, Any]:
     """Return the labels of the points of a line: each share with its error where it is known."""
     pairs = zip(np.asarray(share, dtype=float), np.asarray(error, dtype=float), strict=True)
-    return {"customdata": [percent(float(value), float(margin)) for value, margin in pairs], "hover": "%{customdata}"}
+    return {"customdata": [percent(float(share), float(error)) for share, error in pairs], "hover": "%{customdata}"}
 
 
 def points(x: Any) -> dict[str, Any]:

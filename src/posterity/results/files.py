@@ -42,7 +42,7 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
         path: A file that `save` or the command line wrote.
 
     Returns:
-        The Dataset as it was saved.
+        The Dataset as it was saved. `posterity.table` gives its numbers as tidy tables, `posterity.plot` as figures.
 
     Raises:
         InputError: The file does not exist, holds none of the three, or is damaged.

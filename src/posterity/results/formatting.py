@@ -94,6 +94,11 @@ def horizon_text(reach: float, smallest: int, largest: int) -> str:
     return f"{reach:.1f} tokens" if reach < 10 else tokens_text(reach)
 
 
+def first_positions_text(sinks: int) -> str:
+    """Name the first positions of a document that a result tells apart: "the first 4 positions"; "" for none."""
+    return "" if sinks == 0 else "the first position" if sinks == 1 else f"the first {sinks:,} positions"
+
+
 def tokens_text(number: float) -> str:
     """Format a number of tokens: "1 token", "12 tokens"."""
     return UNKNOWN if math.isnan(number) else f"{number:.0f} token{'s' * (number != 1)}"

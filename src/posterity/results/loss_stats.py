@@ -9,6 +9,8 @@ import xarray as xr
 from posterity.axes import LOSS_TERMS, PAIRS, PARTS
 from posterity.results.ratios import describe, ratio, required_variable, sum_over_heads, sum_readers
 
+CANCELLED = 1e-3  # of the sizes of the parts, below which their sum is about nothing
+
 
 def loss_shares(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit of keys and values that comes from the own loss and from later losses.
@@ -41,6 +43,28 @@ def loss_shares_by_position(result: xr.Dataset) -> xr.DataArray:
     """
     credit = sum_over_heads(result, required_variable(result, "loss_credit"), ())
     return describe(credit / credit.sum(("part", "position"), skipna=False), "share of the credit")
+
+
+def loss_matrix(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+    """Return the share of each loss in the credit of every key and value of one text.
+
+    Args:
+        result: A result of `posterity.inspect`.
+        by: () for all layers together, or ("layer",).
+
+    Returns:
+        Units 1, dims (*by, written, loss_position, position); over the losses they sum to 1. Without the last token,
+        which has no loss. NaN for a loss before the position, and where the parts cancel to less than `CANCELLED` of
+        their sizes.
+
+    Raises:
+        InputError: The result is of no single text.
+    """
+    credit = sum_over_heads(result, required_variable(result, "inspect_credit"), by)
+    credit = credit.isel(loss_position=slice(-1), position=slice(-1))
+    total = credit.sum("loss_position", skipna=False)
+    share = credit / total.where(total > CANCELLED * abs(credit).sum("loss_position", skipna=False))
+    return describe(share.where(credit.loss_position >= credit.position), "share of the loss in the credit")
 
 
 def loss_parts(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:

@@ -24,6 +24,9 @@ OPTIONS = {  # of `posterity.measure`, by the variable that needs it
     "loss_credit_by_document": _LOSSES,
     "hidden_by_document": _LOSSES,
     "parameter_by_document": "parameters=True (--parameters)",
+    "reader_lag": "posterity.inspect (posterity inspect)",
+    "reader_lag_all": "posterity.inspect (posterity inspect)",
+    "inspect_credit": "posterity.inspect (posterity inspect --text ...)",
     "tail_moment": "this version of posterity",
     "horizon_by_document": "horizons=(1, 2, 4, 8) (--horizons 1,2,4,8)",
 }

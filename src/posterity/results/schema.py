@@ -15,7 +15,9 @@ from posterity.axes import (
     PAIRS,
     PARTS,
     QUANTITIES,
+    READER_LEVELS,
     READER_OF,
+    READER_QUANTITIES,
     SIDES,
     STREAMS,
     TERMS,
@@ -37,6 +39,8 @@ AXIS_LABELS = {
     "part": PARTS,
     "pair": PAIRS,
     "loss_term": LOSS_TERMS,
+    "reader_quantity": READER_QUANTITIES,
+    "level": READER_LEVELS,
 }
 
 
@@ -77,6 +81,8 @@ COORDINATES = {
     "adapter": Entry(("adapter",), "", "parameter of an adapter", "str", required=False),
     "horizon": Entry(("horizon",), "tokens", "horizon h of the discount rate 1 - 1/h", "int", required=False),
     "loss_position": Entry(("loss_position",), "tokens", "position of the loss", "int", required=False),
+    "reader_quantity": Entry(("reader_quantity",), "", "what a token's readers take from it", "str", required=False),
+    "level": Entry(("level",), "1", "part of it, nearest readers first", required=False),
     "token": Entry(("position",), "", "token at this position", "str", required=False),
     "step": Entry(("step",), "steps", "training step of the model", "int", required=False),
 }
@@ -144,6 +150,12 @@ SCHEMA = {
     "inspect_norm": Entry(
         ("layer", "written", "loss_position", "position"), "nats", "norm of the gradient of one loss", required=False
     ),
+    "reader_lag": Entry(
+        ("layer", "reader_quantity", "level", "position"), "tokens", "lag of the readers of a part", required=False
+    ),
+    "reader_lag_all": Entry(
+        ("reader_quantity", "level", "position"), "tokens", "lag of the readers of a part, all layers", required=False
+    ),
 }  # fmt: skip
 GROUPS = (  # optional variables that a result has all of, or none
     ("mass_by_document", "attention_by_document", "tail_moment", "kv_head", "group"),
@@ -151,6 +163,7 @@ GROUPS = (  # optional variables that a result has all of, or none
     ("adapter_by_document", "adapter_mean"),
     ("loss_credit", "loss_gram", "loss_credit_by_document", "hidden", "hidden_by_document"),
     ("inspect_credit", "inspect_norm", "token"),
+    ("reader_lag", "reader_lag_all"),
 )
 _DTYPES = {"float": np.dtype("float64"), "int": np.dtype("int64")}
 
@@ -209,7 +222,7 @@ def extend_result(
     result: xr.Dataset, variables: Mapping[str, np.ndarray], **coordinates: Sequence[object] | np.ndarray
 ) -> xr.Dataset:
     """Add variables of the schema, and their coordinates, to a result."""
-    values = {"written": WRITTEN, "loss_position": result.position.values, **coordinates}
+    values = {**AXIS_LABELS, "loss_position": result.position.values, **coordinates}
     used = {dim for name in variables for dim in SCHEMA[name].dims} | set(coordinates)
     data = {name: _variable(SCHEMA[name], array) for name, array in variables.items()}
     coords = {name: _variable(COORDINATES[name], np.asarray(array)) for name, array in values.items() if name in used}

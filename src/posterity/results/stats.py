@@ -25,6 +25,7 @@ from posterity.results.loss_stats import (
     effective_horizon,
     hidden_shares,
     horizon_curve,
+    loss_matrix,
     loss_parts,
     loss_shares,
     loss_shares_by_position,
@@ -54,8 +55,10 @@ __all__ = [
     "balance",
     "confidence",
     "counts",
+    "cumulative_profile",
     "effective_horizon",
     "existing_heads",
+    "first_attention",
     "first_position",
     "first_share",
     "group_shares",
@@ -63,6 +66,7 @@ __all__ = [
     "heavy_windows",
     "hidden_shares",
     "horizon_curve",
+    "loss_matrix",
     "loss_parts",
     "loss_shares",
     "loss_shares_by_position",
@@ -72,6 +76,7 @@ __all__ = [
     "profile",
     "ratio",
     "reach",
+    "reader_lags",
     "shares",
     "uncertainty",
     "weak_heads",
@@ -134,6 +139,26 @@ def profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") 
     premium = describe(lag_shares.share / counted, "share over the share of the edges")
     width = describe(result.lag_end - result.lag + 1, "lags in the bin", "tokens")
     return lag_shares.assign(counted=counted, premium=premium, width=width)
+
+
+def cumulative_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
+    """Return the share of the credit within each lag, beside the shares of the edges and of the attention weights.
+
+    Args:
+        result: A result of `posterity.measure`.
+        by: () or ("layer",).
+        reader_of: Which edges are compared, by their key.
+
+    Returns:
+        `share`, `error`: credit of lag 0 to `lag_end`, units 1, dims (*by, stream, lag).
+        `counted`, `attention`: the same of the edges and of the attention weights, units 1, dims (*by, lag).
+    """
+    credit = sum_over_heads(result, sum_readers(result.profile_by_document, reader_of), by)
+    within = ratio(credit.cumsum("lag", skipna=False), credit.sum("lag", skipna=False))
+    beside = {"counted": counts(result, by, reader_of), "attention": attention_profile(result, by, reader_of)}
+    return within.assign(
+        {name: describe(share.cumsum("lag", skipna=False), share.long_name) for name, share in beside.items()}
+    )
 
 
 def counts(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
@@ -259,6 +284,45 @@ def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     queries = sum_readers(result.edges, "all").isel(lag=0, drop=True) * existing_heads(result)
     weight = sum_over_heads(result, result.attention_first, by) / sum_over_heads(result, queries, by)
     return describe(weight, "mean attention weight on the first key")
+
+
+def reader_lags(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+    """Return how far away the readers of each token of an inspected text are.
+
+    The lag within which a part of what they take lies, nearest readers first, over all heads: of the attention on the
+    token's key, of its key credit and of its value credit. Credit can be negative: the first crossing counts.
+
+    Args:
+        result: A result of `posterity.inspect`.
+        by: () for all layers together, or ("layer",).
+
+    Returns:
+        Units tokens, dims (*by, reader_quantity, level, position); NaN where a token's edges cancel or carry nothing.
+
+    Raises:
+        InputError: The result is of no inspected text.
+    """
+    if tuple(by) not in ((), ("layer",)):
+        raise InputError(f"by expects () or ('layer',); got {by!r}")
+    return required_variable(result, "reader_lag" if by else "reader_lag_all")
+
+
+def first_attention(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
+    """Return the share of the attention weights on the first keys of each document.
+
+    Args:
+        result: A result of `posterity.measure`.
+        by: Any of "layer" and "head" (or "kv_head").
+
+    Returns:
+        Units 1, dims (*by); NaN where the weights were not measured (lags="self").
+
+    Raises:
+        InputError: The result does not tell the first keys apart.
+    """
+    sums = (sum_readers(result.attention, reader_of).sum("lag", skipna=False) for reader_of in ("first", "all"))
+    first, whole = (sum_over_heads(result, values, by) for values in sums)
+    return describe(first / whole, "share of the attention weights on the first keys")
 
 
 # ---- gradients of the weights

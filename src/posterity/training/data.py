@@ -80,7 +80,7 @@ def prepare_data(settings: Settings, tokenizer: Any = None) -> Data:
         return Data(*rows, getattr(task, "vocabulary", REGRESSOR_VOCABULARY), task.length)
     names = () if settings.data == ("text",) else settings.data
     skipped = SkippedLines() if settings.skip_broken else None
-    texts = [(name, _read_text(name, document)) for name, document in open_documents(names, skipped=skipped)]
+    texts = [(name, _read_text(name, document)) for name, document in open_documents(names, settings.field, skipped)]
     train_texts, held_out_texts = _split_texts(texts)
     tokenizer = tokenizer or _train_tokenizer([text for _, text in train_texts])
     corpora = [read_corpus(part, tokenizer, settings.context) for part in (train_texts, held_out_texts)]

@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -154,8 +155,10 @@ def _load_pretrained(settings: Settings) -> LoadedModel | None:
 def _identity(settings: Settings, data: Data) -> dict[str, Any]:
     """Return the part of run.json that must agree for an interrupted run to resume."""
     record = {**json.loads(json.dumps(asdict(settings))), "data_digest": data.digest}
+    if settings.field is None:
+        record.pop("field")  # a run from before this setting existed is the same run
     if data.skipped is None:
-        record.pop("skip_broken")  # a run from before this setting existed is the same run
+        record.pop("skip_broken")  # likewise
     else:
         record["skipped_lines"] = data.skipped.total
     return record
@@ -239,6 +242,29 @@ def _explain_full_disk(folder: Path) -> Iterator[None]:
         raise InputError(
             f"no space left in {folder}; the checkpoints before are whole: make room, and the same command goes on"
         ) from error
+
+
+def final_loss(folder: Path, settings: Settings) -> str:
+    """Return the last training loss of a finished run, the mean since the entry before it in its metrics, in words."""
+    entries = [entry for entry in json.loads((folder / METRICS_FILE).read_text()) if "loss" in entry]
+    before = entries[-2]["step"] if len(entries) > 1 else 0
+    units = "Huber loss" if settings.task_name == "sines" else "nats per token"
+    return f"training loss {entries[-1]['loss']:.4f} ({units}, steps {before + 1} to {entries[-1]['step']})"
+
+
+def next_command(folder: Path, settings: Settings) -> str:
+    """Return what to run after a finished run: the comparison with a plain run, or the measurement of a plain one."""
+    if settings.horizon != "full":
+        command = shlex.join(["posterity", "compare", "PLAIN", str(folder), "-r", "gap.html"])
+        return f"{command} # PLAIN: the run with --horizon full and --seed {settings.seed}"
+    if settings.task_name is not None:
+        command = shlex.join(["posterity", "compare", str(folder), "OTHER", "-r", "gap.html"])
+        return f"{command} # OTHER: the same training with another --horizon and --output"
+    texts = () if settings.data == ("text",) else settings.data
+    options = ["--context", str(settings.context), "--losses", "-r", "report.html"]
+    options += [] if settings.field is None else ["--field", settings.field]
+    options += ["--skip-broken"] if settings.skip_broken else []
+    return shlex.join(["posterity", "measure", str(folder), *texts, *options])
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -1,7 +1,8 @@
 """The settings of a training run, and their check."""
 
+import dataclasses
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ class Settings:
     depth: int = 4
     heads: int = 4
     seed: int = 0
-    task: dict[str, float] = field(default_factory=dict)  # numbers of a built-in task, such as {"chance": 0.1}
+    task: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # numbers of a built-in task, such as {"chance": 0.1}
+    field: str | None = None  # of rows that holds the text
     skip_broken: bool = False  # leave out broken lines of .jsonl, .csv and .tsv files
 
     def __post_init__(self):

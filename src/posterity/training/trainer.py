@@ -11,15 +11,13 @@ from posterity.errors import InputError
 from posterity.models.horizon import horizon
 from posterity.models.language_model import language_model
 from posterity.ops.horizon_rules import Full, Rule
-from posterity.training.monitor import Monitor
 
 
 class Trainer(transformers.Trainer):
     """The Trainer of transformers with a horizon in force during `train`; everything else is unchanged.
 
     Args:
-        args, kwargs: As in `transformers.Trainer`, with a model instead of a `model_init`. A `posterity.Monitor` among
-            the callbacks is attached.
+        args, kwargs: As in `transformers.Trainer`, with a model instead of a `model_init`.
         horizon: A rule such as `posterity.Discount(0.9)`; `posterity.Full()` by default.
         cut, streams, layers: As in `posterity.horizon`.
 
@@ -40,9 +38,6 @@ class Trainer(transformers.Trainer):
         if kwargs.get("model_init") is not None:
             raise InputError("posterity.Trainer expects a model, not a model_init: make the model first")
         super().__init__(*args, **kwargs)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, Monitor):
-                callback.attach(self)
         self._horizon: dict[str, Any] = {
             "rule": Full() if horizon is None else horizon, "cut": cut, "streams": streams, "layers": layers
         }  # fmt: skip

@@ -234,6 +234,7 @@
     const losses = view.choice.toward === "losses";
     paintStrip(view);
     say(view.sentence, inspectedWords.sentence(view, rows));
+    say(view.readers, inspectedWords.readers(view));
     view["most-title"].textContent = losses
       ? `Who pays most for token ${view.token}`
       : `What the loss at token ${view.token} pays most for`;

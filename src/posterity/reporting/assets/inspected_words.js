@@ -65,6 +65,22 @@ const inspectedWords = (() => {
   }
   const unit = (measure) => (measure === "credit" ? "nats²" : "nats");
 
+  // How far away the readers of the chosen token are.
+  function readers(view) {
+    const lags = view.text.reader_lags;
+    if (!lags) return "";
+    const [attention, key, value] = view.choice.layer === "all" ? lags.all : lags.layers[view.choice.layer];
+    const within = (levels) => {
+      const numbers = levels.map((positions) => positions[view.token]);
+      return numbers.includes(null) ? "not known" : numbers.join(" and ");
+    };
+    const parts = lags.levels.map((level) => percent(level, 0)).join(" and ");
+    return (
+      `Its readers: ${parts} of its key credit within lag ${within(key)}, of its value credit within ` +
+      `${within(value)}, of the attention on it within ${within(attention)}.`
+    );
+  }
+
   // What is said while no pair is pointed at.
   function hint(view) {
     if (view.held !== null) {
@@ -92,5 +108,5 @@ const inspectedWords = (() => {
     );
   }
 
-  return { percent, brief, number, short, sentence, pair, hint, note, unit };
+  return { percent, brief, number, short, sentence, pair, readers, hint, note, unit };
 })();

@@ -1,0 +1,63 @@
+"""What each command is for: the question that it answers and an example, in the order of use."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """The question that a command answers, which the list of commands shows, and examples for its own help."""
+
+    question: str
+    examples: tuple[str, ...]
+
+
+GUIDE = {
+    "check": Purpose(
+        "Can a model be measured, and what does that take?",
+        ("posterity check gpt2", "posterity check gpt2 --context 1024 --limit 64"),
+    ),
+    "measure": Purpose(
+        "Which readers, how far off, does the gradient of keys and values come from?",
+        (
+            "posterity measure gpt2 my.txt -o run.nc -r run.html",
+            "posterity measure gpt2 my.txt --losses -o paid.nc",
+            "posterity measure",
+        ),
+    ),
+    "summary": Purpose("The table of a run, again.", ("posterity summary run.nc",)),
+    "reach": Purpose("How long a window does each layer need?", ("posterity reach run.nc",)),
+    "table": Purpose("The numbers of a run, for a spreadsheet.", ("posterity table run.nc",)),
+    "report": Purpose(
+        "A page of one or several runs, side by side.", ("posterity report before.nc after.nc -o both.html",)
+    ),
+    "inspect": Purpose(
+        "Which loss pays for the key and value of which token, in a short text?",
+        ('posterity inspect gpt2 --text "The cat sat on the mat." -r cat.html',),
+    ),
+    "audit": Purpose(
+        "Does what is commonly said of keys and values hold on this model?",
+        ("posterity audit gpt2 my.txt --quick -r audit.html",),
+    ),
+    "train": Purpose(
+        "What does a model learn if later losses pay less, or nothing?",
+        ("posterity train -o runs/full", "posterity train -o runs/myopic --horizon myopic"),
+    ),
+    "compare": Purpose("What did that cost, by position?", ("posterity compare runs/full runs/myopic -r gap.html",)),
+    "fold": Purpose(
+        "Which heads need to look only at themselves?", ("posterity fold gpt2 my.txt --budget 0.01 -o folded",)
+    ),
+}
+
+
+def explain_commands(commands: list[Any]) -> None:
+    """Give typer's registered commands their questions and examples, and put them in the order of use."""
+    order = list(GUIDE)
+    commands.sort(key=lambda command: order.index(command.name) if command.name in order else len(order))
+    for command in commands:
+        if (purpose := GUIDE.get(command.name)) is not None:
+            command.short_help = purpose.question
+            examples = "\n".join(f"  {example}" for example in purpose.examples)
+            # \b: click leaves the lines of this paragraph as they are
+            command.help = f"{purpose.question}\n\n{inspect.getdoc(command.callback)}\n\n\b\nExample:\n{examples}"

@@ -1,0 +1,84 @@
+"""The commands that print and write tables of a run: reach, and table for other programs. `main` registers them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import posterity
+from posterity.atomic_files import check_output_path, write_atomically
+from posterity.cli.options import ResultFile, drop_unset
+from posterity.cli.outputs import check_outputs, require_one_process
+from posterity.errors import InputError
+
+FORMATS = {".csv": "csv", ".parquet": "parquet", ".tex": "latex"}  # by the suffix of a file
+
+
+def table_command(
+    run: ResultFile,
+    kind: Annotated[
+        str, typer.Option(help="shares, profile, reach, sinks, losses, horizons, weights; audit; comparison.")
+    ] = "shares",
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART,PART",
+            help="Parts with rows of their own: layer; layer,kv_head; layer,head; '' for the whole.  "
+            "[default: the finest there are]",
+        ),
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values; the default.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Apache Parquet; needs --output.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="A tabular environment with the rules of booktabs.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write (.csv, .parquet, .tex); else it is printed.")
+    ] = None,
+) -> None:
+    """Write numbers of a run as a table, one row for each.
+
+    A row has a number, its standard error, its units and whether it is too weak to report, such as: posterity table
+    run.nc --kind profile --by layer -o profile.csv
+    """
+    require_one_process()
+    style = _choose_format({"csv": csv, "parquet": parquet, "latex": latex}, output)
+    check_outputs(output, inputs=[run], output_kind=style)
+    parts = None if by is None else tuple(part.strip() for part in by.split(",") if part.strip())
+    frame = posterity.table(posterity.load(run), kind, **drop_unset(by=parts))
+    if style == "parquet":
+        content = frame.to_parquet(index=False)
+    else:
+        text = frame.to_csv(index=False) if style == "csv" else frame.to_latex(index=False, escape=True, na_rep="")
+        content = text.encode()
+    if output is None:
+        typer.echo(content.decode(), nl=False)
+    else:
+        write_atomically(check_output_path(output), content)
+
+
+def reach_command(
+    run: ResultFile,
+    level: Annotated[
+        float | None, typer.Option(help="The share that lies within a lag, between 0 and 1.  [default: 0.95]")
+    ] = None,
+) -> None:
+    """Print how far back each layer and key/value head reaches: which window it needs.
+
+    The lags within which most of its attention, mass and credit lie, without the first positions, and what these
+    positions and a window hold together.
+    """
+    require_one_process()
+    from posterity.reporting.reach_table import print_reach
+
+    print_reach(posterity.load(run), **drop_unset(level=level))
+
+
+def _choose_format(flags: dict[str, bool], output: Path | None) -> str:
+    """Return the one format that was asked for, else that of the file's suffix, else csv."""
+    chosen = [name for name, is_set in flags.items() if is_set]
+    if len(chosen) > 1:
+        raise InputError(f"expected one format; got --{' and --'.join(chosen)}")
+    suffix = "" if output is None else output.suffix.lower()
+    style = chosen[0] if chosen else FORMATS.get(suffix, "csv")
+    if style == "parquet" and output is None:
+        raise InputError("--parquet cannot be printed: add --output with a file, such as -o table.parquet")
+    return style

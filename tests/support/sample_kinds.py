@@ -1,0 +1,69 @@
+"""A synthetic audit, a synthetic comparison, and a result as a file of an earlier version gives it."""
+
+import numpy as np
+import xarray as xr
+
+from posterity.results.schema import RESULT
+
+CLAUSES = {1: "Look-back", 3: "Readers", 6: "More useful later than now"}
+MEASURES = {  # of which clause, units
+    "query credit from the past": (1, "1"),
+    "readers of a key by attention": (3, "queries"),
+    "readers of a key by value credit": (3, "queries"),
+    "loss with self edges only": (6, "nats per token"),
+    "positions worth more later": (6, "1"),
+}
+
+
+def sample_audit(models=("tiny/sample", "random weights"), seed=0) -> xr.Dataset:
+    """Build an audit of three clauses; one figure has no error, one no baseline, one is not known."""
+    random = np.random.default_rng(seed)
+    shape = (len(models), len(MEASURES))
+    figure, error, baseline = random.random(shape), random.random(shape) / 10, random.random(shape)
+    error[:, 1], baseline[:, 3], figure[-1, 4] = np.nan, np.nan, np.nan
+    verdicts = np.array([["holds", "fails", "mixed"], ["holds", "holds", "not measured"]])[: len(models)]
+    empty = [""] * len(MEASURES)
+    of_clause, units = zip(*MEASURES.values(), strict=True)
+    return xr.Dataset(
+        {
+            "figure": (("model", "measure"), figure), "error": (("model", "measure"), error),
+            "baseline": (("model", "measure"), baseline), "verdict": (("model", "clause"), verdicts),
+            "reason": (("model", "clause"), np.full(verdicts.shape, "so it is")),
+            "name": ("clause", list(CLAUSES.values())), "statement": ("clause", ["it does"] * 3),
+            "formula": ("measure", empty), "expected": ("measure", empty), "units_of": ("measure", list(units)),
+        },
+        {"model": list(models), "clause": list(CLAUSES), "measure": list(MEASURES),
+         "of_clause": ("measure", list(of_clause))},
+        {"kind": "audit", "kind_version": 1},
+    )  # fmt: skip
+
+
+def sample_comparison(seeds=2, documents=3, positions=5) -> xr.Dataset:
+    """Build a comparison of plain and myopic runs."""
+    random = np.random.default_rng(0)
+    arms = ["vanilla", "myopic"]
+    loss = 3 + random.random((2 * seeds, documents, positions))
+    return xr.Dataset(
+        {
+            "loss": (("run", "document", "position"), loss, {"units": "nats"}),
+            "folder": ("run", [f"run{index}" for index in range(2 * seeds)]),
+            "arm": ("run", np.repeat(arms, seeds)), "seed": ("run", np.tile(np.arange(seeds), 2)),
+        },
+        {"document": np.arange(documents), "position": np.arange(positions)},
+        {"kind": "comparison", "data": "text", "steps": 1},
+    )  # fmt: skip
+
+
+def earlier_version(result: xr.Dataset) -> xr.Dataset:
+    """Return a result that does not tell first keys apart, nor which key/value head a head has."""
+    new = ["tail_moment", "mass_by_document", "attention_by_document", "kv_head", "group", "moment", "quantity"]
+    kept = result.drop_vars(new, errors="ignore")
+    variables = {
+        name: variable.sum("reader_of", skipna=False, keep_attrs=True)
+        .expand_dims(reader_of=["all"])
+        .transpose(*variable.dims)
+        for name, variable in kept.data_vars.items()
+        if "reader_of" in variable.dims
+    }
+    attrs = {name: value for name, value in result.attrs.items() if name != "sinks"}
+    return RESULT.check(kept.drop_dims("reader_of").assign(variables).drop_attrs(deep=False).assign_attrs(attrs))
