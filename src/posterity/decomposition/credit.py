@@ -31,7 +31,7 @@ from posterity.ops.precision import dot, working_dtype
 from posterity.ops.scores import self_edges, single_edge
 
 EXACT_LAGS = 16  # lags below this have a bin each; beyond, four bins an octave
-EXACT_POSITIONS = 512  # positions likewise, by default
+EXACT_POSITIONS = 512  # positions likewise, by default at most
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The ledger of a model: every backward pass inside the `with` is accounted for, layer by layer, text by text."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -9,10 +10,17 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from posterity.axes import STREAMS
+from posterity.axes import SIDES, STREAMS
 from posterity.decomposition.accumulator import Accumulator, stack_layers
 from posterity.decomposition.adapter_gradients import AdapterSplit, merge_passes
-from posterity.decomposition.credit import EXACT_POSITIONS, Bins, check_finite, pass_credit, self_edge_gradients
+from posterity.decomposition.credit import (
+    EXACT_LAGS,
+    EXACT_POSITIONS,
+    Bins,
+    check_finite,
+    pass_credit,
+    self_edge_gradients,
+)
 from posterity.decomposition.first_keys import SINKS, Spans
 from posterity.decomposition.lag_sums import Scratch
 from posterity.decomposition.projections import find_projections
@@ -27,6 +35,8 @@ from posterity.models.watch import Layer, Watch
 from posterity.ops.attention import Backward
 from posterity.results.schema import build_result
 
+_NUMBERS_BY_POSITION = 900_000  # of a result, exact: 7 MB
+
 
 @contextlib.contextmanager
 def account(
@@ -34,7 +44,7 @@ def account(
     lags: str = "octaves",
     weights: bool = True,
     sinks: int = SINKS,
-    positions: int = EXACT_POSITIONS,
+    positions: int | None = None,
 ) -> Iterator["Ledger"]:
     """Account for any forward and backward passes of your own.
 
@@ -54,7 +64,8 @@ def account(
             mass and attention of the others are NaN).
         weights: Whether to split the gradients of W_Q, W_K and W_V too.
         sinks: The edges into so many first keys of each document (attention sinks) are told apart from all others.
-        positions: Positions below this are exact; beyond, four bins an octave.
+        positions: Positions below this are exact; beyond, four bins an octave. None for 512, or fewer in models of more
+            than 300 heads, whose files would grow beyond all use.
 
     Raises:
         InputError: The model cannot be measured, with the reason.
@@ -69,7 +80,7 @@ def account(
 
 @contextlib.contextmanager
 def open_ledger(
-    model: nn.Module, lags: str, weights: bool, sinks: int, positions: int, atomic: bool = False
+    model: nn.Module, lags: str, weights: bool, sinks: int, positions: int | None, atomic: bool = False
 ) -> Iterator["Ledger"]:
     """Account for the backward passes of the block.
 
@@ -79,12 +90,21 @@ def open_ledger(
             is an error otherwise. That takes the memory of a second ledger during a pass.
     """
     Bins.of(lags, 2)
-    if sinks < 0 or positions < 1:
+    if sinks < 0 or (positions is not None and positions < 1):
         raise InputError(f"expected sinks of at least 0 and positions of at least 1; got {sinks} and {positions}")
     with watch_model(model) as watch:
+        positions = _exact_positions(watch) if positions is None else positions
         ledger = Ledger(model, watch, lags, weights, sinks, positions, atomic)
         with watch.report_to(ledger.observe):
             yield ledger
+
+
+def _exact_positions(watch: Watch) -> int:
+    """Return how many positions are exact by default: a power of two that `credit_by_position` has room for."""
+    heads = getattr(watch.model.config.get_text_config(), "num_attention_heads", 1)
+    largest = max(heads) if isinstance(heads, Sequence) else heads
+    numbers = len(watch.layers) * largest * len(STREAMS) * len(SIDES)
+    return min(EXACT_POSITIONS, max(EXACT_LAGS, 2 ** int(math.log2(max(1.0, _NUMBERS_BY_POSITION / numbers)))))
 
 
 class Ledger:

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from posterity.decomposition.credit import EXACT_POSITIONS
 from posterity.decomposition.first_keys import SINKS
 from posterity.decomposition.projections import plain_tensors
 from posterity.measurement.account import open_ledger
@@ -33,7 +32,7 @@ def forecast(model: nn.Module, *, context: int | None = None, limit: int = LIMIT
     with (
         freeze_parameters(inner),
         seed_rng(0),
-        open_ledger(model, "octaves", True, SINKS, EXACT_POSITIONS) as ledger,
+        open_ledger(model, "octaves", True, SINKS, None) as ledger,
     ):
         head = LMHead.probe(model)
         with ledger.observe_forward():

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from posterity._version import __version__
-from posterity.decomposition.credit import EXACT_POSITIONS
 from posterity.decomposition.first_keys import SINKS
 from posterity.errors import InputError, NotFiniteError
 from posterity.inputs.arguments import open_model, split_arguments
@@ -53,7 +52,7 @@ def measure(
     horizons: Sequence[int] = (),
     parameters: bool = False,
     sinks: int = SINKS,
-    positions: int = EXACT_POSITIONS,
+    positions: int | None = None,
     batch: int = 1,
     checkpoint: bool = False,
     progress: bool = True,
@@ -94,7 +93,8 @@ def measure(
             `losses`, takes a batch of 1 and three times the memory of the parameters.
         sinks: The edges into so many first keys of each window (attention sinks) are told apart from all others, along
             the axis `reader_of`.
-        positions: Positions below this are exact; beyond, four bins an octave.
+        positions: Positions below this are exact; beyond, four bins an octave. None for 512, or fewer in models of more
+            than 300 heads, whose files would grow beyond all use.
         batch: Windows in one pass.
         checkpoint: Whether layers run again in the backward pass (gradient checkpointing): a window then holds the
             inputs of its layers and the outputs of attention, and no other activations. The numbers are the same.

@@ -229,7 +229,10 @@ def reading_notes(result: xr.Dataset) -> list[str]:
     weak = int((stats.weak_heads(result, reader) & present).sum())
     if weak:
         heads = int(present.sum()) * len(STREAMS)
-        notes.append(f"Not ranked: {weak} of {heads} heads × streams, of small, negative or uncertain credit.")
+        notes.append(
+            f"Not ranked: {weak} of {heads} rows (a row is one head's queries, keys or values), of small, negative or "
+            "uncertain credit."
+        )
     unknown = int(stats.shares(result, ("layer",), reader).share.isel(side=0).isnull().sum())
     if unknown:
         layers = result.sizes["layer"] * len(STREAMS)
