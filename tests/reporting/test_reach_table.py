@@ -12,6 +12,7 @@ import posterity
 from posterity.cli.main import app
 from posterity.errors import InputError
 from posterity.reporting.reach_table import QUANTITIES, print_reach, window_sentence
+from posterity.results import stats
 from posterity.results.formatting import percent
 from posterity.results.steps import join_steps
 
@@ -47,14 +48,15 @@ def test_the_table_shows_the_reach_of_model_layers_and_key_value_heads(level):
         place = dict(zip(by, (int(label) for label in (layer, head) if label != "all"), strict=True))
         expected = reaches[by].sel(place)
         for quantity, cell in zip(QUANTITIES, cells, strict=True):
-            numbers = (float(expected[name].sel(quantity=quantity)) for name in ("lag", "error"))
-            assert cell == tuple(f"{number:,.0f}" for number in numbers)
+            number = expected.sel(quantity=quantity)
+            error = stats.uncertainty(float(number.error), result.sizes["document"])
+            assert cell == (f"{float(number.lag):,.0f}", f"{error:,.0f}")
 
 
 def test_a_layer_with_one_key_value_head_is_one_row_and_one_window_has_no_errors():
     text = printed(sample(layers=2, heads=1, documents=1))
     assert [row[:2] for row in rows(text)] == [("all", "all"), ("0", "0"), ("1", "0")]
-    assert "One window: there are no standard errors." in text
+    assert "One window: there are no errors." in text
     assert "±" not in text
 
 
@@ -67,9 +69,8 @@ def test_the_sentence_names_the_smallest_window_that_holds_enough():
         covered = reach.sel(window=window, quantity="value credit")
         sentence = window_sentence(result, level)
         assert sentence.startswith(f"The first 4 positions and the latest {window} hold ")
-        assert sentence.endswith(
-            f" {percent(float(covered.covered), float(covered.covered_error))} of the value credit."
-        )
+        share = percent(float(covered.covered), float(covered.covered_error), windows=4)
+        assert sentence.endswith(f" {share} of the value credit.")
     assert not enough
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from posterity.reporting.result_words import heading
 from posterity.results import stats
-from posterity.results.formatting import UNKNOWN, first_positions_text, percent
+from posterity.results.formatting import UNKNOWN, error_words, first_positions_text, percent
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
 
@@ -38,9 +38,7 @@ def print_reach(result: xr.Dataset, level: float = LEVEL, console: Console | Non
     """
     result = latest_step(RESULT.check(result))
     console = console or Console(highlight=False)
-    model, layers, heads = (
-        stats.reach(result, by, (level,)).sel(level=level) for by in ((), ("layer",), ("layer", "kv_head"))
-    )
+    model, layers, heads = (_reach(result, by, level) for by in ((), ("layer",), ("layer", "kv_head")))
     title, *details = heading(result)
     console.print(Text(title, style="bold"), *map(Text, details), sep="\n")
     first = first_positions_text(int(result.attrs["sinks"]))
@@ -71,13 +69,18 @@ def window_sentence(result: xr.Dataset, level: float = LEVEL) -> str:
     window = int(reach.window[int(enough.argmax()) if enough.any() else -1])
     covered = reach.sel(window=window)
     shares = [
-        f"{percent(float(covered.covered.sel(quantity=name)), float(covered.covered_error.sel(quantity=name)))} "
-        f"of the {name}"
-        for name in QUANTITIES
+        f"{percent(float(number.covered), float(number.covered_error), result.sizes['document'])} of the {name}"
+        for name, number in ((name, covered.sel(quantity=name)) for name in QUANTITIES)
     ]
     first = first_positions_text(int(result.attrs["sinks"]))
     words = f"{first}{' and ' if first else ''}the latest {window:,} hold {', '.join(shares[:-1])} and {shares[-1]}"
     return f"{words[0].upper()}{words[1:]}."
+
+
+def _reach(result: xr.Dataset, by: tuple[str, ...], level: float) -> xr.Dataset:
+    """Return the lags of one level, with what stands behind their ±."""
+    reach = stats.reach(result, by, (level,)).sel(level=level)
+    return reach.assign(error=stats.uncertainty(reach.error, result.sizes["document"]))
 
 
 def _cells(reach: xr.Dataset) -> list[str]:
@@ -92,11 +95,8 @@ def _lag(lag: float, error: float) -> str:
 
 
 def _notes(result: xr.Dataset) -> tuple[str, ...]:
-    windows = result.sizes["document"]
     error = (
-        f"± is one standard error over {windows} windows; of a lag, half the interval between the lags at which the "
-        "share plus and minus its error reaches the level."
-        if windows > 1
-        else "One window: there are no standard errors."
+        f"{error_words(result.sizes['document'])} A lag's standard error is half the interval between the lags at "
+        "which the share plus and minus its own reaches the level."
     )
     return (*NOTES, error, "All levels, windows and errors: posterity table RUN --kind reach")
