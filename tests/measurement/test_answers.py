@@ -59,7 +59,7 @@ def test_the_ledger_is_that_of_autograd_with_masked_labels(name, batch):
     close(ours.credit.sum("reader_of"), np.stack([by_lag(x[0]).sum(1).movedim(0, 1) for x in dense]))
     close(ours.mass.sum("reader_of"), np.stack([by_lag(x[1]).sum(1).movedim(0, 1) for x in dense]))
     # all keys and values have their readers, those of prompts too
-    close(ours.attention, np.stack([by_lag(x[2]).sum(0) for x in dense]))
+    close(ours.attention.sum("reader_of"), np.stack([by_lag(x[2]).sum(0) for x in dense]))
     for call, layer in zip(spy.calls, range(len(dense)), strict=True):
         for tensor, stream in zip(call[:3], ours.stream.values, strict=True):
             squared = tensor.grad.square().sum((1, 2, 3))

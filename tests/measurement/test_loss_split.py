@@ -538,7 +538,7 @@ def test_the_summary_says_who_pays():
         tiny("llama"), None, tokens(3), context=12, losses=True, horizons=(1, 2, 64), progress=False
     )
     table = {row.label: row.cells for row in summary_rows(result)}
-    share = stats.loss_shares(result).share
+    share = stats.loss_shares(result, (), "rest").share
     for label, part in (("own loss", "own"), ("self edge, later losses", "self later"), ("future edges", "future")):
         query, key, value = table[label]
         assert query == ""

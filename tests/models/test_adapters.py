@@ -251,7 +251,9 @@ def test_shares_of_adapters_follow_from_their_terms_and_go_with_the_result_into_
     assert "Gradient of the adapters at queries, keys and values (12 parameters" in capsys.readouterr().out
     rows = {row[0]: row[1:] for row in tables(posterity.report(result).html)["Gradient of the adapters"]}
     name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
-    assert rows[name][0] == percent(*(float(shares[x].sel(adapter=name)) for x in ("share", "error")))
+    assert rows[name][0] == percent(
+        *(float(shares[x].sel(adapter=name)) for x in ("share", "error")), windows=result.sizes["document"]
+    )
     plain = measure(exact("llama"), ids)
     with pytest.raises(InputError, match="a model with adapters"):
         stats.adapter_shares(plain)

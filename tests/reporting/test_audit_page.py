@@ -80,7 +80,8 @@ def test_an_audit_of_before_prints_standard_errors(audited):
     assert AUDIT.check(old) is old
     cells = [row.values[0] for number in old.clause.values for row in figure_rows(old, number)]
     pairs = zip(old.figure.values[0].tolist(), old.error.values[0].tolist(), strict=True)
-    assert sorted(cells) == sorted(value_with_error(*pair) for pair in pairs)
+    formats = [percent if units == SHARE else value_with_error for units in old.units_of.values]
+    assert sorted(cells) == sorted(style(*pair) for style, pair in zip(formats, pairs, strict=True))
     assert "the margin of error two: an older audit" in reading_note(old)
 
 

@@ -130,7 +130,8 @@
       row.append(element("th", label, { scope: "row" }));
       for (const text of cells) row.append(element("td", text));
     }
-    const frame = element("div", "", { class: "wide", tabindex: "0", role: "region", "aria-label": caption || "Numbers" });
+    const label = caption || "Numbers";
+    const frame = element("div", "", { class: "wide", tabindex: "0", role: "region", "aria-label": label });
     frame.append(table);
     return frame;
   }
