@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,8 @@ def open_ledger(
 
 def _exact_positions(watch: Watch) -> int:
     """Return how many positions are exact by default: a power of two that `credit_by_position` has room for."""
-    heads = getattr(watch.model.config.get_text_config(), "num_attention_heads", 1)
+    config: Any = watch.model.config
+    heads = getattr(config.get_text_config(), "num_attention_heads", 1)
     largest = max(heads) if isinstance(heads, Sequence) else heads
     numbers = len(watch.layers) * largest * len(STREAMS) * len(SIDES)
     return min(EXACT_POSITIONS, max(EXACT_LAGS, 2 ** int(math.log2(max(1.0, _NUMBERS_BY_POSITION / numbers)))))
