@@ -94,7 +94,11 @@ def _extremes(result: xr.Dataset, heads: list[RankedHead]) -> list[dict | None]:
 
 
 def _provenance(result: xr.Dataset) -> list[tuple[str, str]]:
-    attrs = [(str(name).replace("_", " "), str(portable_value(value))) for name, value in result.attrs.items()]
+    attrs = [
+        (str(name).replace("_", " "), str(portable_value(value)))
+        for name, value in result.attrs.items()
+        if name != "tidy"
+    ]
     imbalance = ("accounts disagree by at most", f"{float(balance(result).max()):.1e} of a layer")
     return [*((name, value) for name, value in attrs if value), imbalance]
 

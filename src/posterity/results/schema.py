@@ -28,6 +28,7 @@ from posterity.results.netcdf import portable_value
 
 SCHEMA_VERSION = 2
 UNSPLIT = ("all",)  # labels of `reader_of` in a result of version 1, which does not tell first keys apart
+TIDY = "posterity.table(result, kind); result.to_dataframe() would hold every combination of labels"  # in the repr
 AXIS_LABELS = {
     "stream": STREAMS,
     "reader_of": READER_OF,
@@ -212,7 +213,7 @@ def build_result(
         if entry.required or (name in values and (name in used or name in ("token", "kv_head")))
     }
     provenance = {name: portable_value(value) for name, value in attrs.items()}
-    result = xr.Dataset(data, coords, {**provenance, "schema_version": SCHEMA_VERSION})
+    result = xr.Dataset(data, coords, {"tidy": TIDY, **provenance, "schema_version": SCHEMA_VERSION})
     flaw = _flaw(result)
     assert flaw is None, flaw
     return result
