@@ -64,6 +64,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, path):
         "by expects a sequence of 'layer' and 'head'": ("--by", "heads"),
         f"cannot write {path}: it is read here": ("-o", path),
         "what is there is no csv table of posterity; choose another file": ("-o", note),
+        "expected a table that ends in .csv, .parquet, .tex; got": ("-o", tmp_path / "t.xlsx"),
+        "ends as a table of another format": ("--csv", "-o", tmp_path / "t.tex"),
     }.items():
         answer = run("table", path, *arguments)
         assert answer.exit_code == 2, arguments

@@ -74,7 +74,7 @@ def test_the_map_shows_every_reported_head_and_marks_the_others(result, stream, 
     ax = plot.heads(result, stream=stream, reader_of=reader_of)
     weak_cells, cells = [mesh for mesh in ax.collections if isinstance(mesh, QuadMesh)]
     shares = stats.shares(result, ("layer", "head"), reader_of or "rest").sel(side="self", stream=stream)
-    weak = stats.weak_heads(result).sel(stream=stream) | (shares.error > stats.MAX_ERROR)
+    weak = stats.weak_heads(result, reader_of or "rest").sel(stream=stream) | (shares.error > stats.MAX_ERROR)
     np.testing.assert_array_equal(shown(cells, weak.shape), shares.share.where(~weak))
     existing = stats.existing_heads(result)
     np.testing.assert_array_equal(np.isfinite(shown(weak_cells, weak.shape)), weak & existing)

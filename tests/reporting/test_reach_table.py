@@ -70,7 +70,8 @@ def test_the_sentence_names_the_smallest_window_that_holds_enough():
         sentence = window_sentence(result, level)
         assert sentence.startswith(f"The first 4 positions and the latest {window} hold ")
         share = percent(float(covered.covered), float(covered.covered_error), windows=4)
-        assert sentence.endswith(f" {share} of the value credit.")
+        short = "" if enough else f"; no measured window holds {100 * level:g} % of each"
+        assert sentence.endswith(f" {share} of the value credit{short}.")
     assert not enough
 
 

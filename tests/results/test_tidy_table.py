@@ -33,8 +33,8 @@ SHARES = {
 def quantities(result, kind, by):
     """Yield name, reader, value and error of every quantity of a table, from `stats`."""
     if kind == "sinks":
-        first, zero = stats.first_share(result, by), stats.first_position(result, by)
-        yield "share of the credit at the first positions", None, first.share, first.error
+        first, zero = stats.first_share(result, by), stats.first_position(result, by).sel(stream=["key", "value"])
+        yield "share of the credit of edges into the first positions", None, first.share, first.error
         yield "share of the attention on the first positions", None, stats.first_attention(result, by), None
         yield "share of the credit at position 0", None, zero.share, zero.error
         yield "mean attention weight on position 0", None, stats.attention_first(result, by), None
@@ -116,14 +116,18 @@ def test_a_table_stands_by_default_for_the_finest_parts(result):
 
 
 def test_weak_numbers_are_those_that_stats_does_not_report(result):
+    result = result.copy(deep=True)
+    result["credit_by_document"].loc[{"layer": 0, "head": 0, "reader_of": "rest"}] *= 1e-3
     frame = table(result, "shares")
-    weak = stats.weak_heads(result)
+    weak_of = {reader_of: stats.weak_heads(result, reader_of) for reader_of in ("all", "first", "rest")}
+    assert len({int(weak.sum()) for weak in weak_of.values()}) > 1
     for row in frame.itertuples():
         labels = {"layer": row.layer, "head": row[4]}
         uncertain = row.error > stats.MAX_ERROR
-        assert row.weak == (bool(weak.sel(**labels, stream=row.stream)) or uncertain)
+        assert row.weak == (bool(weak_of[row.reader_of].sel(**labels, stream=row.stream)) or uncertain)
     for row in table(result, "losses").itertuples():
         labels = {"layer": row.layer, "head": row[4]}
+        weak = weak_of[row.reader_of]
         assert row.weak == (bool(weak.sel(**labels, stream=row.written)) or row.error > stats.MAX_ERROR)
 
 

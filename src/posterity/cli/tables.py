@@ -42,6 +42,7 @@ def table_command(
     require_one_process()
     style = _choose_format({"csv": csv, "parquet": parquet, "latex": latex}, output)
     check_outputs(output, inputs=[run], output_kind=style)
+    _check_suffix(output, style, is_chosen=csv or latex or parquet)
     parts = None if by is None else tuple(part.strip() for part in by.split(",") if part.strip())
     frame = posterity.table(posterity.load(run), kind, **drop_unset(by=parts))
     if style == "parquet":
@@ -82,3 +83,12 @@ def _choose_format(flags: dict[str, bool], output: Path | None) -> str:
     if style == "parquet" and output is None:
         raise InputError("--parquet cannot be printed: add --output with a file, such as -o table.parquet")
     return style
+
+
+def _check_suffix(output: Path | None, style: str, is_chosen: bool) -> None:
+    """Raise InputError for a file whose suffix is that of another format, or of none without an option that says it."""
+    suffix = "" if output is None else output.suffix.lower()
+    if suffix and suffix not in FORMATS and not is_chosen:
+        raise InputError(f"expected a table that ends in {', '.join(FORMATS)}; got {output}: name it so, or add --csv")
+    if FORMATS.get(suffix, style) != style:
+        raise InputError(f"expected a file for --{style}; {output} ends as a table of another format: rename it")

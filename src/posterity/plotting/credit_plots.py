@@ -25,6 +25,7 @@ from posterity.plotting.canvas import (
 )
 from posterity.results import stats
 from posterity.results.formatting import first_positions_text
+from posterity.results.ratios import require_lags
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
 
@@ -51,7 +52,7 @@ def plot_heads(
     check_choice("stream", stream, STREAMS)
     reader_of, words = choose_readers(result, reader_of)
     shares = stats.shares(result, ("layer", "head"), reader_of).sel(side="self", stream=stream)
-    weak = stats.weak_heads(result).sel(stream=stream) | (shares.error > stats.MAX_ERROR)
+    weak = stats.weak_heads(result, reader_of).sel(stream=stream) | (shares.error > stats.MAX_ERROR)
     with axes_to_draw(ax, min(4.5, max(2.2, 1 + 0.1 * result.sizes["layer"]))) as axes:
         grid = {"edgecolors": "white", "linewidth": 0.3}
         grey = xr.ones_like(shares.share).where(weak & stats.existing_heads(result))
@@ -81,6 +82,7 @@ def plot_lags(result: xr.Dataset, ax: Axes | None = None, *, reader_of: str | No
     """
     result = latest_step(RESULT.check(result))
     reader_of, words = choose_readers(result, reader_of)
+    require_lags(result)
     profile = stats.cumulative_profile(result, (), reader_of)
     with axes_to_draw(ax, 2.5) as axes:
         for level in (0.5, 0.9):

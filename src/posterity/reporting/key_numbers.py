@@ -9,7 +9,8 @@ import xarray as xr
 from posterity.axes import WRITTEN
 from posterity.reporting.reach_chart import has_lags
 from posterity.results import stats
-from posterity.results.formatting import percent, tokens_text
+from posterity.results.formatting import first_positions_text, percent, tokens_text
+from posterity.results.netcdf import portable_value
 
 FIVE = 5
 
@@ -50,9 +51,9 @@ def _lengths(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
 
 
 def _first_share(result: xr.Dataset) -> KeyNumber:
-    if stats.has_reader_axis(result):
-        first = stats.first_share(result)
-        where = f"at the first {result.attrs.get('sinks')} positions"
+    sinks = portable_value(result.attrs.get("sinks"))
+    if stats.has_reader_axis(result) and isinstance(sinks, int) and sinks > 0:
+        first, where = stats.first_share(result), f"at {first_positions_text(sinks)}"
     else:
         first, where = stats.first_position(result), "at the first position"
     attention = percent(float(stats.attention_first(result)))

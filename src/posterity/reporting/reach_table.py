@@ -73,6 +73,8 @@ def window_sentence(result: xr.Dataset, level: float = LEVEL) -> str:
         for name, number in ((name, covered.sel(quantity=name)) for name in QUANTITIES)
     ]
     first = first_positions_text(int(result.attrs["sinks"]))
+    if not enough.any():
+        shares[-1] += f"; no measured window holds {100 * level:g} % of each"
     words = f"{first}{' and ' if first else ''}the latest {window:,} hold {', '.join(shares[:-1])} and {shares[-1]}"
     return f"{words[0].upper()}{words[1:]}."
 
@@ -97,6 +99,6 @@ def _lag(lag: float, error: float) -> str:
 def _notes(result: xr.Dataset) -> tuple[str, ...]:
     error = (
         f"{error_words(result.sizes['document'])} A lag's standard error is half the interval between the lags at "
-        "which the share plus and minus its own reaches the level."
+        "which the share plus and minus its own reaches the level. A window of w tokens holds the lags 0 to w − 1."
     )
     return (*NOTES, error, "All levels, windows and errors: posterity table RUN --kind reach")

@@ -14,7 +14,14 @@ from posterity.reporting.page_figures import page_figures
 from posterity.reporting.reach_chart import reach_tables
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.result_table import RankedHead, rank_heads, row_notes, share_text, summary_rows
-from posterity.reporting.result_words import heading, mean_loss, reading_notes, verdict_sentence
+from posterity.reporting.result_words import (
+    beyond_words,
+    heading,
+    lead_reader,
+    mean_loss,
+    reading_notes,
+    verdict_sentence,
+)
 from posterity.reporting.tables import chart_tables
 from posterity.results.netcdf import portable_value
 from posterity.results.ratios import MIN_WINDOWS
@@ -68,12 +75,15 @@ def _describe(member: NamedResult, readers: Sequence[str]) -> dict:
     result = member.result
     title, *details = heading(result)
     rows = summary_rows(result)
+    shown = readers if len(readers) > 1 else (lead_reader(result),)
     return {
         "name": member.name,
         "model": title,
         "details": details,
         "sentence": verdict_sentence(result),
-        "key_numbers": [(reader_of, key_numbers(result, reader_of)) for reader_of in readers],
+        "key_numbers": [
+            (reader_of, _edges_caption(result, reader_of), key_numbers(result, reader_of)) for reader_of in shown
+        ],
         "rows": rows,
         "notes": [*reading_notes(result), *row_notes(result, rows)],
         "heads": {stream: _extremes(result, rank_heads(result, stream)[::-1]) for stream in STREAMS},
@@ -81,6 +91,14 @@ def _describe(member: NamedResult, readers: Sequence[str]) -> dict:
         "texts": _texts(result),
         "tables": chart_tables(member.over_steps) | reach_tables(result),
     }
+
+
+def _edges_caption(result: xr.Dataset, reader_of: str) -> str:
+    """Say which edges the five numbers are of; "" where a result has no others."""
+    if lead_reader(result) == "all":
+        return ""
+    beyond = beyond_words(result)
+    return f"{beyond[0].upper()}{beyond[1:]}:" if reader_of == "rest" else "Of all edges, the first positions counted:"
 
 
 def _extremes(result: xr.Dataset, heads: list[RankedHead]) -> list[dict | None]:

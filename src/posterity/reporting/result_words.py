@@ -10,6 +10,8 @@ from posterity.results import stats
 from posterity.results.formatting import error_words, left_out_text, percent
 from posterity.results.netcdf import portable_value
 
+EVEN = 0.1  # distance from one half below which a share whose interval covers it is called equal
+UNSETTLED = " (its 95 % interval covers one half)"
 NAMES = 3  # of windows with a large gradient
 TRUSTED = 1e-3  # accounts that disagree by more than this are reported as broken (float32 gives about 1e-6)
 
@@ -25,11 +27,12 @@ class ShareWords:
     small: str
 
     def verdict(self, share: float, error: float, windows: int) -> str:
-        """Return where most of the credit is; undecided if one half lies in the 95 % interval."""
+        """Return where most of the credit is, and whether one half lies in the 95 % interval all the same."""
         margin = float(stats.confidence(error, windows))
-        if abs(share - 0.5) <= (0.0 if math.isnan(margin) else margin):
+        is_open = abs(share - 0.5) <= (0.0 if math.isnan(margin) else margin)
+        if is_open and abs(share - 0.5) <= EVEN:
             return self.even
-        return self.large if share > 0.5 else self.small
+        return (self.large if share > 0.5 else self.small) + (UNSETTLED if is_open else "")
 
 
 EDGES = ShareWords(
@@ -157,7 +160,9 @@ def _share_sentence(result: xr.Dataset, shares: xr.Dataset, kind: ShareWords, na
         key, value = verdicts.values()
         claim = f"{start} credit of the keys{of_model} {kind.verb} {key}, that of the values {value}"
     numbers = [f"{percent(share[stream], error[stream], windows)} ({stream}s)" for stream in streams]
-    part = "" if set(verdicts.values()) == {kind.large} else f" {kind.part}"  # which the verdict names already
+    part = (
+        "" if {verdict.removesuffix(UNSETTLED) for verdict in verdicts.values()} == {kind.large} else f" {kind.part}"
+    )  # which the verdict names already
     return f"{claim}: {' and '.join(numbers)}{part}"
 
 

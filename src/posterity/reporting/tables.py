@@ -11,6 +11,7 @@ from posterity.axes import STREAMS, WRITTEN
 from posterity.reporting.bins import bin_names, position_bins, sum_positions
 from posterity.reporting.module_kinds import shares_by_kind
 from posterity.reporting.result_table import LOSS_PARTS
+from posterity.reporting.result_words import beyond_words, lead_reader
 from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, decimals, horizon_text, number_text, percent, value_with_error
 from posterity.results.steps import latest_step
@@ -51,8 +52,10 @@ def chart_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
 
 
 def _self_shares(result: xr.Dataset) -> NumberTable:
-    shares = stats.shares(result, ("layer",)).sel(side="self")
-    return NumberTable("Self share by layer", ("layer", *STREAMS), _by_layer(result, _percents(result, shares)))
+    shares = stats.shares(result, ("layer",), lead_reader(result)).sel(side="self")
+    return NumberTable(
+        _lead("Self share by layer", result), ("layer", *STREAMS), _by_layer(result, _percents(result, shares))
+    )
 
 
 def _adapters(result: xr.Dataset) -> NumberTable:
@@ -74,13 +77,18 @@ def _adapters(result: xr.Dataset) -> NumberTable:
 
 
 def _training(result: xr.Dataset) -> NumberTable:
-    shares = stats.shares(result).sel(side="self")
-    return NumberTable("Self share by training step", ("step", *STREAMS), _by_step(result, _percents(result, shares)))
+    shares = stats.shares(result, (), _lead_of_steps(result)).sel(side="self")
+    return NumberTable(
+        _lead("Self share by training step", latest_step(result)),
+        ("step", *STREAMS),
+        _by_step(result, _percents(result, shares)),
+    )
 
 
 def _training_own(result: xr.Dataset) -> NumberTable:
-    rows = _by_step(result, _percents(result, stats.loss_shares(result).sel(part="own")))
-    return NumberTable("Share of the own loss by training step", ("step", *WRITTEN), rows)
+    shares = stats.loss_shares(result, (), _lead_of_steps(result)).sel(part="own")
+    caption = _lead("Share of the own loss by training step", latest_step(result))
+    return NumberTable(caption, ("step", *WRITTEN), _by_step(result, _percents(result, shares)))
 
 
 def _training_angle(result: xr.Dataset) -> NumberTable:
@@ -103,7 +111,7 @@ def _loss_parts(result: xr.Dataset, written: str) -> NumberTable:
     rows = []
     pairs = []
     for by in ((), ("layer",)):
-        shares = stats.loss_shares(result, by).sel(written=written)
+        shares = stats.loss_shares(result, by, lead_reader(result)).sel(written=written)
         parts = stats.loss_parts(result, by).sel(written=written)
         small = parts.norm < ROUNDING * parts.norm.max("part")
         pairs = parts.pair.values.tolist()
@@ -114,7 +122,9 @@ def _loss_parts(result: xr.Dataset, written: str) -> NumberTable:
         cosine_cells = format_cells(_two_decimals, np.stack(cosines, -1))
         rows += np.atleast_2d(np.concatenate([_percents(result, shares), cosine_cells], -1)).tolist()
     head = ("layer", *LOSS_PARTS.values(), *(f"cos({pair.replace(' . ', ', ')})" for pair in pairs))
-    return NumberTable(f"Who pays for the {written}s", head, [("all", "", rows[0]), *_by_layer(result, rows[1:])])
+    cosines_of = "; cosines over all positions" if beyond_words(result) else ""
+    caption = f"{_lead(f'Who pays for the {written}s', result)}{cosines_of}"
+    return NumberTable(caption, head, [("all", "", rows[0]), *_by_layer(result, rows[1:])])
 
 
 def _inputs(result: xr.Dataset) -> NumberTable:
@@ -165,18 +175,32 @@ def _curves(result: xr.Dataset, stream: str) -> NumberTable:
     """Return where the horizon curve reaches one half, and the curve, for the model and by layer."""
     rows = []
     for by in ((), ("layer",)):
-        curve = _percents(result, stats.horizon_curve(result, by).sel(stream=stream))
-        reach = _lengths(result, stats.effective_horizon(result, by).sel(stream=stream))
+        curve = _percents(result, stats.horizon_curve(result, by, lead_reader(result)).sel(stream=stream))
+        reach = _lengths(result, stats.effective_horizon(result, by, lead_reader(result)).sel(stream=stream))
         rows += np.atleast_2d(np.concatenate([reach[..., None], curve], -1)).tolist()
     head = ("layer", "effective horizon", *(f"h = {horizon}" for horizon in result.horizon.values))
-    return NumberTable(f"Credit that remains, {stream}", head, [("all", "", rows[0]), *_by_layer(result, rows[1:])])
+    return NumberTable(
+        _lead(f"Credit that remains, {stream}", result), head, [("all", "", rows[0]), *_by_layer(result, rows[1:])]
+    )
 
 
 def _reach(result: xr.Dataset, stream: str) -> NumberTable:
-    strong = ~stats.weak_heads(result)
-    reach = stats.effective_horizon(result, ("layer", "head")).where(strong).sel(stream=stream)
+    strong = ~stats.weak_heads(result, lead_reader(result))
+    reach = stats.effective_horizon(result, ("layer", "head"), lead_reader(result)).where(strong).sel(stream=stream)
     head = ("layer", *(f"head {head}" for head in range(result.sizes["head"])))
-    return NumberTable(f"Effective horizon, {stream}", head, _by_layer(result, _lengths(result, reach).tolist()))
+    return NumberTable(
+        _lead(f"Effective horizon, {stream}", result), head, _by_layer(result, _lengths(result, reach).tolist())
+    )
+
+
+def _lead(caption: str, result: xr.Dataset) -> str:
+    """Say in a caption which edges its numbers are of, where these are not all."""
+    beyond = beyond_words(result)
+    return f"{caption}, {beyond}" if beyond else caption
+
+
+def _lead_of_steps(result: xr.Dataset) -> str:
+    return lead_reader(latest_step(result))
 
 
 def _by_layer(result: xr.Dataset, cells: Iterable[list[str]]) -> list[tuple[str, str, list[str]]]:

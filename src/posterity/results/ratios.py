@@ -151,6 +151,14 @@ def has_reader_axis(result: xr.Dataset) -> bool:
     return set(READER_OF) <= set(result.reader_of.values)
 
 
+def require_lags(result: xr.Dataset) -> None:
+    """Raise InputError unless the bins of lags are fine enough to say where in them something lies."""
+    if (result.lag_end - result.lag > np.maximum(result.lag, 1)).any():
+        raise InputError(
+            'expected a result by lag, which was not measured: measure with lags="octaves" (--lags octaves)'
+        )
+
+
 def sum_readers(values: xr.DataArray, reader_of: str) -> xr.DataArray:
     """Sum over edges by their key: all, those into the first keys of a document, or the rest.
 

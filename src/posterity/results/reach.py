@@ -8,7 +8,8 @@ import xarray as xr
 
 from posterity.axes import QUANTITIES, STREAMS
 from posterity.errors import InputError
-from posterity.results.ratios import describe, ratio, required_variable, sum_over_heads
+from posterity.results.ratios import describe, ratio, require_lags, required_variable, sum_over_heads
+from posterity.results.schema import RESULT
 
 LEVELS = (0.5, 0.9, 0.95, 0.99)
 _BY = ((), ("layer",), ("layer", "kv_head"))
@@ -17,7 +18,7 @@ _BY = ((), ("layer",), ("layer", "kv_head"))
 def reach(
     result: xr.Dataset,
     by: Sequence[str] = ("layer", "kv_head"),
-    levels: Sequence[float] = LEVELS,
+    levels: Sequence[float] | float = LEVELS,
     reader_of: str = "rest",
 ) -> xr.Dataset:
     """Return the lag within which a share of attention, mass and credit lies, and what a window would cover.
@@ -46,17 +47,18 @@ def reach(
     Raises:
         InputError: An argument is none of these; the lags were not measured, or by an earlier version.
     """
+    if not isinstance(result, xr.Dataset):
+        RESULT.check(result)
     if tuple(by) not in _BY or isinstance(by, str):
         raise InputError(f"by expects one of {', '.join(map(repr, _BY))}; got {by!r}")
+    levels = (levels,) if isinstance(levels, int | float) else tuple(levels)
     if not levels or not all(0 < level < 1 for level in levels):
-        raise InputError(f"levels expects shares between 0 and 1; got {levels!r}")
+        got = ", ".join(map(str, levels)) or "none"
+        raise InputError(f"levels expects shares between 0 and 1, such as 0.95; got {got}")
     if reader_of not in ("rest", "all"):
         raise InputError(f"reader_of expects 'rest' or 'all'; got {reader_of!r}")
     moments = required_variable(result, "tail_moment")
-    if (result.lag_end - result.lag > np.maximum(result.lag, 1)).any():
-        raise InputError(
-            'expected a result by lag, which was not measured: measure with lags="octaves" (--lags octaves)'
-        )
+    require_lags(result)
     tails = _tails_of_groups(result, moments) if "kv_head" in by else _tails_of_documents(result, by)
     share, error = (_append_zero(tails[f"{reader_of}_{kind}"]) for kind in ("share", "error"))
     middle, early, late = (_reach_levels(result, x, levels) for x in (share, share - error, share + error))

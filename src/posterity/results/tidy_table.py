@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from posterity.axes import READER_OF
+from posterity.axes import READER_OF, WRITTEN
 from posterity.errors import InputError
 from posterity.results import stats
 from posterity.results.audit_schema import AUDIT
@@ -72,8 +72,9 @@ def table(dataset: xr.Dataset, kind: str, by: Sequence[str] | None = None) -> pd
         `quantity` and the labels of a row (layer, head, stream, lag, ...), among them `reader_of`: "all" edges, those
         into the "first" keys of a document, or the "rest" (not in files of earlier versions). `value`; its standard
         `error` over windows, NaN where there is none; `units`; `weak`: True where a value is not known, a share's error
-        is above `stats.MAX_ERROR`, or a head's credit is too small or too uncertain to report (`stats.weak_heads`). An
-        audit has `baseline` too, what counting or chance predicts. Heads that a layer lacks have no rows.
+        is above `stats.MAX_ERROR`, a lag's error above the lag, or a head's credit is too small or too uncertain to
+        report (`stats.weak_heads`). An audit has `baseline` too, what counting or chance predicts. Heads that a layer
+        lacks have no rows.
 
     Raises:
         InputError: An unknown kind; one that was not measured, naming the option that measures it; one that another
@@ -163,16 +164,18 @@ def _profile(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
 def _reach(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
     for reader_of in ("all", "rest"):
         reach = stats.reach(result, by, reader_of=reader_of).rename(quantity="measure")
-        yield Quantity("lag within which the level lies", _label_readers(reach.lag, reader_of), reach.error)
+        uncertain = reach.error > reach.lag.clip(min=1)
+        yield Quantity("lag within which the level lies", _label_readers(reach.lag, reader_of), reach.error, uncertain)
     covered = _label_readers(reach.covered, "all")
     yield Quantity("share of the first positions and the window", covered, reach.covered_error)
 
 
 def _sinks(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
-    if stats.has_reader_axis(result):
-        yield _share(result, "share of the credit at the first positions", stats.first_share(result, by))
+    if stats.has_reader_axis(result) and result.attrs.get("sinks") != 0:
+        yield _share(result, "share of the credit of edges into the first positions", stats.first_share(result, by))
         yield Quantity("share of the attention on the first positions", stats.first_attention(result, by))
-    yield _share(result, "share of the credit at position 0", stats.first_position(result, by))
+    first = stats.first_position(result, by).sel(stream=list(WRITTEN))  # a query at position 0 has no choice
+    yield _share(result, "share of the credit at position 0", first)
     yield Quantity("mean attention weight on position 0", stats.attention_first(result, by))
 
 
@@ -212,7 +215,7 @@ def _weak_heads(result: xr.Dataset, values: xr.DataArray) -> xr.DataArray | bool
     """Return which heads are weak, for numbers by head; for keys and values those of `written` are meant."""
     if "head" not in values.dims:
         return False
-    weak = stats.weak_heads(result)
+    weak = stats.weak_heads(result, str(values.coords.get("reader_of", xr.DataArray("all")).values))
     return weak.sel(stream=values.written).drop_vars("stream") if "written" in values.dims else weak
 
 
