@@ -18,6 +18,10 @@ from posterity.results.formatting import horizon_text, percent
 ANCHORS = {"answer", "charts", "more", "heads", "how", "data", "plotly", "waiting", "head-choice", "head-numbers"}
 
 
+BEYOND = ", beyond the first 4 positions"
+COSINES = f"{BEYOND}; cosines over all positions"
+
+
 def pooled(part, whole) -> tuple[np.ndarray, np.ndarray]:
     """Ratio of the sums over windows, the first axis, and its standard error, in plain numpy."""
     n, share = len(whole), part.sum(0) / whole.sum(0)
@@ -121,13 +125,13 @@ def test_the_figures_of_the_horizons_hold_the_numbers_of_plain_numpy(paid):
 
 
 def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
-    captions, share = tables(page(paid)), stats.loss_shares(paid, ("layer",))
+    captions, share = tables(page(paid)), stats.loss_shares(paid, ("layer",), "rest")
     cosine = stats.loss_parts(paid, ("layer",)).cosine
     for written in WRITTEN:
-        head, everything, *layers = captions[f"Who pays for the {written}s"]
+        head, everything, *layers = captions[f"Who pays for the {written}s{COSINES}"]
         assert head[1:4] == ["own loss", "self edge, later losses", "future edges"]
-        assert everything[1] == percent(*(float(stats.loss_shares(paid)[name].sel(written=written, part="own"))
-                                          for name in ("share", "error")), windows=5)  # fmt: skip
+        own = stats.loss_shares(paid, (), "rest").sel(written=written, part="own")
+        assert everything[1] == percent(float(own.share), float(own.error), windows=5)
         for layer, row in enumerate(layers):
             numbers = share.sel(layer=layer, written=written)
             assert row[0] == str(layer)
@@ -143,16 +147,17 @@ def test_the_tables_of_who_pays_show_the_derived_numbers(paid):
     row = next(row for row in captions["Share of the whole credit by position"] if row[0] == "16–18")
     later = float(by_position.sel(part=["self later", "future"]).sum())
     assert row[3:] == [percent(float(by_position.sel(part="own"))), percent(later)]
-    curve, reach = stats.horizon_curve(paid, ("layer",)), stats.effective_horizon(paid, ("layer",))
+    curve, reach = (f(paid, ("layer",), "rest") for f in (stats.horizon_curve, stats.effective_horizon))
     for stream in STREAMS:
-        for layer, row in enumerate(captions[f"Credit that remains, {stream}"][2:]):
+        for layer, row in enumerate(captions[f"Credit that remains, {stream}{BEYOND}"][2:]):
             numbers = curve.sel(layer=layer, stream=stream)
             length = float(reach.sel(layer=layer, stream=stream))
             assert row[1] == horizon_text(length, 1, 32)
             assert row[2:] == [percent(*map(float, pair), 5) for pair in zip(numbers.share, numbers.error, strict=True)]
-        heads = [row[1:] for row in captions[f"Effective horizon, {stream}"][1:]]
+        heads = [row[1:] for row in captions[f"Effective horizon, {stream}{BEYOND}"][1:]]
         assert [cell == "> 32 tokens" for cell in heads[0]] == [
-            bool(far) for far in np.isinf(stats.effective_horizon(paid, ("layer", "head")).sel(layer=0, stream=stream))
+            bool(far)
+            for far in np.isinf(stats.effective_horizon(paid, ("layer", "head"), "rest").sel(layer=0, stream=stream))
         ]
         assert heads[3][2] == "–"
     kinds = captions["Own share"]
@@ -167,9 +172,9 @@ def test_the_cosine_of_a_part_that_is_rounding_is_not_shown(paid):
     last.loss_gram.loc[{"layer": 3, "pair": "self later"}] *= 1e-14
     last.loss_gram.loc[{"layer": 3, "pair": ["own . self later", "self later . future"]}] *= 1e-7
     assert np.isfinite(stats.loss_parts(last, ("layer",)).cosine).all()
-    row = tables(page(last))["Who pays for the keys"][-1]
+    row = tables(page(last))[f"Who pays for the keys{COSINES}"][-1]
     assert [cell == "–" for cell in row[4:]] == [True, False, True]
-    assert "–" not in tables(page(last))["Who pays for the keys"][-2]
+    assert "–" not in tables(page(last))[f"Who pays for the keys{COSINES}"][-2]
 
 
 def test_pages_show_only_what_was_measured(plain, paid):
@@ -196,7 +201,7 @@ def test_pages_show_only_what_was_measured(plain, paid):
 def test_one_window_has_who_pays_without_errors():
     text = page(sample(documents=1, losses=True, horizons=(1, 8), parameters=PARAMETERS))
     captions = tables(text)
-    for caption in ("Who pays for the keys", "Credit that remains, value", "Own share"):
+    for caption in (f"Who pays for the keys{COSINES}", f"Credit that remains, value{BEYOND}", "Own share"):
         assert all("±" not in cell and cell != "–" for row in captions[caption][1:] for cell in row[1:])
     assert not [name for name in traces(text, "horizons", 1) if name.endswith((" low", " high"))]
     assert all("±" not in cell for bar in traces(text, "loss_parts").values() for cell in bar["customdata"])
@@ -208,7 +213,7 @@ def test_who_pays_of_numbers_that_are_not_known_is_not_known(paid):
                  "parameter_by_document"):  # fmt: skip
         broken[name][:] = np.nan
     text = page(broken)
-    assert {cell for row in tables(text)["Who pays for the keys"][1:] for cell in row[1:]} == {"–"}
+    assert {cell for row in tables(text)[f"Who pays for the keys{COSINES}"][1:] for cell in row[1:]} == {"–"}
     assert not re.search(r"\bnan\b|NaN|Infinity", text.replace(packed_plotly(), "").split("<script>")[0])
 
 

@@ -77,18 +77,13 @@ def _adapters(result: xr.Dataset) -> NumberTable:
 
 
 def _training(result: xr.Dataset) -> NumberTable:
-    shares = stats.shares(result, (), _lead_of_steps(result)).sel(side="self")
-    return NumberTable(
-        _lead("Self share by training step", latest_step(result)),
-        ("step", *STREAMS),
-        _by_step(result, _percents(result, shares)),
-    )
+    shares = stats.shares(result).sel(side="self")
+    return NumberTable("Self share by training step", ("step", *STREAMS), _by_step(result, _percents(result, shares)))
 
 
 def _training_own(result: xr.Dataset) -> NumberTable:
-    shares = stats.loss_shares(result, (), _lead_of_steps(result)).sel(part="own")
-    caption = _lead("Share of the own loss by training step", latest_step(result))
-    return NumberTable(caption, ("step", *WRITTEN), _by_step(result, _percents(result, shares)))
+    rows = _by_step(result, _percents(result, stats.loss_shares(result).sel(part="own")))
+    return NumberTable("Share of the own loss by training step", ("step", *WRITTEN), rows)
 
 
 def _training_angle(result: xr.Dataset) -> NumberTable:
@@ -197,10 +192,6 @@ def _lead(caption: str, result: xr.Dataset) -> str:
     """Say in a caption which edges its numbers are of, where these are not all."""
     beyond = beyond_words(result)
     return f"{caption}, {beyond}" if beyond else caption
-
-
-def _lead_of_steps(result: xr.Dataset) -> str:
-    return lead_reader(latest_step(result))
 
 
 def _by_layer(result: xr.Dataset, cells: Iterable[list[str]]) -> list[tuple[str, str, list[str]]]:
