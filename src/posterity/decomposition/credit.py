@@ -26,9 +26,8 @@ from posterity.decomposition.first_keys import SINKS, FirstKeys, Spans
 from posterity.decomposition.lag_sums import LagSums, Scratch, sum_by_lag
 from posterity.errors import InputError, NotFiniteError
 from posterity.ops.attention import Backward
-from posterity.ops.mask import Tile
 from posterity.ops.precision import dot, working_dtype
-from posterity.ops.scores import self_edges, single_edge
+from posterity.ops.scores import self_edges
 
 EXACT_LAGS = 16  # lags below this have a bin each; beyond, four bins an octave
 EXACT_POSITIONS = 512  # positions likewise, by default at most
@@ -191,8 +190,9 @@ def pass_credit(
     edges = bins.sum(torch.stack((first_edges, edges - first_edges), 1))
     first_sides = torch.stack((first.credit[..., 0], first.credit[..., 1:].sum(-1)), -1).movedim(0, 2)
     by_side = torch.stack((first_sides, by_position.sum(-1) - first_sides), -2)
+    attention_first = FirstKeys.of(back, 1, spans).sum_by_lag(back).attention.sum(-1)
     positions = _shift_to_first_token(by_position, back) if spans is None else restart_positions(by_position, spans)
-    return PassCredit(credit, mass, attention, edges, by_side, positions, _attention_first(back, spans))
+    return PassCredit(credit, mass, attention, edges, by_side, positions, attention_first)
 
 
 def _bin(sums: LagSums, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,30 +229,6 @@ def restart_positions(x: Float[Tensor, "batch *rest position"], spans: Spans) ->
         for span in row_spans:
             row_sums[..., : span.stop - span.start] += row[..., span]
     return sums
-
-
-def _attention_first(back: Backward, spans: Spans | None) -> Float[Tensor, "batch head"]:
-    """Return the attention on the first key of each document, padding left aside, summed over queries."""
-    length, device = back.lse.shape[2], back.lse.device
-    if spans is None:
-        columns = back.mask.first_columns(length) or [0] * len(back.lse)
-        tiles = [[(slice(0, length), column)] for column in columns]
-        first = torch.tensor(columns, device=device)[:, None]
-    else:
-        tiles = [[(span, span.start) for span in row] for row in spans]
-        first = torch.cat([torch.full((span.stop - span.start,), span.start) for row in spans for span in row])
-        first = first.view(len(spans), length).to(device)
-    key = torch.stack([x[:, columns] for x, columns in zip(back.key, first, strict=True)])
-    bias = back.bias
-    if bias is not None:
-        bias = bias.expand(len(first), -1, length, length)
-        bias = bias.gather(-1, first[:, None, :, None].expand(*bias.shape[:3], 1)).squeeze(-1)
-    weight, _ = single_edge(back.query, back.repeat(key), back.lse, back, bias)
-    for document, row in enumerate(tiles):
-        for rows, column in row:
-            tile = Tile(rows, slice(column, column + 1), 0, back.mask.plain)
-            back.mask.fill_(weight[document, :, rows, None], tile, 0.0, document)
-    return _reader_weights(weight, back).sum(-1, dtype=torch.float64)
 
 
 def _shift_to_first_token(

@@ -14,6 +14,7 @@ from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.tables import NumberTable, format_cells
 from posterity.reporting.traces import line, points
 from posterity.results.formatting import UNKNOWN, percent, tokens_text
+from posterity.results.ratios import has_fine_lags
 from posterity.results.stats import reach, uncertainty
 
 LEVELS = (0.5, 0.9, 0.99)
@@ -22,9 +23,8 @@ QUANTITIES = {"attention": ATTENTION, "key credit": OTHER, "value credit": SELF}
 
 def has_lags(result: xr.Dataset) -> bool:
     """Return whether a result has what `reach` needs: documents by lag, in bins that are not wider than their lags."""
-    wide = result.lag_end - result.lag > np.maximum(result.lag, 1)
     measured = "attention_by_document" in result and "tail_moment" in result and result.sizes["lag"] > 1
-    return measured and not bool(wide.any())
+    return measured and has_fine_lags(result)
 
 
 def draw_reach(group: ResultGroup) -> PanelGrid:

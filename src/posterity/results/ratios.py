@@ -151,9 +151,14 @@ def has_reader_axis(result: xr.Dataset) -> bool:
     return set(READER_OF) <= set(result.reader_of.values)
 
 
+def has_fine_lags(result: xr.Dataset) -> bool:
+    """Return whether the bins of lags are fine enough to say where in them something lies."""
+    return not bool((result.lag_end - result.lag > np.maximum(result.lag, 1)).any())
+
+
 def require_lags(result: xr.Dataset) -> None:
-    """Raise InputError unless the bins of lags are fine enough to say where in them something lies."""
-    if (result.lag_end - result.lag > np.maximum(result.lag, 1)).any():
+    """Raise InputError unless the bins of lags are fine enough (`has_fine_lags`)."""
+    if not has_fine_lags(result):
         raise InputError(
             'expected a result by lag, which was not measured: measure with lags="octaves" (--lags octaves)'
         )
