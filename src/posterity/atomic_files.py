@@ -9,9 +9,19 @@ from pathlib import Path
 
 from posterity.errors import InputError
 
+ENDINGS = {"result": (".nc",), "page": (".html", ".htm")}  # tables have those that pandas and TeX know
 
-def check_output_path(path: str | os.PathLike[str]) -> Path:
-    """Return the real path of an output file, or raise InputError with the reason if it cannot be written there."""
+
+def check_output_path(path: str | os.PathLike[str], kind: str = "") -> Path:
+    """Return the real path of an output file.
+
+    Args:
+        path: The file.
+        kind: "result" or "page", whose files have one of `ENDINGS`; empty for any other.
+
+    Raises:
+        InputError: It cannot be written there, with the reason, or its name ends otherwise than files of its kind.
+    """
     name = os.fspath(path)
     try:
         target = Path(os.path.realpath(name))
@@ -20,6 +30,10 @@ def check_output_path(path: str | os.PathLike[str]) -> Path:
         target, reason = Path(), getattr(error, "strerror", None) or str(error)
     if reason is not None:
         raise InputError(f"{name!r}: expected a path where a file can be written, but {reason}; choose another path")
+    endings = ENDINGS.get(kind, ())
+    if endings and Path(name).suffix.lower() not in endings:
+        example = Path(name).with_suffix(endings[0])
+        raise InputError(f"expected a {kind} that ends in {endings[0]}; got {name}: name it {example}")
     return target
 
 

@@ -255,7 +255,7 @@ def test_the_command_packs_and_the_table_says_so(tmp_path, monkeypatch):
     command = ["measure", "tiny", str(path), "--context", str(2 * size + 1)]
     out = CliRunner().invoke(app, command)
     assert out.exit_code == 2
-    assert "pack them (--pack)" in " ".join(out.stderr.split())
+    assert "pack them: pack=True (--pack)" in " ".join(out.stderr.split())
     out = CliRunner().invoke(app, [*command, "--pack"])
     assert out.exit_code == 0, out.stderr
     text = " ".join(out.stdout.split())

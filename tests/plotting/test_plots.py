@@ -24,6 +24,7 @@ from posterity.results import stats
 from posterity.results.steps import join_steps
 
 LAYERS = ("layer",)
+WINDOWS = 5  # of `sample`
 TOKENS = ["The", " cost", " is", " $5", " or", "", " \u4e2d", " $6", "."]
 
 
@@ -44,7 +45,7 @@ def inspected():
 
 
 def assert_lines(ax, expected):
-    """Compare the lines of a legend, and the bands around them, with x, value and error by label."""
+    """Compare the lines of a legend, and the bands around them, with x, value and standard error by label."""
     lines = {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
     assert set(lines) == set(expected)
     bands = {to_hex(band.get_facecolor()[0]): band for band in ax.collections if isinstance(band, PolyCollection)}
@@ -54,7 +55,8 @@ def assert_lines(ax, expected):
         if error is None:
             continue
         points = bands.pop(to_hex(lines[label].get_color())).get_paths()[0].vertices
-        for bound in (value - error, value + error):
+        half = stats.uncertainty(error, WINDOWS)
+        for bound in (value - half, value + half):
             for point in zip(np.asarray(x, float), bound.values, strict=True):
                 assert np.isclose(points, point, rtol=1e-12, atol=1e-15).all(1).any()
     assert not bands
@@ -101,6 +103,10 @@ def test_lags_are_added_up(result, reader_of):
     assert ax.get_xlabel() == f"lag (tokens){WORDS[reader_of]}"
 
 
+def test_two_windows_have_no_band():
+    assert not plot.lags(sample(documents=2)).collections
+
+
 @pytest.mark.parametrize(("stream", "level"), [("key", 0.5), ("value", 0.9)])
 def test_the_reach_shows_attention_mass_and_credit(result, stream, level):
     reach = stats.reach(result, LAYERS, (level,)).sel(level=level)
@@ -114,7 +120,8 @@ def test_the_reach_shows_attention_mass_and_credit(result, stream, level):
         np.testing.assert_array_equal(line.get_xdata(), x)
         np.testing.assert_array_equal(line.get_ydata(), lag)
         points = np.concatenate([band.get_paths()[0].vertices for band in ax.collections])
-        for bound in (lag - error, lag + error):
+        half = stats.uncertainty(error, WINDOWS)
+        for bound in (lag - half, lag + half):
             assert {*zip(x.values.astype(float), bound.values, strict=True)} <= {*map(tuple, points)}
     assert ax.get_ylabel() == f"{100 * level:g} % within this lag (tokens)"
 

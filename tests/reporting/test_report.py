@@ -118,10 +118,10 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
 
 
 def test_a_page_does_not_take_the_place_of_its_result(tmp_path, plain):
-    save(plain, tmp_path / "run.nc")
+    result = save(plain, tmp_path / "run.nc").rename(tmp_path / "run.html")
     with pytest.raises(InputError, match="would take the place of the result"):
-        report(tmp_path / "run.nc", tmp_path / "." / "run.nc")
-    assert load(tmp_path / "run.nc").identical(plain)
+        report(result, tmp_path / "." / "run.html")
+    assert load(result).identical(plain)
 
 
 def test_escaped_json_means_the_same():

@@ -1,6 +1,7 @@
 """Laws of the result: its schema, its file, and how files are written."""
 
 import errno
+import re
 import resource
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from support.sample import sample
 from posterity import atomic_files
 from posterity.atomic_files import check_output_path, write_atomically
 from posterity.errors import InputError
+from posterity.reporting.report import report
 from posterity.results import schema
 from posterity.results.files import load, save
 from posterity.results.schema import RESULT
@@ -275,6 +277,16 @@ def test_a_path_that_cannot_be_written_is_refused_with_the_reason(tmp_path, monk
     monkeypatch.setattr(atomic_files.os, "access", lambda path, mode: False)
     with pytest.raises(InputError, match="write-protected"):
         check_output_path(tmp_path / "run.nc")
+
+
+@pytest.mark.parametrize("write", [save, report])
+def test_a_path_with_the_ending_of_something_else_is_refused(tmp_path, monkeypatch, plain, write):
+    monkeypatch.chdir(tmp_path)
+    kind, ending, other = ("result", ".nc", "run.html") if write is save else ("page", ".html", "run.nc")
+    message = re.escape(f"expected a {kind} that ends in {ending}; got {other}: name it run{ending}")
+    with pytest.raises(InputError, match=message):
+        write(plain, other)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_check_of_a_path_leaves_no_trace(tmp_path):

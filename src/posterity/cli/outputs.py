@@ -25,7 +25,6 @@ SIGNATURES = {  # the first bytes of each kind of file
     "parquet": b"PAR1",
     "latex": b"\\begin{tabular}",
 }
-ENDINGS = {"result": (".nc",), "page": (".html", ".htm")}
 STATE_SUFFIXES = (".safetensors", ".nc")
 
 
@@ -43,17 +42,12 @@ def check_outputs(
         if real_path(path) in taken:
             raise InputError(f"cannot write {path}: it {taken[real_path(path)]}; choose another file for the output")
         taken[real_path(path)] = "is the other output"
-        check_output_path(path)
+        check_output_path(path, kind)
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as file:
                 if not file.read(16).lower().startswith(SIGNATURES[kind].lower()):
                     noun = kind if kind in ("result", "page") else f"{kind} table of posterity"
                     raise InputError(f"cannot write {path}: what is there is no {noun}; choose another file")
-    for kind, path in ((output_kind, output), ("page", report)):
-        endings = ENDINGS.get(kind)  # tables have the endings that pandas and TeX know, or others
-        if path is not None and endings is not None and path.suffix.lower() not in endings:
-            ending = endings[0]
-            raise InputError(f"expected a {kind} that ends in {ending}; got {path}: name it {path.with_suffix(ending)}")
 
 
 def real_path(path: Any) -> str:

@@ -155,7 +155,8 @@ def read_corpus(
         left_out.add(number, rest)
         left_out.longest = max(left_out.longest, len(tokens.ids) + len(tokens.front(0)))
     if not rows.rows:
-        raise InputError(left_out.reason(context, pack, "" if pack or not conversations else ", or pack them (--pack)"))
+        advice = ", or pack them: pack=True (--pack)" if conversations and not pack else ""
+        raise InputError(left_out.reason(context, pack, advice))
     windows = [Window.pack([window for _, window in row]) for row in rows.rows[:limit]]
     return Corpus(windows, left_out.coverage(rows))
 
@@ -215,12 +216,12 @@ class _LeftOut:
         if any(without_answers for _, _, without_answers in self.parts):
             return (
                 f"expected an answer in at least one window of {context} tokens; the {count} conversations given have "
-                "none: raise the context (--context) or give other conversations"
+                "none: raise `context` (--context) or give other conversations"
             )
         least = SHORTEST if pack else context
         return (
             f"expected at least one document of {least} tokens; the longest of {count} given has {self.longest}: "
-            f"give a longer text, or lower the context (--context){advice}"
+            f"give a longer text, or lower `context` (--context){advice}"
         )
 
     def coverage(self, rows: PackedRows[Window]) -> Coverage:

@@ -171,7 +171,7 @@ def fold(
     if len(windows) < 3:
         raise InputError(
             f"fold expects three windows of {context} tokens at least (to price heads, choose how many, judge); "
-            f"got {len(windows)}: give a longer text, or lower the context (--context)"
+            f"got {len(windows)}: give a longer text, or lower `context` (--context)"
         )
     pricing, selection, held_out = split_windows([window.ids for window in windows], limit)
     with watch_model(inner) as watch:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentF
 from posterity.errors import InputError
 from posterity.palette import AXIS, COUNT, INK, Scale
 from posterity.results.formatting import first_positions_text
-from posterity.results.stats import has_reader_axis
+from posterity.results.stats import has_reader_axis, uncertainty
 
 COLUMN = 3.3  # inches: the width of one column of a paper
 STYLE: dict[Any, Any] = {
@@ -83,11 +83,14 @@ def plain_text(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def draw_line(ax: Axes, x: Any, value: xr.DataArray, error: xr.DataArray, color: str, label: str, **style: Any) -> None:
-    """Draw a line, and a band of one standard error on both sides where it is known."""
+def draw_line(
+    ax: Axes, x: Any, value: xr.DataArray, error: xr.DataArray, windows: int, color: str, label: str, **style: Any
+) -> None:
+    """Draw a line, and on both sides a band of its uncertainty over so many windows (`stats.uncertainty`)."""
     ax.plot(x, value, color=color, label=label, **style)
-    if error.notnull().any():
-        ax.fill_between(x, value - error, value + error, color=color, alpha=0.2, linewidth=0)
+    half = uncertainty(error, windows)
+    if half.notnull().any():
+        ax.fill_between(x, value - half, value + half, color=color, alpha=0.2, linewidth=0)
 
 
 def draw_cells(ax: Axes, values: xr.DataArray, **style: Any) -> Any:

@@ -83,14 +83,14 @@ def plot_lags(result: xr.Dataset, ax: Axes | None = None, *, reader_of: str | No
     result = latest_step(RESULT.check(result))
     reader_of, words = choose_readers(result, reader_of)
     require_lags(result)
-    profile = stats.cumulative_profile(result, (), reader_of)
+    profile, windows = stats.cumulative_profile(result, (), reader_of), result.sizes["document"]
     with axes_to_draw(ax, 2.5) as axes:
         for level in (0.5, 0.9):
             draw_level(axes, level)
         lag = profile.lag_end.values
         for stream, colour in STREAM.items():
             credit = profile.sel(stream=stream)
-            draw_line(axes, lag, credit.share, credit.error, colour, f"{stream} credit")
+            draw_line(axes, lag, credit.share, credit.error, windows, colour, f"{stream} credit")
         axes.plot(lag, profile.attention, label="attention", **ATTENTION)
         axes.plot(lag, profile.counted, label="edges, counted", **COUNTED)
         show_powers(axes, "x", int(lag[-1]))
@@ -118,7 +118,7 @@ def plot_reach(result: xr.Dataset, ax: Axes | None = None, *, stream: str = "val
     """
     result = latest_step(RESULT.check(result))
     check_choice("stream", stream, STREAMS)
-    reach = stats.reach(result, ("layer",), (level,)).sel(level=level)
+    reach, windows = stats.reach(result, ("layer",), (level,)).sel(level=level), result.sizes["document"]
     styles = {
         "attention": ATTENTION,
         f"{stream} mass": {"color": STREAM[stream], "linestyle": (0, (4, 2))},
@@ -127,7 +127,7 @@ def plot_reach(result: xr.Dataset, ax: Axes | None = None, *, stream: str = "val
     with axes_to_draw(ax, 2.4) as axes:
         for quantity, style in styles.items():
             lags = reach.sel(quantity=quantity)
-            draw_line(axes, reach.layer, lags.lag, lags.error, label=quantity, **style)
+            draw_line(axes, reach.layer, lags.lag, lags.error, windows, label=quantity, **style)
         show_whole_numbers(axes.xaxis)
         show_powers(axes, "y", int(result.lag_end[-1]))
         _, words = choose_readers(result, "rest")
@@ -156,12 +156,14 @@ def plot_sinks(result: xr.Dataset, ax: Axes | None = None) -> Axes:
     else:  # the credit of queries stands there at the position that reads
         share, attention, streams = stats.first_position, stats.attention_first, WRITTEN
         place, label = "position 0", "mean attention weight"
-    shares, weights = share(result, ("layer",)), attention(result, ("layer",))
+    shares, weights, windows = share(result, ("layer",)), attention(result, ("layer",)), result.sizes["document"]
     with axes_to_draw(ax, 2.3) as axes:
         draw_level(axes, 0)
         for stream in streams:
             credit = shares.sel(stream=stream)
-            draw_line(axes, shares.layer, credit.share, credit.error, STREAM[stream], f"{stream} credit", marker="o")
+            draw_line(
+                axes, shares.layer, credit.share, credit.error, windows, STREAM[stream], f"{stream} credit", marker="o"
+            )
         axes.plot(weights.layer, weights, label=label, **ATTENTION)
         show_whole_numbers(axes.xaxis)
         show_percents(axes.yaxis)

@@ -53,12 +53,12 @@ def plot_losses(
     result = latest_step(RESULT.check(result))
     check_choice("written", written, WRITTEN)
     reader_of, words = choose_readers(result, reader_of)
-    shares = stats.loss_shares(result, ("layer",), reader_of).sel(written=written)
+    shares, windows = stats.loss_shares(result, ("layer",), reader_of).sel(written=written), result.sizes["document"]
     with axes_to_draw(ax, 2.2) as axes:
         draw_level(axes, 0)
         for part, (label, colour, marker) in PARTS.items():
             share = shares.sel(part=part)
-            draw_line(axes, shares.layer, share.share, share.error, colour, label, marker=marker)
+            draw_line(axes, shares.layer, share.share, share.error, windows, colour, label, marker=marker)
         show_whole_numbers(axes.xaxis)
         show_percents(axes.yaxis)
         axes.set(xlabel=f"layer{words}", ylabel=f"share of the {written} credit")
@@ -79,12 +79,12 @@ def plot_horizon(result: xr.Dataset, ax: Axes | None = None, *, reader_of: str |
     """
     result = latest_step(RESULT.check(result))
     reader_of, words = choose_readers(result, reader_of)
-    curve = stats.horizon_curve(result, (), reader_of)
+    curve, windows = stats.horizon_curve(result, (), reader_of), result.sizes["document"]
     with axes_to_draw(ax, 2.2) as axes:
         draw_level(axes, 0.5)
         for stream, marker in zip(STREAMS, "os^", strict=True):
             share = curve.sel(stream=stream)
-            draw_line(axes, curve.horizon, share.share, share.error, STREAM[stream], stream, marker=marker)
+            draw_line(axes, curve.horizon, share.share, share.error, windows, STREAM[stream], stream, marker=marker)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(curve.horizon.values))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))

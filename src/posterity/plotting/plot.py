@@ -2,8 +2,9 @@
 
 Each function takes a result and `ax=None`, and returns the axes. Without axes it makes a figure of a column's width
 (3.3 inches) whose text stays text in PDF, PS and SVG files: `plot.lags(result).figure.savefig("lags.pdf")`. With axes,
-sizes and fonts are those of their figure. Of a result of several training steps the last one is drawn. Bands and bars
-are one standard error over windows; there are none for one window.
+sizes and fonts are those of their figure. Of a result of several training steps the last one is drawn. Bands are what
+tables print behind the ± (`posterity.stats.uncertainty`): one standard error over windows, half the 95 % interval for 3
+to 7 windows, nothing for fewer. The bars of an audit are one standard error.
 """
 
 from posterity.plotting.audit_plot import plot_audit as audit

@@ -58,17 +58,17 @@ def report(
     Args:
         result: One result or several; one audit; one comparison. A Dataset or a file of one. Or a dict of results by
             the names that they have in the page.
-        path: Where the page is written, whole or not at all.
+        path: Where the page is written, whole or not at all; its name ends in .html.
         labels: The names of the results in the page, in place of their models, texts and files.
 
     Returns:
         The path; without one the page itself, which a notebook shows.
 
     Raises:
-        InputError: A path that cannot be written or would take the place of a result; what is no result; labels that
-            are not as many as the results, or equal.
+        InputError: A path that cannot be written, ends otherwise or would take the place of a result; what is no
+            result; labels that are not as many as the results, or equal.
     """
-    target = None if path is None else check_output_path(path)
+    target = None if path is None else check_output_path(path, "page")
     sources, labels = _name_sources(result, labels)
     files = [
         os.path.realpath(source)

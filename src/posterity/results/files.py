@@ -21,16 +21,16 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
 
     Args:
         dataset: What `posterity.measure`, `audit` or `compare` returned.
-        path: The file; replaced if it exists.
+        path: The file, whose name ends in .nc; replaced if it exists.
 
     Returns:
         The path.
 
     Raises:
-        InputError: The Dataset is none of the three, or not a valid one; the file cannot be written.
+        InputError: The Dataset is none of the three, or not a valid one; the file cannot be written, or ends otherwise.
     """
     kind = KINDS.get(kind_name(dataset), RESULT)
-    target = check_output_path(path)
+    target = check_output_path(path, "result")
     write_atomically(target, pack(kind.check(dataset)))
     return Path(path)
 

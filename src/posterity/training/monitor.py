@@ -65,7 +65,7 @@ class Monitor(TrainerCallback):
             raise InputError(f"Monitor expects to measure every 1 steps or more; got {every}")
         self.every, self.output = every, None if output is None else Path(output)
         if self.output is not None:
-            check_output_path(self.output)
+            check_output_path(self.output, "result")
         self.documents, self.tokenizer, self.context, self.limit = documents, tokenizer, context, limit
         self.horizons, self.layers = tuple(horizons), layers
         self.results: dict[int, xr.Dataset] = {}
