@@ -9,7 +9,7 @@ from timing import console, median_ratio, processor, seconds
 
 from posterity import attention
 from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
-from posterity.decomposition.lag_sums import Scratch
+from posterity.decomposition.sweep import Scratch
 from posterity.ops.fused_kernels import CPU
 
 SHAPES = tuple(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.attention_cases import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case
+from support.attention_cases import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case, run_backward
 from support.reference import allowed_pairs, by_lag, dense_account
 
 from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
@@ -11,13 +11,6 @@ from posterity.decomposition.participation import participation_ratio
 from posterity.errors import InputError
 from posterity.ops.attention import attention
 from posterity.ops.mask import Mask
-
-
-def run_backward(query, key, value, grad, **options):
-    """Return the `Backward` of one call."""
-    passes = []
-    attention(query, key, value, 0.7, observe=passes.append, **options).backward(grad)
-    return passes[0]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -274,7 +267,7 @@ def test_a_pass_over_part_of_a_sequence_is_refused():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_masks_that_differ_between_heads_are_swept_right_when_heads_are_swept_in_parts(threads, monkeypatch):
     monkeypatch.setattr(
-        "posterity.decomposition.lag_sums._SCRATCH_BYTES", {"cpu": 1.0}
+        "posterity.decomposition.sweep._SCRATCH_BYTES", {"cpu": 1.0}
     )  # as many heads at once as there are threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     length, heads, folded = 21, 5, [1, 4]

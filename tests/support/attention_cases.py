@@ -3,6 +3,7 @@
 import torch
 from support.reference import allowed_pairs
 
+from posterity.ops.attention import attention
 from posterity.ops.mask import Mask
 
 LENGTHS = (1, 3, 7, 8, 9, 16, 21)
@@ -46,3 +47,10 @@ BIASES = {  # of a batch of two and so many positions
     "by document and query": lambda length: (2, 1, length, 1),
     "one number": lambda length: (1, 1, 1, 1),
 }
+
+
+def run_backward(query, key, value, grad, **options):
+    """Return the `Backward` of one call, with a scale of 0.7."""
+    passes = []
+    attention(query, key, value, 0.7, observe=passes.append, **options).backward(grad)
+    return passes[0]

@@ -11,7 +11,7 @@ whole gradient that it helped to make, its mass the norm of the term (docs/metho
 dk_j and dv_j are the gradients of the key and value themselves, summed over the query heads that share them. Credits of
 all edges therefore add up to the squared norms of the gradients that autograd computes: the ledger balances.
 
-The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are swept, block by block (lag_sums.py), those
+The self edges are elementwise work: a_ii = exp(s_ii - lse_i). All others are swept, block by block (sweep.py), those
 into the first keys of a document apart (first_keys.py).
 """
 
@@ -23,7 +23,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from posterity.decomposition.first_keys import SINKS, FirstKeys, Spans
-from posterity.decomposition.lag_sums import LagSums, Scratch, sum_by_lag
+from posterity.decomposition.lag_sums import LagSums, sum_by_lag
+from posterity.decomposition.sweep import Scratch
 from posterity.errors import InputError, NotFiniteError
 from posterity.ops.attention import Backward
 from posterity.ops.precision import dot, working_dtype

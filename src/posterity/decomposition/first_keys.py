@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posterity.decomposition.lag_sums import SUMS, LagSums, write_edges_
+from posterity.decomposition.lag_sums import SUMS, LagSums
+from posterity.decomposition.price_sums import PriceSums, add_squares_, write_changes_
+from posterity.decomposition.sweep import write_edges_
 from posterity.ops.attention import Backward
 from posterity.ops.heads import repeat_heads
 from posterity.ops.mask import Tile
@@ -72,6 +74,18 @@ class FirstKeys:
                         sums[:, row, :, lag + skipped : lag + skipped + by_lag.shape[-1]] += by_lag
         return LagSums.of(sums, back)
 
+    def add_squares_(self, back: Backward, sums: PriceSums) -> None:
+        """Add what the first keys cost their later readers to the squares of `sums`."""
+        for row, columns in enumerate(self.columns()):
+            for keys, (_, stop) in zip(columns, self.documents[row], strict=False):
+                operands = _Operands(back, back.total_gradients(), row, keys)
+                for tile in self._tiles(back, keys, stop):
+                    weight, _, capped = operands.edges(tile)
+                    change = torch.empty_like(weight)
+                    write_changes_(change, weight, capped)
+                    change.diagonal(-tile.lag, 1, 2).zero_()  # a position always reads itself
+                    add_squares_(sums.squares[row], sums.ends, change, tile)
+
     def _tiles(self, back: Backward, keys: slice, stop: int) -> Iterator[Tile]:
         """Yield blocks of a document's queries and its first keys."""
         edge_bytes = 8 * SUMS * back.lse.shape[1] * (keys.stop - keys.start)
@@ -94,25 +108,34 @@ class _Operands:
         self.grad_key, self.grad_value = (per_head(x) for x in grads[1:])
         self.readers = back.mask.readers(back.query.shape[2])
 
-    def sums(self, tile: Tile) -> Float[Tensor, "sum head query key"]:
-        """Return what each edge adds: credit and mass of each stream, without the scale, and attention."""
+    def edges(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a_ij, ds_ij and, behind a soft-cap, the gradients of the capped scores: (head, query, key) each."""
         back, row = self.back, self.row
-        query, grad, output, grad_query = (
-            x[row, :, tile.rows].to(self.dtype) for x in (back.query, back.grad_output, back.output, self.grad_query)
-        )
+        query, grad, output = (x[row, :, tile.rows].to(self.dtype) for x in (back.query, back.grad_output, back.output))
         lse, delta = back.lse[row, :, tile.rows, None], dot(grad, output)[..., None]
         weight = grad.new_empty(*query.shape[:2], self.key.shape[1])
         score = torch.empty_like(weight)
+        capped = score if back.softcap is None else torch.empty_like(weight)
         bias = back.bias
         if bias is not None:
             bias = bias_block(bias, tile)
             bias = bias[row if len(bias) > 1 else 0]
-        write_edges_(weight, score, (query, grad, lse, delta), (self.key, self.value), back, bias)
+        write_edges_(weight, score, (query, grad, lse, delta), (self.key, self.value), back, bias, capped)
         back.mask.fill_(weight, tile, 0.0, row)
         score *= weight
+        if capped is not score:
+            capped *= weight
+        return weight, score, capped
+
+    def sums(self, tile: Tile) -> Float[Tensor, "sum head query key"]:
+        """Return what each edge adds: credit and mass of each stream, without the scale, and attention."""
+        weight, score, _ = self.edges(tile)
+        query, grad, grad_query = (
+            x[self.row, :, tile.rows].to(self.dtype) for x in (self.back.query, self.back.grad_output, self.grad_query)
+        )
         slope, attention = score.abs(), weight
         if self.readers is not None:
-            attention = weight * self.readers[row, tile.rows, None]
+            attention = weight * self.readers[self.row, tile.rows, None]
         by_edge = (
             (grad_query @ self.key.mT) * score,
             (query @ self.grad_key.mT) * score,

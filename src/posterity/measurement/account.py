@@ -23,8 +23,8 @@ from posterity.decomposition.credit import (
     self_edge_gradients,
 )
 from posterity.decomposition.first_keys import SINKS, Spans
-from posterity.decomposition.lag_sums import Scratch
 from posterity.decomposition.projections import find_projections
+from posterity.decomposition.sweep import Scratch
 from posterity.decomposition.tail_moments import tail_moments
 from posterity.decomposition.weight_gradients import Projections, WeightSplit
 from posterity.errors import InputError, NotFiniteError, warn
