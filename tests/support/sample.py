@@ -41,7 +41,8 @@ def bins(context: int, lags: str = "octaves") -> tuple[np.ndarray, np.ndarray]:
 
 def sample(
     layers=4, heads=3, context=64, documents=5, seed=0, *, lags="octaves", with_weights=True, missing_heads=0,
-    modules=None, texts=None, losses=False, horizons=(), tokens=None, parameters=(), adapters=(), **changes,
+    modules=None, texts=None, losses=False, horizons=(), prices=None, tokens=None, parameters=(), adapters=(),
+    **changes,
 ) -> xr.Dataset:  # fmt: skip
     """Build a result; `changes` are attributes; the last layer lacks `missing_heads` heads."""
     random = np.random.default_rng(seed)
@@ -103,6 +104,15 @@ def sample(
         reach = random.uniform(5, 60, (layers, heads, 3, 1))
         by_reader = split.sum((-1, -2))[..., None]
         variables["horizon_by_document"] = by_reader * (1 - np.exp(-np.array(horizons) / reach[..., None, :]))
+    if prices:
+        windows = 2 ** np.arange((context - 1).bit_length())
+        coordinates["window"], changes["prices"] = windows, prices
+        share = random.dirichlet(np.full(documents, 8.0))
+        price, by_head = random.gamma(1, 1, (layers, groups, context)), random.gamma(1, 1, (layers, heads, 1)) / windows
+        variables |= {
+            "price": price, "price_by_document": share[:, None, None] * price.sum(-1),
+            "window_price": by_head, "window_price_by_document": share[:, None, None] * by_head.sum(1) * 0.9,
+        }  # fmt: skip
     if tokens:
         assert len(tokens) == context
         coordinates["token"] = list(tokens)

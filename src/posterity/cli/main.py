@@ -81,6 +81,14 @@ def measure_command(
         int | None,
         typer.Option(min=0, help="First keys of each document that are told apart (attention sinks).  [default: 4]"),
     ] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="text|samples",
+            help="What cached keys and values, and windows, are worth in nats: by the losses of the text, or of labels "
+            "that the model draws (one more backward pass).",
+        ),
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows in one pass.  [default: 1]")] = None,
     checkpoint: Annotated[
         bool | None,
@@ -130,7 +138,7 @@ def measure_command(
         return
     options = drop_unset(
         context=context, limit=limit, lags=lags, sinks=sinks, weights=weights, losses=losses, parameters=parameters,
-        batch=batch, seed=seed, checkpoint=checkpoint, pack=pack, horizons=parse_integers(horizons),
+        prices=prices, batch=batch, seed=seed, checkpoint=checkpoint, pack=pack, horizons=parse_integers(horizons),
     )  # fmt: skip
 
     def measure_model(name: str | None, texts: Any, part: str = "") -> Any:

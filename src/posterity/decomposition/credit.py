@@ -23,8 +23,10 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from posterity.decomposition.first_keys import SINKS, FirstKeys, Spans
-from posterity.decomposition.lag_sums import LagSums, sum_by_lag
-from posterity.decomposition.sweep import Scratch
+from posterity.decomposition.lag_sums import DiagonalSums, LagSums
+from posterity.decomposition.price_sums import PriceSums
+from posterity.decomposition.prices import PassPrices
+from posterity.decomposition.sweep import Scratch, sweep
 from posterity.errors import InputError, NotFiniteError
 from posterity.ops.attention import Backward
 from posterity.ops.precision import dot, working_dtype
@@ -102,6 +104,7 @@ class PassCredit:
     credit_by_side: Float[Tensor, "batch head stream reader side"]
     credit_by_position: Float[Tensor, "batch head stream side position"]
     attention_first: Float[Tensor, "batch head"]
+    prices: PassPrices | None
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def pass_credit(
     scratch: Scratch | None = None,
     spans: Spans | None = None,
     sinks: int = SINKS,
+    prices: bool = False,
 ) -> PassCredit:
     """Sum credit, mass and attention of every edge by lag and by position.
 
@@ -169,6 +173,7 @@ def pass_credit(
         scratch: Keeps memory between calls.
         spans: Of the documents packed into each row, whose positions are then counted from each document's first token.
         sinks: Number of first positions of a document whose readers are told apart.
+        prices: Whether to price pairs and windows too, in the same sweep.
     """
     batch, length = len(back.lse), back.lse.shape[2]
     query, key, value = back.total_gradients()
@@ -182,18 +187,24 @@ def pass_credit(
     by_position = torch.stack((self_credit, total_credit - self_credit), 3)
     first_keys = FirstKeys.of(back, sinks, spans)
     first = first_keys.sum_by_lag(back)
-    if bins.needs_sweep:
-        rest = _bin(sum_by_lag(back, scratch, first_keys.columns()), bins)
-    else:
+    price_sums = PriceSums.of(back) if prices else None
+    diagonals = DiagonalSums.of(back) if bins.needs_sweep else None
+    sums = [x for x in (price_sums, diagonals) if x is not None]
+    if sums:
+        sweep(back, sums, scratch, first_keys.columns())
+    if diagonals is None:
         rest = _self_and_other(back, self_part, by_position, first, bins)
+    else:
+        rest = _bin(diagonals.by_lag(back), bins)
     credit, mass, attention = (torch.stack(parts, -2) for parts in zip(_bin(first, bins), rest, strict=True))
     edges, first_edges = back.mask.edges(length, back.lse.device).expand(batch, -1), first_keys.edges(back)
     edges = bins.sum(torch.stack((first_edges, edges - first_edges), 1))
     first_sides = torch.stack((first.credit[..., 0], first.credit[..., 1:].sum(-1)), -1).movedim(0, 2)
     by_side = torch.stack((first_sides, by_position.sum(-1) - first_sides), -2)
     attention_first = FirstKeys.of(back, 1, spans).sum_by_lag(back).attention.sum(-1)
-    positions = _shift_to_first_token(by_position, back) if spans is None else restart_positions(by_position, spans)
-    return PassCredit(credit, mass, attention, edges, by_side, positions, attention_first)
+    positions = count_positions(by_position, back, spans)
+    pass_prices = None if price_sums is None else PassPrices.of(price_sums, first_keys, back)
+    return PassCredit(credit, mass, attention, edges, by_side, positions, attention_first, pass_prices)
 
 
 def _bin(sums: LagSums, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,6 +234,13 @@ def _self_and_other(
     return credit, mass, attention
 
 
+def count_positions(
+    x: Float[Tensor, "batch *rest position"], back: Backward, spans: Spans | None
+) -> Float[Tensor, "batch *rest position"]:
+    """Let positions count from the first token of each document, which `spans` tell where several share a row."""
+    return _shift_to_first_token(x, back) if spans is None else restart_positions(x, spans)
+
+
 def restart_positions(x: Float[Tensor, "batch *rest position"], spans: Spans) -> Float[Tensor, "batch *rest position"]:
     """Add up what stands at the same position of each document that is packed into a row."""
     sums = torch.zeros_like(x)
@@ -240,7 +258,7 @@ def _shift_to_first_token(
     if starts is None:
         return by_position
     index = (torch.arange(length, device=starts.device) + starts[:, None]) % length
-    return by_position.gather(-1, index[:, None, None, None].expand_as(by_position))
+    return by_position.gather(-1, index.view(len(index), *[1] * (by_position.dim() - 2), -1).expand_as(by_position))
 
 
 def _reader_weights(weight: Float[Tensor, "batch head query"], back: Backward) -> Float[Tensor, "batch head query"]:

@@ -29,6 +29,7 @@ from posterity.decomposition.tail_moments import tail_moments
 from posterity.decomposition.weight_gradients import Projections, WeightSplit
 from posterity.errors import InputError, NotFiniteError, warn
 from posterity.measurement.loss_split import LossSplit
+from posterity.measurement.price_account import TEXT, PriceAccount, check_prices, window_sizes
 from posterity.measurement.provenance import provenance
 from posterity.models.attach import watch_model
 from posterity.models.chunked_loss import ChunkedLoss
@@ -46,6 +47,7 @@ def account(
     weights: bool = True,
     sinks: int = SINKS,
     positions: int | None = None,
+    prices: bool = False,
 ) -> Iterator["Ledger"]:
     """Account for any forward and backward passes of your own.
 
@@ -67,11 +69,13 @@ def account(
         sinks: The edges into so many first keys of each document (attention sinks) are told apart from all others.
         positions: Positions below this are exact; beyond, four bins an octave. None for 512, or fewer in models of more
             than 300 heads, whose files would grow beyond all use.
+        prices: Whether to price cached keys and values, and windows, by the losses that are sent back. They have to be
+            sums over the tokens, in nats: prices grow with the square of a factor.
 
     Raises:
         InputError: The model cannot be measured, with the reason.
     """
-    with open_ledger(model, lags, weights, sinks, positions, atomic=True) as ledger:
+    with open_ledger(model, lags, weights, sinks, positions, TEXT if prices else None, atomic=True) as ledger:
         hook = ledger.watch.model.register_forward_pre_hook(lambda *_: ledger.settle())
         try:
             yield ledger
@@ -81,12 +85,19 @@ def account(
 
 @contextlib.contextmanager
 def open_ledger(
-    model: nn.Module, lags: str, weights: bool, sinks: int, positions: int | None, atomic: bool = False
+    model: nn.Module,
+    lags: str,
+    weights: bool,
+    sinks: int,
+    positions: int | None,
+    prices: str | None = None,
+    atomic: bool = False,
 ) -> Iterator["Ledger"]:
     """Account for the backward passes of the block.
 
     Args:
         model, lags, weights, sinks, positions: As in `account`.
+        prices: As in `measure`.
         atomic: Let a backward pass enter as a whole or not at all, and leave it out if a gradient is not finite, which
             is an error otherwise. That takes the memory of a second ledger during a pass.
     """
@@ -95,7 +106,7 @@ def open_ledger(
         raise InputError(f"expected sinks of at least 0 and positions of at least 1; got {sinks} and {positions}")
     with watch_model(model) as watch:
         positions = _exact_positions(watch) if positions is None else positions
-        ledger = Ledger(model, watch, lags, weights, sinks, positions, atomic)
+        ledger = Ledger(model, watch, lags, weights, sinks, positions, prices, atomic)
         with watch.report_to(ledger.observe):
             yield ledger
 
@@ -120,9 +131,10 @@ class Ledger:
         weights: bool,
         sinks: int = SINKS,
         positions: int = EXACT_POSITIONS,
+        prices: str | None = None,
         atomic: bool = False,
     ):
-        """Start empty, with the layers in the order of the forward pass; `atomic`: see `open_ledger`."""
+        """Start empty, with the layers in the order of the forward pass; `prices` and `atomic`: see `open_ledger`."""
         self.model, self.watch, self.lags, self.weights, self.atomic = model, watch, lags, weights, atomic
         self.sinks, self.positions = sinks, positions
         self.sums = Accumulator()  # for the whole model: "loss" and "tokens" of each document, if known
@@ -130,6 +142,8 @@ class Ledger:
         self.loss_split: LossSplit | None = None
         self._entries = Accumulator() if atomic else self.sums  # of the passes since the last forward pass
         self._not_finite: NotFiniteError | None = None
+        self.prices = check_prices(prices)
+        self._prices = None if prices is None else PriceAccount(watch, self._entries, sinks, positions)
         self._adapters = AdapterSplit(watch.model, self._entries)
         layers = watch.layers if weights else ()
         self._weights = {layer: WeightSplit(self._entries, str(layer), self._adapters) for layer in layers}
@@ -154,6 +168,8 @@ class Ledger:
         """
         self._spans = spans
         try:
+            if self._prices is not None and loss.drawn is not None:
+                self._prices.backward(loss.drawn, spans)
             if self.loss_split is None:
                 loss.backward()
             else:
@@ -204,10 +220,14 @@ class Ledger:
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
             )
         self_edge, length = self_edge_gradients(back), back.lse.shape[2]
-        credit = pass_credit(back, self_edge, Bins.of(self.lags, length), self._scratch, self._spans, self.sinks)
+        credit = pass_credit(
+            back, self_edge, Bins.of(self.lags, length), self._scratch, self._spans, self.sinks, self.prices == TEXT
+        )
         by_position = credit.credit_by_position
         check_finite(by_position, f"the gradient of layer {layer}")
         entries, name = self._entries, str(layer)
+        if self._prices is not None and credit.prices is not None:
+            self._prices.enter(layer, credit.prices, back, self._spans)
         if self.weights:
             self._weights[layer].add(back, self_edge, project)
             self._check_weights(name, len(back.query))
@@ -262,11 +282,16 @@ class Ledger:
         if self.loss_split is not None:
             variables |= self.loss_split.variables()
             coordinates |= self.loss_split.coordinates()
+        if self.prices is not None:
+            account = PriceAccount(self.watch, self.sums, self.sinks, self.positions)
+            variables |= account.variables(len(positions.first), context)
+            coordinates["window"] = window_sizes(context)
         ledger_attrs = {
             "context": context,
             "documents": self.documents,
             "lags": self.lags,
             "sinks": self.sinks,
+            "prices": self.prices or "",
             "left_out_passes": self.left_out,
             "other_paths": "; ".join(self.watch.other_paths),
             "wrong_gradients": "; ".join(self.watch.wrong_gradients),

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from posterity.decomposition.projections import plain_tensors
 from posterity.measurement.account import Ledger
 from posterity.measurement.memory_timeline import MemoryTimeline, peak_bytes
+from posterity.measurement.price_account import SAMPLES
+from posterity.measurement.window_batch import uniform_draws
 from posterity.models.checkpointing import release_free_memory
 from posterity.models.chunked_loss import CHUNK, ChunkedLoss, LMHead
 from posterity.models.watch import Layer
@@ -81,7 +83,7 @@ def _trace(model: PreTrainedModel, ids: Tensor, head: LMHead, ledger: Ledger) ->
     timeline = MemoryTimeline(existing)
     trial_head = _TracedHead(head, timeline)
     with _mark_accounts(ledger, timeline), timeline:
-        loss = ChunkedLoss.run(model, ids[None], trial_head)
+        loss = _run(model, ids, trial_head, ledger)
         timeline.resume()
         ledger.backward(loss)
     model.zero_grad()
@@ -122,9 +124,15 @@ def _mark_accounts(ledger: Ledger, timeline: MemoryTimeline) -> Iterator[None]:
 
 def _seconds_per_token(model: PreTrainedModel, ids: Tensor, head: LMHead, ledger: Ledger) -> float:
     start = time.perf_counter()
-    ledger.backward(ChunkedLoss.run(model, ids[None], head))
+    ledger.backward(_run(model, ids, head, ledger))
     model.zero_grad()
     return (time.perf_counter() - start) / len(ids)
+
+
+def _run(model: PreTrainedModel, ids: Tensor, head: LMHead, ledger: Ledger) -> ChunkedLoss:
+    """Run the model on one window as `measure` does."""
+    draws = uniform_draws(ids, 0)[None] if ledger.prices == SAMPLES else None
+    return ChunkedLoss.run(model, ids[None], head, draws=draws)
 
 
 def _extrapolate(rates: dict[int, float], tokens: int) -> float:

@@ -23,6 +23,7 @@ from posterity.inputs.windows import Window, read_corpus, token_digest
 from posterity.measurement.account import Ledger, open_ledger
 from posterity.measurement.distributed import Processes
 from posterity.measurement.estimate import estimate
+from posterity.measurement.price_account import SAMPLES, check_prices
 from posterity.measurement.run_state import RunState, fingerprint
 from posterity.measurement.window_batch import WindowBatch, equal_lengths
 from posterity.models.checkpointing import checkpoint_layers
@@ -53,6 +54,7 @@ def measure(
     parameters: bool = False,
     sinks: int = SINKS,
     positions: int | None = None,
+    prices: str | None = None,
     batch: int = 1,
     checkpoint: bool = False,
     progress: bool = True,
@@ -95,6 +97,8 @@ def measure(
             the axis `reader_of`.
         positions: Positions below this are exact; beyond, four bins an octave. None for 512, or fewer in models of more
             than 300 heads, whose files would grow beyond all use.
+        prices: What cached keys and values are worth to later tokens, and windows to their layers, in nats: "text", by
+            the losses of the text, or "samples", by those of labels that the model draws (one more backward pass).
         batch: Windows in one pass.
         checkpoint: Whether layers run again in the backward pass (gradient checkpointing): a window then holds the
             inputs of its layers and the outputs of attention, and no other activations. The numbers are the same.
@@ -115,7 +119,7 @@ def measure(
         InputError: The model or the input cannot be measured, with the reason and what to do.
     """
     _check_batch(batch, parameters)
-    horizons = _check_horizons(horizons)
+    horizons, prices = _check_horizons(horizons), check_prices(prices)
     tokenizer, documents = split_arguments(tokenizer, documents)
     documents = open_files(documents)
     loaded = open_model(model, tokenizer)
@@ -135,8 +139,8 @@ def measure(
     settings = {
         "version": __version__, "dtype": str(inner.dtype), "context": context, "pack": pack, "documents": len(windows),
         "lags": lags, "sinks": sinks, "positions": positions, "weights": weights, "losses": losses,
-        "horizons": horizons, "parameters": parameters, "batch": batch, "seed": seed, "text": token_digest(windows),
-        "model": "" if state is None else fingerprint(inner),
+        "horizons": horizons, "parameters": parameters, "prices": prices, "batch": batch, "seed": seed,
+        "text": token_digest(windows), "model": "" if state is None else fingerprint(inner),
     }  # fmt: skip
     run_state = RunState.open(state, settings, processes)
     remaining = processes.share(run_state.remaining_windows(len(windows)))
@@ -146,7 +150,7 @@ def measure(
         run_state.hold_lock(len(remaining)),
         freeze_parameters(inner, parameters),
         seed_rng(seed),
-        open_ledger(model, lags, weights, sinks, positions) as ledger,
+        open_ledger(model, lags, weights, sinks, positions, prices) as ledger,
         checkpoint_layers(ledger.watch) if checkpoint else contextlib.nullcontext(),
     ):
         if losses or parameters or horizons:
@@ -163,7 +167,7 @@ def measure(
                 numbers = remaining[start : start + batch]
                 torch.manual_seed(seed + numbers[0])  # the same, however the windows are shared out
                 for window_batch in equal_lengths([windows[number] for number in numbers]):
-                    _measure_batch(window_batch, model, head, ledger)
+                    _measure_batch(window_batch, model, head, ledger, seed)
                 run_state.add_windows(ledger.sums, numbers)
                 advance(len(numbers), sum(windows[number].size for number in numbers))
         run_state.finish(ledger.sums)
@@ -175,9 +179,10 @@ def measure(
         return processes.broadcast(lambda: ledger.result(texts, **run_attrs))
 
 
-def _measure_batch(batch: WindowBatch, model: nn.Module, head: LMHead, ledger: Ledger) -> None:
+def _measure_batch(batch: WindowBatch, model: nn.Module, head: LMHead, ledger: Ledger, seed: int) -> None:
     """Run the model on the windows of one batch, and enter their losses and gradients in the ledger."""
-    loss = ChunkedLoss.run(model, batch.ids, head, batch.targets, batch.positions)
+    draws = batch.draws(seed) if ledger.prices == SAMPLES else None
+    loss = ChunkedLoss.run(model, batch.ids, head, batch.targets, batch.positions, draws)
     for window, window_loss in zip(batch.windows, loss.losses, strict=True):
         if not window_loss.isfinite():
             raise NotFiniteError(f"the loss of window {_window_name(window)}")

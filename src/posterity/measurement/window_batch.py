@@ -1,11 +1,12 @@
 """Windows as the input of a model: token ids, the tokens to predict, positions, and the spans of packed documents."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from posterity.inputs.windows import Window
@@ -42,6 +43,17 @@ class WindowBatch:
     def predictions(self) -> Int64[Tensor, " window"]:
         """The number of losses of each window."""
         return (self.targets != NO_TARGET).sum(1)
+
+    def draws(self, seed: int) -> Float64[Tensor, "window position"]:
+        """Return numbers from 0 to 1 that draw a label at each position, the same in every batch."""
+        return torch.stack([uniform_draws(window.ids, seed) for window in self.windows])
+
+
+def uniform_draws(ids: Int64[Tensor, " position"], seed: int) -> Float64[Tensor, " position"]:
+    """Return uniform random numbers that depend on the tokens of a window and on the seed alone."""
+    digest = hashlib.blake2b(ids.numpy().tobytes() + seed.to_bytes(8, "little", signed=True), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(len(ids), generator=generator, dtype=torch.float64)
 
 
 def equal_lengths(windows: Sequence[Window]) -> Iterator[WindowBatch]:

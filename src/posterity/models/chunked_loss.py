@@ -41,6 +41,19 @@ def token_losses(
     return losses.view(targets.shape)
 
 
+def draw_labels(
+    logits: Float[Tensor, "*position vocabulary"], draws: Float[Tensor, "*position"], targets: Int[Tensor, "*position"]
+) -> Int[Tensor, "*position"]:
+    """Draw a label at each position from what the model predicts there: the quantile that `draws`, from 0 to 1, name.
+
+    -100 where `targets` have none.
+    """
+    running = logits.detach().to(working_dtype(logits.dtype)).softmax(-1).cumsum(-1)
+    below = draws.to(running)[..., None] * running[..., -1:]
+    labels = torch.searchsorted(running, below, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+    return labels.masked_fill(targets.to(labels.device) == NO_TARGET, NO_TARGET)
+
+
 def window_losses(
     model: nn.Module, ids: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
 ) -> Tensor:
@@ -50,7 +63,11 @@ def window_losses(
     """
     ids = ids.to(input_device(language_model(model)))
     targets = _next_tokens(ids) if targets is None else targets
-    return token_losses(model(input_ids=ids, use_cache=False, **_position_ids(positions, ids)).logits, targets).sum(1)
+    return token_losses(_logits(model, ids, positions), targets).sum(1)
+
+
+def _logits(model: nn.Module, ids: Tensor, positions: Tensor | None) -> Tensor:
+    return model(input_ids=ids, use_cache=False, **_position_ids(positions, ids)).logits
 
 
 def _position_ids(positions: Tensor | None, ids: Tensor) -> dict[str, Tensor]:
@@ -61,9 +78,12 @@ def _position_ids(positions: Tensor | None, ids: Tensor) -> dict[str, Tensor]:
 class ChunkedLoss:
     """The losses of one forward pass, ready for backward passes through the body; the LM head is passed only once."""
 
-    def __init__(self, losses: Tensor, end: Tensor, gradient: Tensor | None):
-        """`losses`: of each window. Backward passes begin with `gradient` at `end`; None: at a scalar."""
-        self.losses, self._end, self._gradient = losses, end, gradient
+    def __init__(self, losses: Tensor, end: Tensor, gradient: Tensor | None, drawn: "ChunkedLoss | None" = None):
+        """Keep where backward passes begin: with `gradient` at `end`; None: at a scalar.
+
+        `losses`: of each window. `drawn`: the losses of drawn labels, in the same forward pass.
+        """
+        self.losses, self._end, self._gradient, self.drawn = losses, end, gradient, drawn
 
     @classmethod
     def run(
@@ -73,6 +93,7 @@ class ChunkedLoss:
         head: "LMHead",
         targets: Tensor | None = None,
         positions: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> "ChunkedLoss":
         """Run the model forward, and its head backward.
 
@@ -84,16 +105,21 @@ class ChunkedLoss:
             head: Its head.
             targets: The token that each position has to predict, -100 for none; the next one by default.
             positions: Position ids; those of packed documents start again at 0.
+            draws: Numbers from 0 to 1, (window, position), that draw a label for each target: see `draw_labels`.
         """
         ids = ids.to(input_device(head.model))
         body = head.run_body(model, ids, **_position_ids(positions, ids))
-        if body is None:
-            losses = window_losses(model, ids, targets, positions)
-            return cls(losses.detach(), losses.sum(), None)
-        hidden, outputs = body
         targets = _next_tokens(ids) if targets is None else targets.to(ids.device)
-        losses, gradient = _run_head(head, ids, targets, hidden.detach(), outputs)
-        return cls(losses, hidden, gradient)
+        if body is None:
+            logits = _logits(model, ids, positions)
+            losses, drawn = token_losses(logits, targets).sum(1), None
+            if draws is not None:
+                drawn_losses = token_losses(logits, draw_labels(logits, draws, targets)).sum(1)
+                drawn = cls(drawn_losses.detach(), drawn_losses.sum(), None)
+            return cls(losses.detach(), losses.sum(), None, drawn)
+        hidden, outputs = body
+        (losses, gradient), *of_draws = _run_head(head, ids, targets, hidden.detach(), outputs, draws)
+        return cls(losses, hidden, gradient, *(cls(losses, hidden, gradient) for losses, gradient in of_draws))
 
     def backward(self, retain_graph: bool = False) -> None:
         """Run backward from the input of the head (or from the losses) to the embeddings.
@@ -104,20 +130,27 @@ class ChunkedLoss:
 
 
 def _run_head(
-    head: "LMHead", ids: Tensor, targets: Tensor, hidden: Tensor, outputs: Sequence[ModuleOutput]
-) -> tuple[Tensor, Tensor]:
-    """Return the losses of each window, and their gradient at the input of the head."""
-    gradient = torch.empty_like(hidden)
-    losses = []
+    head: "LMHead", ids: Tensor, targets: Tensor, hidden: Tensor, outputs: Sequence[ModuleOutput], draws: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the losses of each window, and their gradient at the input of the head; then those of drawn labels."""
+    kinds = 1 if draws is None else 2
+    gradients = [torch.empty_like(hidden) for _ in range(kinds)]
+    losses: list[list[Tensor]] = [[] for _ in range(kinds)]
     for start in range(0, ids.shape[1], length := head.chunk_length(len(ids))):
         chunk = slice(start, start + length)
         part = hidden[:, chunk].clone().requires_grad_()
-        chunk_losses = token_losses(head.logits(part, ids, outputs), targets[:, chunk])
+        logits, labels = head.logits(part, ids, outputs), [targets[:, chunk]]
+        if draws is not None:
+            labels.append(draw_labels(logits, draws[:, chunk], targets[:, chunk]))
+        for kind in reversed(range(kinds)):
+            chunk_losses = token_losses(logits, labels[kind])
+            losses[kind].append(chunk_losses.detach())
+            if kind:  # the head's own parameters get the gradients of the text alone
+                (gradients[kind][:, chunk],) = torch.autograd.grad(chunk_losses.sum(), part, retain_graph=True)
         chunk_losses.sum().backward()
         assert part.grad is not None
-        gradient[:, chunk] = part.grad
-        losses.append(chunk_losses.detach())
-    return torch.cat(losses, 1).sum(1), gradient
+        gradients[0][:, chunk] = part.grad
+    return [(torch.cat(x, 1).sum(1), gradient) for x, gradient in zip(losses, gradients, strict=True)]
 
 
 def _next_tokens(ids: Tensor) -> Tensor:

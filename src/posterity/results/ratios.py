@@ -14,6 +14,7 @@ from posterity.errors import InputError
 MIN_WINDOWS = 3  # below it no error is worth printing
 ENOUGH_WINDOWS = 8  # from here on the standard error stands for itself
 _LOSSES = "losses=True (--losses)"
+_PRICES = 'prices="text" (--prices text)'
 OPTIONS = {  # of `posterity.measure`, by the variable that needs it
     "weight_by_document": "weights=True (--weights)",
     "weight_mean": "weights=True (--weights)",
@@ -28,6 +29,9 @@ OPTIONS = {  # of `posterity.measure`, by the variable that needs it
     "reader_lag_all": "posterity.inspect (posterity inspect)",
     "inspect_credit": "posterity.inspect (posterity inspect --text ...)",
     "tail_moment": "this version of posterity",
+    "price_by_document": _PRICES,
+    "window_price": _PRICES,
+    "window_price_by_document": _PRICES,
     "horizon_by_document": "horizons=(1, 2, 4, 8) (--horizons 1,2,4,8)",
 }
 

@@ -84,6 +84,7 @@ COORDINATES = {
     "loss_position": Entry(("loss_position",), "tokens", "position of the loss", "int", required=False),
     "reader_quantity": Entry(("reader_quantity",), "", "what a token's readers take from it", "str", required=False),
     "level": Entry(("level",), "1", "part of it, nearest readers first", required=False),
+    "window": Entry(("window",), "tokens", "positions that a query sees, its own included", "int", required=False),
     "token": Entry(("position",), "", "token at this position", "str", required=False),
     "step": Entry(("step",), "steps", "training step of the model", "int", required=False),
 }
@@ -145,6 +146,14 @@ SCHEMA = {
         ("document", *_HEADS, "reader_of", "horizon"), "nats^2", "credit of one window under a discount",
         required=False,
     ),
+    "price": Entry(("layer", "group", "position"), "nats", "price of cached keys and values", required=False),
+    "price_by_document": Entry(
+        ("document", "layer", "group"), "nats", "price of the keys and values of one window of text", required=False
+    ),
+    "window_price": Entry(("layer", "head", "window"), "nats", "price of a window for one head", required=False),
+    "window_price_by_document": Entry(
+        ("document", "layer", "window"), "nats", "price of a window for a layer, one window of text", required=False
+    ),
     "inspect_credit": Entry(
         ("layer", "written", "loss_position", "position"), "nats^2", "credit of one loss", required=False
     ),
@@ -163,6 +172,8 @@ GROUPS = (  # optional variables that a result has all of, or none
     ("weight_by_document", "weight_mean"),
     ("adapter_by_document", "adapter_mean"),
     ("loss_credit", "loss_gram", "loss_credit_by_document", "hidden", "hidden_by_document"),
+    ("price", "price_by_document"),
+    ("window_price", "window_price_by_document", "window"),
     ("inspect_credit", "inspect_norm", "token"),
     ("reader_lag", "reader_lag_all"),
 )
@@ -278,9 +289,10 @@ def _flaw_of_values(result: xr.Dataset) -> str | None:
             return f"{name!r} does not count from 0 to {result.sizes[name] - 1}"
     if "loss_position" in result and not np.array_equal(result["loss_position"], result["position"]):
         return "its positions of losses are not its positions"
-    horizon = result["horizon"].values if "horizon" in result else np.array([1])
-    if (horizon < 1).any() or (np.diff(horizon) <= 0).any():
-        return "its horizons do not begin at 1 or more and grow"
+    for name in ("horizon", "window"):
+        sizes = result[name].values if name in result else np.array([1])
+        if (sizes < 1).any() or (np.diff(sizes) <= 0).any():
+            return f"its {name}s do not begin at 1 or more and grow"
     if "step" in result.dims and ((result.step < 0).any() or (np.diff(result.step) <= 0).any()):
         return "its steps do not begin at 0 or more and grow"
     for name in ("lag", "position"):

@@ -31,6 +31,7 @@ from posterity.results.loss_stats import (
     loss_shares_by_position,
     parameter_shares,
 )
+from posterity.results.price_stats import prices, window_prices
 from posterity.results.ratios import (
     confidence,
     describe,
@@ -73,6 +74,7 @@ __all__ = [
     "mean_and_error",
     "median_lag",
     "parameter_shares",
+    "prices",
     "profile",
     "ratio",
     "reach",
@@ -82,6 +84,7 @@ __all__ = [
     "weak_heads",
     "weight_shares",
     "window_norms",
+    "window_prices",
 ]
 
 MIN_CREDIT = 0.1  # of an equal part of the layer's credit, below which a head's share is not reported

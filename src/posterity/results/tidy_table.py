@@ -58,8 +58,8 @@ def table(dataset: xr.Dataset, kind: str, by: Sequence[str] | None = None) -> pd
     Kinds of a result: "shares" (of the self edge and of all others), "profile" (by lag, beside edges and attention),
     "reach" (lags that hold most of attention, mass and credit, and what windows hold), "sinks" (at the first
     positions), "losses" (own and later), "horizons" (credit that remains under a discount), "weights" (self part in the
-    gradients of W_Q, W_K and W_V). Of an audit: "audit". Of compared runs: "comparison". Every number is one of
-    `posterity.stats`.
+    gradients of W_Q, W_K and W_V), "prices" (of cached keys and values) and "windows" (what it costs to look back no
+    further). Of an audit: "audit". Of compared runs: "comparison". Every number is one of `posterity.stats`.
 
     Args:
         dataset: What `posterity.measure`, `audit` or `compare` returned. A result of several training steps gives the
@@ -206,6 +206,16 @@ def _weights(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
     yield Quantity("agreement of windows", shares.agreement)
 
 
+def _prices(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
+    price = stats.prices(result, by)
+    yield Quantity("price of cached keys and values", price.price, price.error)
+
+
+def _windows(result: xr.Dataset, by: Parts) -> Iterator[Quantity]:
+    price = stats.window_prices(result, by)
+    yield Quantity("price of a window", price.price, price.error)
+
+
 def _share(result: xr.Dataset, name: str, shares: xr.Dataset) -> Quantity:
     weak = (shares.error > stats.MAX_ERROR) | _weak_heads(result, shares.share)
     return Quantity(name, shares.share, shares.error, weak)
@@ -247,6 +257,8 @@ TABLES = {
     "losses": TableKind(_losses, ("layer", "head")),
     "horizons": TableKind(_horizons, ("layer", "head")),
     "weights": TableKind(_weights, ("layer",)),
+    "prices": TableKind(_prices, ("layer", "kv_head")),
+    "windows": TableKind(_windows, ("layer",)),
     "audit": TableKind(_audit, source=AUDIT),
     "comparison": TableKind(_comparison, source=COMPARISON),
 }
