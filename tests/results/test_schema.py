@@ -56,7 +56,9 @@ def test_a_loaded_result_holds_no_file(tmp_path, plain):
 def full():
     """A result with every variable of the schema."""
     tokens = [f"t{position}" for position in range(64)]
-    return sample(losses=True, horizons=(1, 8, 64), tokens=tokens, parameters=["a", "b"], adapters=["c", "d"])
+    return sample(
+        losses=True, horizons=(1, 8, 64), prices="text", tokens=tokens, parameters=["a", "b"], adapters=["c", "d"]
+    )
 
 
 def test_every_variable_of_a_file_has_units_and_a_long_name(tmp_path):

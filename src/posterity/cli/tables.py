@@ -17,7 +17,10 @@ FORMATS = {".csv": "csv", ".parquet": "parquet", ".tex": "latex"}  # by the suff
 def table_command(
     run: ResultFile,
     kind: Annotated[
-        str, typer.Option(help="shares, profile, reach, sinks, losses, horizons, weights; audit; comparison.")
+        str,
+        typer.Option(
+            help="shares, profile, reach, sinks, losses, horizons, weights, prices, windows; audit; comparison."
+        ),
     ] = "shares",
     by: Annotated[
         str | None,
