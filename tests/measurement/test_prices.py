@@ -123,6 +123,7 @@ def test_wrong_questions_end_in_one_line():
     for function in (stats.prices, stats.window_prices):
         with pytest.raises(InputError, match=r"by expects .*; got 'layer'"):
             function(priced, "layer")
-    with posterity.horizon(model, posterity.Myopic()), pytest.raises(InputError, match="prices are made of the whole"):
+    with posterity.horizon(model, posterity.Myopic()):
         summed_loss(model, ids)
-        posterity.measure(model, None, ids, context=12, prices="text", progress=False)
+        with pytest.raises(InputError, match="prices are made of the whole"):
+            posterity.measure(model, None, ids, context=12, prices="text", progress=False)

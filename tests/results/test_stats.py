@@ -411,7 +411,7 @@ def test_every_public_function_of_stats_is_listed_and_documented():
         "confidence",
         "uncertainty",
     }  # of ratios
-    functions.add("reach")
+    functions |= {"reach", "prices", "window_prices"}
     functions |= {
         name for name, value in [*vars(stats).items(), *vars(loss_stats).items()]
         if getattr(value, "__module__", "") in homes and name[0] != "_"

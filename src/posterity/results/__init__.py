@@ -1,7 +1,8 @@
 """Labelled data: results, audits and comparisons as xarray Datasets, with no torch.
 
 In reading order: `schema` (the variables of a result), `stats` (every share with its standard error, with `loss_stats`,
-`price_stats` and `ratios`), `reach` (lags that hold most of it, and windows), `tidy_table` (table(): these numbers in pandas),
+`price_stats` and `ratios`), `reach` (lags that hold most of it, and windows), `tidy_table` (table(): these numbers in
+pandas),
 `files` (save() and load()), `kind` (what the three kinds of Dataset have in common), `audit_schema`,
 `comparison_schema`, `steps` (results along training), `netcdf` (the file format), `formatting` (numbers as text).
 """
