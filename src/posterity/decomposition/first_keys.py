@@ -100,12 +100,10 @@ class _Operands:
     def __init__(self, back: Backward, grads: Sequence[Tensor], row: int, keys: slice):
         self.back, self.row, self.dtype = back, row, back.lse.dtype
         self.grad_query = grads[0]
-
-        def per_head(x: Tensor) -> Tensor:
-            return repeat_heads(x[row : row + 1, :, keys], back.query.shape[1])[0].to(self.dtype)
-
-        self.key, self.value = per_head(back.key), per_head(back.value)
-        self.grad_key, self.grad_value = (per_head(x) for x in grads[1:])
+        self.key, self.value, self.grad_key, self.grad_value = (
+            repeat_heads(x[row : row + 1, :, keys], back.query.shape[1])[0].to(self.dtype)
+            for x in (back.key, back.value, *grads[1:])
+        )
         self.readers = back.mask.readers(back.query.shape[2])
 
     def edges(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,9 +14,9 @@ def gram_terms(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Float[Ten
     """
     if not left:
         return torch.full((len(TERMS),), torch.nan, dtype=torch.float64)
+    return torch.stack((_inner(left, left), _inner(right, right), _inner(left, right)))
 
-    def inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
-        products = (torch.dot(x.flatten(), y.flatten()).double() for x, y in zip(left, right, strict=True))
-        return torch.stack(list(products)).sum()
 
-    return torch.stack((inner(left, left), inner(right, right), inner(left, right)))
+def _inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Float[Tensor, ""]:
+    products = (torch.dot(x.flatten(), y.flatten()).double() for x, y in zip(left, right, strict=True))
+    return torch.stack(list(products)).sum()

@@ -195,19 +195,16 @@ class Operands:
         groups = slice(heads.start // heads_per_group, (heads.stop - 1) // heads_per_group + 1)
         first = groups.start * heads_per_group
         within = slice(heads.start - first, heads.stop - first)
-
-        def per_head(x: Tensor) -> Tensor:
-            return x[document, heads].to(dtype)
-
-        def shared(x: Tensor) -> Tensor:
-            part = x[document, groups].to(dtype)
-            return repeat_heads(part[None], heads_per_group * len(part))[0, within]
-
-        self.query, self.grad = per_head(back.query), per_head(back.grad_output)
-        self.lse = per_head(back.lse)[..., None]
-        self.delta = dot(self.grad, per_head(back.output))[..., None]
-        self.key, self.value = shared(back.key), shared(back.value)
-        self.grad_query, self.grad_key, self.grad_value = (per_head(x) for x in back.total_gradients())
+        self.query, self.grad, self.lse, output, self.grad_query, self.grad_key, self.grad_value = (
+            x[document, heads].to(dtype)
+            for x in (back.query, back.grad_output, back.lse[..., None], back.output, *back.total_gradients())
+        )
+        self.delta = dot(self.grad, output)[..., None]
+        query_heads = heads_per_group * (groups.stop - groups.start)
+        self.key, self.value = (
+            repeat_heads(x[document : document + 1, groups].to(dtype), query_heads)[0, within]
+            for x in (back.key, back.value)
+        )
         self.key_norm = self.key.norm(dim=-1)[:, None]
         self.query_norm = self.query.norm(dim=-1)[:, None]
         readers = back.mask.readers(self.query.shape[1])

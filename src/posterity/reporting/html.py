@@ -49,6 +49,7 @@ def without_plotly(page: str) -> str:
     return page.replace(packed_plotly(), "")
 
 
+@cache
 def page_environment() -> Environment:
     """Return what fills the templates of this package: everything is escaped, and nothing may be missing."""
     environment = Environment(
@@ -76,6 +77,8 @@ def figure_text(text: str) -> str:
 
 def displayable(text: str) -> str:
     """Return a text whose right-to-left letters turn nothing else around, and whose marks cover nothing else."""
+    if text.isascii() and text.isprintable():
+        return text
     marks, signs = 0, []
     for sign in text:
         kind = unicodedata.category(sign)

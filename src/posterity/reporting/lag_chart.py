@@ -82,6 +82,12 @@ class _LagProfile:
     def attention(self) -> np.ndarray:
         return attention_profile(self.member.result, (), self.reader_of).values
 
+    @cached_property
+    def reach(self) -> xr.DataArray | None:
+        """The lag of each level, by quantity; None if the lags were not measured."""
+        result = self.member.result
+        return reach(result, (), LEVELS, self.reader_of).lag if has_lags(result) else None
+
     @property
     def bins(self) -> tuple[np.ndarray, np.ndarray]:
         """First and last lag of each bin."""
@@ -107,10 +113,8 @@ class _LagProfile:
 
     def _crossings(self, stream: str, visible: bool) -> go.Scatter:
         """Mark the lags from which on the share within them stays above each level, with their numbers."""
-        lags = np.full(len(LEVELS), np.nan)
-        if has_lags(self.member.result):
-            within = reach(self.member.result, (), LEVELS, self.reader_of).sel(quantity=f"{stream} credit")
-            lags = within.lag.values
+        within = self.reach
+        lags = np.full(len(LEVELS), np.nan) if within is None else within.sel(quantity=f"{stream} credit").values
         colour = self.group.colour(self.member, OTHER)
         return go.Scatter(
             x=json_numbers(bin_middles(lags, lags)), y=list(LEVELS), mode=f"markers{'+text' * self.group.single}",
