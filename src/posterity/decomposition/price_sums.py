@@ -72,7 +72,8 @@ class PriceSums:
 
 def write_changes_(change: Tensor, weight: Tensor, grad_score: Tensor) -> None:
     """Write ds_ij / (1 - a_ij), the first-order change of the loss without one edge, up to its sign."""
-    torch.neg(weight, out=change).add_(1).clamp_(min=torch.finfo(change.dtype).eps)
+    torch.clamp(weight, max=1 - torch.finfo(change.dtype).eps, out=change)
+    torch.sub(change.new_ones(()), change, out=change)
     torch.div(grad_score, change, out=change)
 
 
