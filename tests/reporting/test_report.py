@@ -99,6 +99,22 @@ def test_the_error_of_an_added_up_share_is_that_of_the_sum(plain):
     assert lags["credit"]["customdata"][5] == ["0–5", percent(share[5], error[5])]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_marked_lags_lie_on_the_line_at_the_first_share_above_their_level(seed):
+    result = sample(seed=seed, context=256)
+    reach = stats.reach(result, (), (0.5, 0.9), "rest")
+    for panel, stream in enumerate(STREAMS):
+        lags = traces(page(result), "lags", panel)
+        line, marks = lags["credit"], next(trace for trace in lags.values() if trace.get("marker", {}).get("symbol"))
+        lag = reach.lag.sel(quantity=f"{stream} credit").values
+        np.testing.assert_allclose(marks["x"], np.sqrt((lag + 1) * (lag + 2)), rtol=1e-5)
+        drawn = np.interp(np.log(marks["x"]), np.log(line["x"]), line["y"])
+        octave = np.log(2) / 4  # the width of a bin: from here an even spread over lags bends away from the line
+        largest = np.diff(line["y"]).max()
+        np.testing.assert_allclose(marks["y"], drawn, atol=largest * octave / 8 + 1e-5)
+        assert (np.array(marks["y"]) >= [0.5, 0.9]).all()
+
+
 def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
     text, shares = page(plain), stats.shares(plain, ("layer", "head"), "rest").sel(side="self")
     for panel, stream in enumerate(STREAMS):

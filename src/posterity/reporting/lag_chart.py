@@ -16,8 +16,8 @@ from posterity.reporting.reach_chart import has_lags
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.traces import BEHIND, EDGES, band, counting_line, fine_percent, line, log_axis
 from posterity.results.formatting import json_numbers, percent
-from posterity.results.ratios import sum_over_heads, sum_readers
-from posterity.results.stats import attention_profile, profile, ratio, reach
+from posterity.results.lag_bins import share_at_lag
+from posterity.results.stats import attention_profile, cumulative_profile, profile, reach
 
 VIEWS = {  # the y axis of each
     "sum": {"title": "share up to this lag", "tickformat": ".0%", "type": "linear", "range": [0, 1.05]},
@@ -74,9 +74,7 @@ class _LagProfile:
     @cached_property
     def sums(self) -> xr.Dataset:
         """The share of all lags up to each, with the error of that sum."""
-        result = self.member.result
-        credit = sum_over_heads(result, sum_readers(result.profile_by_document, self.reader_of), ())
-        return ratio(credit.cumsum("lag", skipna=False), credit.sum("lag", skipna=False))
+        return cumulative_profile(self.member.result, (), self.reader_of)
 
     @cached_property
     def attention(self) -> np.ndarray:
@@ -106,14 +104,16 @@ class _LagProfile:
         return [*traces, self._self_edge(label, credit["x"][0], share[0], math.nan if view == "lag" else error[0])]
 
     def _crossings(self, stream: str, visible: bool) -> go.Scatter:
-        """Mark the lags from which on the share within them stays above each level, with their numbers."""
+        """Mark the lags from which on the share within them stays at each level or above, on the line, with numbers."""
         lags = np.full(len(LEVELS), np.nan)
         if has_lags(self.member.result):
             within = reach(self.member.result, (), LEVELS, self.reader_of).sel(quantity=f"{stream} credit")
             lags = within.lag.values
+        share = share_at_lag(lags, self.sums.share.sel(stream=stream).values, *self.bins)
         colour = self.group.colour(self.member, OTHER)
         return go.Scatter(
-            x=json_numbers(bin_middles(lags, lags)), y=list(LEVELS), mode=f"markers{'+text' * self.group.single}",
+            x=json_numbers(bin_middles(lags, lags)), y=json_numbers(share),
+            mode="markers+text" if self.group.single else "markers",
             text=["" if math.isnan(lag) else f"{lag:.0f}" for lag in lags],
             textposition="bottom right", textfont={"size": 11, "color": colour},
             marker={"symbol": "diamond", "size": 8, "color": colour}, hoverinfo="skip",

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from posterity.errors import InputError
+from posterity.results.lag_bins import lag_at_share
 from posterity.results.ratios import (
     describe,
     existing_heads,
@@ -129,15 +130,14 @@ def median_lag(share: xr.DataArray) -> xr.DataArray:
         own first lag (as with lags="self"), so that the place of the crossing in it is not known.
     """
     share = share.transpose(..., "lag")
-    lag, width = share.lag.values, share.lag_end.values - share.lag.values + 1
-    values = share.values
-    total = np.cumsum(values, axis=-1)
-    crossed = total >= 0.5
+    first, last, values = share.lag.values, share.lag_end.values, share.values
+    within = np.cumsum(values, axis=-1)
+    crossed = within >= 0.5
     index = crossed.argmax(axis=-1)
-    total_at, share_at = (np.take_along_axis(x, index[..., None], axis=-1)[..., 0] for x in (total, values))
-    valid = crossed.any(axis=-1) & ~np.isnan(values).any(axis=-1) & (width[index] <= np.maximum(lag[index], 1))
-    fraction = (0.5 - (total_at - share_at)) / np.where(valid, share_at, 1.0)
-    median = lag[index] + np.clip(np.ceil(np.where(valid, fraction, 1.0) * width[index] - 1e-9), 1, width[index]) - 1
+    after, credit = (np.take_along_axis(x, index[..., None], axis=-1)[..., 0] for x in (within, values))
+    is_fine = last[index] - first[index] < np.maximum(first[index], 1)
+    valid = crossed.any(axis=-1) & ~np.isnan(values).any(axis=-1) & is_fine
+    median = lag_at_share(0.5, after - credit, after, first[index], last[index])
     median = np.where(valid, median, math.nan)
     return describe(share.isel(lag=0, drop=True).copy(data=median), "median lag", "tokens")
 
