@@ -14,9 +14,10 @@ from posterity.reporting.bins import bin_middles
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.result_table import LOSS_PARTS
+from posterity.reporting.result_words import sink_number
 from posterity.reporting.traces import BEHIND, line, log_axis
 from posterity.results import stats
-from posterity.results.formatting import json_numbers
+from posterity.results.formatting import first_positions_text, json_numbers
 
 CURVES = {"attention": (ATTENTION, "dot"), "query": (SERIES[3], "solid"), "key": (SERIES[2], "solid"),
           "value": (SERIES[5], "solid")}  # fmt: skip
@@ -84,13 +85,12 @@ def _rows(member: NamedResult, readers: Sequence[str]) -> list[dict[str, Any]]:
     by, result = ("layer", "head"), member.result
     written = xr.DataArray([stream in WRITTEN for stream in STREAMS], {"stream": list(STREAMS)})
     shares = {reader_of: stats.shares(result, by, reader_of).sel(side="self") for reader_of in readers}
-    both = stats.has_reader_axis(result)
-    first = stats.first_share(result, by) if both else stats.first_position(result, by)
-    where = f"first {result.attrs.get('sinks')} positions" if both else "first position"
+    sinks = sink_number(result)
+    first = stats.first_share(result, by) if sinks else stats.first_position(result, by)
     attention = stats.attention_first(result, by).where(written)
     rows = [
         _row(member, "self share", shares),
-        _row(member, f"share of the {where}", {"all": first}),
+        _row(member, f"share of {first_positions_text(sinks or 1)}", {"all": first}),
         _row(member, "attention weight on the first key", {"all": xr.Dataset({"share": attention})}),
     ]
     if "loss_credit" in result:

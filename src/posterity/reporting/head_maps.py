@@ -30,7 +30,7 @@ def draw_heads(group: ResultGroup, reader_of: str) -> PanelGrid:
     for stream in STREAMS:
         for member in group.members:
             share = shares(member.result, ("layer", "head"), reader_of).sel(side="self", stream=stream)
-            portion = credit_portions(member.result).sel(stream=stream)
+            portion = credit_portions(member.result, reader_of).sel(stream=stream)
             error = member.uncertainty(share.error)
             texts = np.stack([_format(percent, share.share, error), _format(_format_portion, portion)], -1)
             weak = _weak(member.result, reader_of).sel(stream=stream).values

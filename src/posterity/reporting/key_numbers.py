@@ -8,9 +8,9 @@ import xarray as xr
 
 from posterity.axes import WRITTEN
 from posterity.reporting.reach_chart import has_lags
+from posterity.reporting.result_words import sink_number
 from posterity.results import stats
 from posterity.results.formatting import first_positions_text, percent, tokens_text
-from posterity.results.netcdf import portable_value
 
 FIVE = 5
 
@@ -51,14 +51,11 @@ def _lengths(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
 
 
 def _first_share(result: xr.Dataset) -> KeyNumber:
-    sinks = portable_value(result.attrs.get("sinks"))
-    if stats.has_reader_axis(result) and isinstance(sinks, int) and sinks > 0:
-        first, where = stats.first_share(result), f"at {first_positions_text(sinks)}"
-    else:
-        first, where = stats.first_position(result), "at the first position"
+    sinks = sink_number(result)
+    first = stats.first_share(result) if sinks else stats.first_position(result)
     attention = percent(float(stats.attention_first(result)))
     return KeyNumber(
-        f"values: {where}", _percent(result, first.sel(stream="value")),
+        f"values: at {first_positions_text(sinks or 1)}", _percent(result, first.sel(stream="value")),
         f"of all their credit: a sink, if it is much. The very first key gets {attention} of the attention",
     )  # fmt: skip
 

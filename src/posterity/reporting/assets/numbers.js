@@ -39,7 +39,8 @@
   }
 
   async function copyTables(node) {
-    const done = await copy(plainText([...node.closest("details").querySelectorAll("table")]));
+    const tables = [...node.closest("details").querySelectorAll("table")].filter((table) => !table.closest("[hidden]"));
+    const done = await copy(plainText(tables));
     node.textContent = done ? "Copied" : "Not copied: select the table";
     setTimeout(() => (node.textContent = "Copy"), 2000);
   }
