@@ -15,8 +15,8 @@ from support.sample import sample
 
 from posterity.axes import STREAMS
 from posterity.errors import InputError
+from posterity.palette import share_place
 from posterity.reporting.bins import doublings
-from posterity.reporting.head_maps import stretch
 from posterity.reporting.html import escaped_json, packed_plotly, plotly_script
 from posterity.reporting.report import report
 from posterity.reporting.result_group import result_names
@@ -115,6 +115,22 @@ def test_the_marked_lags_lie_on_the_line_at_the_first_share_above_their_level(se
         assert (np.array(marks["y"]) >= [0.5, 0.9]).all()
 
 
+def test_a_page_draws_only_lags_that_were_measured_and_names_the_option_for_others(plain):
+    coarse = sample(lags="self", model="coarse")
+    text = page(coarse)
+    assert {"map", "layers"} <= set(data(text)["figures"])
+    assert not {"lags", "head", "reach"} & set(data(text)["figures"])
+    assert "Only the self edge was told" in Reader(text).text
+    assert "(--lags octaves)" in Reader(text).text
+    assert "half within" not in Reader(text).text
+    both = page(coarse, plain)
+    assert "coarse: Only the self edge was told" in Reader(both).text
+    assert {trace.get("name") for trace in traces(both, "lags").values()} >= {"tiny/sample"}
+    assert "coarse" not in {trace.get("name") for trace in traces(both, "lags").values()}
+    assert [len(head["x"]) for head in data(both)["heads"]] == [1, 6]
+    assert "(--lags octaves)" not in Reader(page(plain)).text
+
+
 def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
     text, shares = page(plain), stats.shares(plain, ("layer", "head"), "rest").sel(side="self")
     for panel, stream in enumerate(STREAMS):
@@ -123,7 +139,7 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
         weak = stats.weak_heads(plain, "rest").sel(stream=stream).values
         share = shares.share.sel(stream=stream).values
         np.testing.assert_allclose(
-            np.array(coloured["z"], dtype=float), np.where(weak, np.nan, stretch(share)), rtol=1e-5
+            np.array(coloured["z"], dtype=float), np.where(weak, np.nan, share_place(share)), rtol=1e-5
         )
         np.testing.assert_array_equal(np.array(grey["z"], dtype=float) == 1, weak)
         errors = shares.error.sel(stream=stream).values

@@ -25,9 +25,13 @@ class KeyNumber:
 
 
 def key_numbers(result: xr.Dataset, reader_of: str) -> list[KeyNumber]:
-    """Return the numbers in the order in which people ask, of the edges that `reader_of` names (see `stats`)."""
-    numbers = [*_later_shares(result, reader_of), *_lengths(result, reader_of), _first_share(result)]
-    return [*numbers[: FIVE - 2], numbers[-1], *_own_share(result, reader_of), *numbers[FIVE - 2 : -1]][:FIVE]
+    """Return the numbers in the order in which people ask, of the edges that `reader_of` names (see `stats`).
+
+    Fewer of a result without lags.
+    """
+    lengths = list(_lengths(result, reader_of))
+    later, own = _later_shares(result, reader_of), _own_share(result, reader_of)
+    return [*later, *lengths[:1], _first_share(result), *own, *lengths[1:]][:FIVE]
 
 
 def _later_shares(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
@@ -42,6 +46,8 @@ def _later_shares(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
 
 def _lengths(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
     median = float(stats.median_lag(stats.profile(result, (), reader_of).share).sel(stream="value"))
+    if math.isnan(median):
+        return
     counted = float(stats.median_lag(stats.counts(result, (), reader_of)))
     baseline = "" if math.isnan(counted) else f"; by counting edges alone, {tokens_text(counted)}"
     yield KeyNumber("values: half within", tokens_text(median), f"the median lag of their credit{baseline}")

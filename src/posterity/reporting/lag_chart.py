@@ -17,8 +17,10 @@ from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.traces import BEHIND, EDGES, band, counting_line, fine_percent, line, log_axis
 from posterity.results.formatting import json_numbers, percent
 from posterity.results.lag_bins import share_at_lag
+from posterity.results.ratios import has_fine_lags
 from posterity.results.stats import attention_profile, cumulative_profile, profile, reach
 
+TITLE = "How far the credit reaches: share of the gradient by lag"
 VIEWS = {  # the y axis of each
     "sum": {"title": "share up to this lag", "tickformat": ".0%", "type": "linear", "range": [0, 1.05]},
     "doubling": {"title": "share per doubling of lag + 1", "tickformat": ".0%", "type": "linear"},
@@ -28,11 +30,14 @@ LEVELS = (0.5, 0.9)  # marked where shares are added up
 
 
 def draw_lags(group: ResultGroup, reader_of: str) -> PanelGrid:
-    """Draw the share of the credit by lag; every view has the same traces, with other numbers."""
-    profiles = [_LagProfile(group, member, reader_of) for member in group.members]
+    """Draw the share of the credit by lag where it is known; every view has the same traces, with other numbers."""
+    members = [member for member in group.members if has_fine_lags(member.result)]
+    if not members:
+        return PanelGrid(TITLE, [], height=0)
+    profiles = [_LagProfile(group, member, reader_of) for member in members]
     counted = [json_numbers(lag_profile.profile.counted, 6) for lag_profile in profiles]
     same = all(numbers == counted[0] for numbers in counted)
-    last = max(int(member.result.lag_end[-1]) for member in group.members)
+    last = max(int(member.result.lag_end[-1]) for member in members)
     x = log_axis(last, "self", "lag (tokens; log scale of lag + 1)")
     grids = {}
     for view, axis in VIEWS.items():
@@ -45,7 +50,7 @@ def draw_lags(group: ResultGroup, reader_of: str) -> PanelGrid:
                 for trace in lag_profile.traces(stream, view, same, counting=lag_profile is profiles[0] or not same)
             ]
             panels.append(Panel(stream, traces, x, {"rangemode": "tozero", **axis}))
-        grids[view] = PanelGrid("How far the credit reaches: share of the gradient by lag", panels, height=300)
+        grids[view] = PanelGrid(TITLE, panels, height=300)
     first, *others = VIEWS
     return replace(grids[first], views={view: grids[view] for view in others})
 

@@ -15,6 +15,7 @@ from posterity.reporting.reach_chart import reach_tables
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.result_table import RankedHead, rank_heads, row_notes, share_text, summary_rows
 from posterity.reporting.result_words import (
+    WEAK_WORDS,
     edges_words,
     heading,
     lead_reader,
@@ -24,7 +25,7 @@ from posterity.reporting.result_words import (
 )
 from posterity.reporting.tables import chart_tables
 from posterity.results.netcdf import portable_value
-from posterity.results.ratios import MIN_WINDOWS
+from posterity.results.ratios import MIN_WINDOWS, has_fine_lags
 from posterity.results.stats import balance
 
 EXTREMES = 5  # heads at each end of the ranking
@@ -38,6 +39,7 @@ def render_results(results: Sequence[xr.Dataset], names: Sequence[str] = (), fil
     grids = draw_charts(group)
     members = [_describe(member, group.readers) for member in group.members]
     inspected = [text for member in group.members if (text := pack_inspected_text(member.result, member.name))]
+    without_lags = [member.name for member in group.members if not has_fine_lags(member.result)]
     windows = max(member.result.sizes["document"] for member in group.members)
     titles = {name: grid.title for name, grid in grids.items()}
     has = {name for member in members for name in member["tables"]}
@@ -45,8 +47,9 @@ def render_results(results: Sequence[xr.Dataset], names: Sequence[str] = (), fil
         "result.html.j2",
         page_figures(grids) | {"inspected_texts": inspected, "heads": head_details(group), "streams": STREAMS},
         styles=["inspected_text.css"] if inspected else [],
-        scripts=[*(["heads.js"] if "head" in titles else []), *(INSPECTED_SCRIPTS if inspected else [])],
+        scripts=[*(["heads.js"] if "map" in titles else []), *(INSPECTED_SCRIPTS if inspected else [])],
         results=members, streams=STREAMS, titles=titles, has=has, inspected=bool(inspected),
+        without_lags=without_lags, weak=WEAK_WORDS,
         readers=group.readers if len(group.readers) > 1 else (), first_positions=group.first_positions,
         several_windows=windows >= MIN_WINDOWS,
         index=_index(titles, has, bool(inspected)),

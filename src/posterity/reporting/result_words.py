@@ -8,10 +8,15 @@ import xarray as xr
 from posterity.axes import STREAMS, WRITTEN
 from posterity.results import stats
 from posterity.results.formatting import error_words, first_positions_text, left_out_text, percent
+from posterity.results.head_stats import MAX_ERROR, MIN_CREDIT
 from posterity.results.netcdf import portable_value
 
 EVEN = 0.1  # distance from one half below which a share whose interval covers it is called equal
 UNSETTLED = " (its 95 % interval covers one half)"
+WEAK_WORDS = (
+    f"less than {100 * MIN_CREDIT:.0f} % of an equal part of its layer's credit, or a self share with a standard error "
+    f"above {100 * MAX_ERROR:.0f} %"
+)
 NAMES = 3  # of windows with a large gradient
 TRUSTED = 1e-3  # accounts that disagree by more than this are reported as broken (float32 gives about 1e-6)
 
