@@ -96,7 +96,7 @@ def test_one_weak_head_is_marked_and_a_head_that_does_not_exist_is_told(tmp_path
         tab.locator("#head-choice [name=layer]").fill("1")
         assert tab.locator("#head-range.warning").count() == 0
         curves = tab.evaluate("page.chosen('head').data.map(({y}) => y.at(-1))")
-        assert curves == pytest.approx([1] * 4, abs=1e-4)
+        assert curves == pytest.approx([100] * 4, abs=1e-2)
         assert heard == []
 
 
@@ -116,9 +116,9 @@ def assert_head(tab, result, layer, head, reader_of="rest"):
     assert [name for name, _ in traces] == ["attention", *STREAMS]
     credit = sum_readers(result.credit, reader_of).sel(stream="value", **cell)
     for _, share in traces:
-        assert share[-1] == pytest.approx(1, abs=1e-4)
+        assert share[-1] == pytest.approx(100, abs=1e-2)
     octave = int((result.lag_end == 6).values.argmax())
-    assert traces[3][1][2] == pytest.approx(float(credit[: octave + 1].sum() / credit.sum()), abs=1e-4)
+    assert traces[3][1][2] == pytest.approx(float(100 * credit[: octave + 1].sum() / credit.sum()), abs=1e-2)
 
 
 def words(shares):

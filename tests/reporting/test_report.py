@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs_version
 from support.page_results import HOSTILE
-from support.pages import Reader, data, page, traces
+from support.pages import Reader, as_shares, data, page, traces
 from support.sample import sample
 
 from posterity.axes import STREAMS
@@ -75,10 +75,10 @@ def assert_views(figure, plain, profile, end):
     for (index, _), stream in zip(credit, STREAMS, strict=True):
         share, error = (profile[name].sel(stream=stream).values for name in ("share", "error"))
         doubling = figure["views"]["doubling" + end]["data"]
-        np.testing.assert_allclose(doubling[str(index)]["y"], share / doublings(first, last), rtol=1e-5)
+        np.testing.assert_allclose(as_shares(doubling[str(index)]["y"]), share / doublings(first, last), rtol=1e-5)
         wide = error / doublings(first, last)
         assert doubling[str(index)]["customdata"][3][1] == percent(share[3] / doublings(first, last)[3], wide[3])
-        single = figure["views"]["lag" + end]["data"][str(index)]["y"]
+        single = as_shares(figure["views"]["lag" + end]["data"][str(index)]["y"])
         right = share / (last - first + 1)
         np.testing.assert_allclose(np.array(single, dtype=float), np.where(right > 1e-3 / 64, right, np.nan), rtol=1e-5)
     assert figure["views"]["lag" + end]["layout"]["yaxis"]["type"] == "log"
@@ -147,6 +147,23 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
             words, _, note = coloured["customdata"][layer][head]
             assert words == percent(share[layer, head], errors[layer, head], 5)
             assert ("too small or too uncertain" in note) == weak[layer, head]
+
+
+def test_the_page_defines_what_its_numbers_are_called(paid):
+    text = page(paid)
+    definitions = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index('<section id="how">') :], re.DOTALL))
+    for name, words in {
+        "Reach": "stay at a level",
+        "What a window covers": "lags 0 to <i>w</i> − 1",
+        "Group": "read one key and value",
+        "Grey heads": f"less than {100 * stats.MIN_CREDIT:.0f} % of an equal part",
+        "±": "half the 95 % interval",
+    }.items():
+        assert words in definitions[name]
+    for windows, quantile in ((3, "4.3"), (7, "2.4")):
+        assert f"{stats.confidence(1, windows):.1f}" == quantile
+        assert quantile in definitions["±"]
+    assert "first 4 positions" in definitions["Reach"]
 
 
 def test_a_page_does_not_take_the_place_of_its_result(tmp_path, plain):

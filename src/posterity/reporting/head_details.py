@@ -15,7 +15,7 @@ from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.result_table import LOSS_PARTS
 from posterity.reporting.result_words import sink_number
-from posterity.reporting.traces import BEHIND, line, log_axis
+from posterity.reporting.traces import BEHIND, PERCENT, line, log_axis
 from posterity.results import stats
 from posterity.results.formatting import first_positions_text, json_numbers
 from posterity.results.ratios import has_fine_lags
@@ -37,7 +37,7 @@ def draw_head(group: ResultGroup) -> PanelGrid:
         for name, (colour, dash) in CURVES.items()
     ]  # fmt: skip
     x = log_axis(max(ends), "self", "lag (tokens; log scale of lag + 1)")
-    y = {"title": "share up to this lag", "tickformat": ".0%", "rangemode": "tozero"}
+    y = {"title": "share up to this lag", **PERCENT}
     return PanelGrid(title, [Panel("", traces, x, y)], height=240, columns=1)
 
 

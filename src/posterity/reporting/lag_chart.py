@@ -14,7 +14,17 @@ from posterity.reporting.bins import bin_middles, bin_names, doublings, single_s
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.reach_chart import has_lags
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.traces import BEHIND, EDGES, band, counting_line, fine_percent, line, log_axis
+from posterity.reporting.traces import (
+    BEHIND,
+    EDGES,
+    LOG_PERCENT,
+    PERCENT,
+    band,
+    counting_line,
+    fine_percent,
+    line,
+    log_axis,
+)
 from posterity.results.formatting import json_numbers, percent
 from posterity.results.lag_bins import share_at_lag
 from posterity.results.ratios import has_fine_lags
@@ -22,9 +32,9 @@ from posterity.results.stats import attention_profile, cumulative_profile, profi
 
 TITLE = "How far the credit reaches: share of the gradient by lag"
 VIEWS = {  # the y axis of each
-    "sum": {"title": "share up to this lag", "tickformat": ".0%", "type": "linear", "range": [0, 1.05]},
-    "doubling": {"title": "share per doubling of lag + 1", "tickformat": ".0%", "type": "linear"},
-    "lag": {"title": "share per lag", "tickformat": ".3~p", "type": "log", "dtick": 1},
+    "sum": {"title": "share up to this lag", **PERCENT, "type": "linear", "range": [0, 1.05]},
+    "doubling": {"title": "share per doubling of lag + 1", **PERCENT, "type": "linear"},
+    "lag": {"title": "share per lag", **LOG_PERCENT},
 }
 LEVELS = (0.5, 0.9)  # marked where shares are added up
 
@@ -49,7 +59,7 @@ def draw_lags(group: ResultGroup, reader_of: str) -> PanelGrid:
                 for lag_profile in profiles
                 for trace in lag_profile.traces(stream, view, same, counting=lag_profile is profiles[0] or not same)
             ]
-            panels.append(Panel(stream, traces, x, {"rangemode": "tozero", **axis}))
+            panels.append(Panel(stream, traces, x, axis))
         grids[view] = PanelGrid(TITLE, panels, height=300)
     first, *others = VIEWS
     return replace(grids[first], views={view: grids[view] for view in others})
@@ -58,8 +68,9 @@ def draw_lags(group: ResultGroup, reader_of: str) -> PanelGrid:
 def _level(level: float, last: int, visible: bool) -> go.Scatter:
     """Draw a thin line across the panel, with its number at its left end."""
     return go.Scatter(
-        x=[1, last + 2], y=[level, level], mode="lines+text", text=[f"{level:.0%}", ""], textposition="top right",
-        textfont={"size": 11, "color": COUNT}, line={"width": 1, "color": AXIS, "dash": "dot"}, hoverinfo="skip",
+        x=[1, last + 2], y=[level, level], mode="lines+text", text=[f"{100 * level:.0f} %", ""],
+        textposition="top right", textfont={"size": 11, "color": COUNT},
+        line={"width": 1, "color": AXIS, "dash": "dot"}, hoverinfo="skip",
         visible=visible, showlegend=False, cliponaxis=False,
     )  # fmt: skip
 

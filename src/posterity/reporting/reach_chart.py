@@ -50,7 +50,7 @@ def draw_reach(group: ResultGroup) -> PanelGrid:
                 if group.single or quantity == "value credit":
                     traces.append(_line(group, member, x, lags.sel(quantity=quantity, level=level), quantity, colour))
         what = "" if group.single else "value credit: "
-        panels.append(Panel(f"{what}{level:.0%} within", traces, axis, y))
+        panels.append(Panel(f"{what}{100 * level:.0f} % within", traces, axis, y))
     return PanelGrid(title, panels, height=260, note=f"without {group.first_positions}")
 
 
@@ -78,7 +78,7 @@ def reach_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
     names = list(QUANTITIES)
     layers = reach(result, ("layer",), LEVELS).sel(quantity=names)
     cells = format_cells(_lag_text, *_stacked(layers.lag, uncertainty(layers.error, windows), "layer"))
-    head = ("layer", *(f"{name}, {level:.0%}" for name in names for level in LEVELS))
+    head = ("layer", *(f"{name}, {100 * level:.0f} %" for name in names for level in LEVELS))
     modules = result.module.values.tolist()
     rows = [(str(layer), module, row) for layer, (module, row) in enumerate(zip(modules, cells.tolist(), strict=True))]
     model = reach(result, ()).sel(quantity=names)

@@ -25,7 +25,7 @@ from posterity.reporting.result_words import (
 )
 from posterity.reporting.tables import chart_tables
 from posterity.results.netcdf import portable_value
-from posterity.results.ratios import MIN_WINDOWS, has_fine_lags
+from posterity.results.ratios import ENOUGH_WINDOWS, MIN_WINDOWS, has_fine_lags
 from posterity.results.stats import balance
 
 EXTREMES = 5  # heads at each end of the ranking
@@ -50,6 +50,7 @@ def render_results(results: Sequence[xr.Dataset], names: Sequence[str] = (), fil
         scripts=[*(["heads.js"] if "map" in titles else []), *(INSPECTED_SCRIPTS if inspected else [])],
         results=members, streams=STREAMS, titles=titles, has=has, inspected=bool(inspected),
         without_lags=without_lags, weak=WEAK_WORDS,
+        min_windows=MIN_WINDOWS, enough_windows=ENOUGH_WINDOWS,
         readers=group.readers if len(group.readers) > 1 else (), first_positions=group.first_positions,
         several_windows=windows >= MIN_WINDOWS,
         index=_index(titles, has, bool(inspected)),

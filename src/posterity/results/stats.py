@@ -12,6 +12,7 @@ sinks) or "rest". NaN marks a head that a layer does not have, and what was not 
 """
 
 from posterity.results.head_stats import MAX_ERROR as MAX_ERROR
+from posterity.results.head_stats import MIN_CREDIT as MIN_CREDIT
 from posterity.results.head_stats import group_shares, shares, weak_heads
 from posterity.results.lag_stats import (
     attention_mean,

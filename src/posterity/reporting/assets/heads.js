@@ -68,8 +68,9 @@
     const shares = numbersOf(curves, member, layer, head);
     const traces = page.data.figures.head.data.map((trace, number) => {
       const length = member.lags.length;
-      const y = [...shares.slice(number * length, (number + 1) * length)].map((y) => (Number.isNaN(y) ? null : y));
-      const labels = y.map((share, index) => [member.lags[index], percent(share ?? NaN)]);
+      const own = [...shares.slice(number * length, (number + 1) * length)];
+      const y = own.map((share) => (Number.isNaN(share) ? null : 100 * share));
+      const labels = own.map((share, index) => [member.lags[index], percent(share)]);
       return number < curves.numbers / length ? { ...trace, x: member.x, y, customdata: labels } : trace;
     });
     page.redraw("head", traces);

@@ -53,7 +53,7 @@
 
   function formatted(value, percent) {
     if (typeof value !== "number") return value === null || value === undefined ? "–" : plain(value);
-    const text = percent ? `${Number((100 * value).toPrecision(3))} %` : String(Number(value.toPrecision(DIGITS)));
+    const text = percent ? `${Number(value.toPrecision(3))} %` : String(Number(value.toPrecision(DIGITS)));
     return text.replace("-", "\u2212");
   }
 
@@ -114,7 +114,7 @@
       const title = layout.annotations?.find(({ xref }) => xref === `${axis} domain`)?.text ?? "";
       const suffix = axis.slice(1);
       const x = plain(layout[`xaxis${suffix}`]?.title?.text ?? "").replace(RegExp("; log scale[^)]*"), "");
-      const percent = /[%p]/.test(layout[`yaxis${suffix}`]?.tickformat ?? "");
+      const percent = layout[`yaxis${suffix}`]?.ticksuffix === " %";
       const tables = isMap(shown.at(-1)) ? shown.map(mapRows) : lineTables(shown, x, percent);
       return tables.map((rows) => ({ caption: plain(title), rows }));
     });
