@@ -40,7 +40,7 @@ OUTSIDE = {
     "training": TORCH | HUGGING_FACE | {"numpy", "xarray", "tokenizers"},
     "cli": {"typer"},
 }
-ROOT_OUTSIDE = {"progress": {"rich"}}
+ROOT_OUTSIDE = {"progress": {"rich"}, "palette": {"numpy"}}
 
 
 def imports(path):

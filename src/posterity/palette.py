@@ -6,6 +6,10 @@ results, arms, models or quantities of a clause take the colours of `SERIES`. Th
 `reporting/assets/style.css`.
 """
 
+from typing import Any
+
+import numpy as np
+
 DARK: dict[str, str] = {}  # dark colour by light colour
 DEPTH_STEPS = 60  # shades between the first and the last layer
 
@@ -48,8 +52,24 @@ DIVERGING = _scale(
     "#0f4c86 #2f72b0 #6ba3d3 #b3d1e9 #f4f1ea #f8cfa0 #ec9a4a #c9640f #8a3d00",
     "#a9d2f8 #7db8f0 #4a8ecb #2f5f8c #252c34 #6d4a26 #b06f2c #ee9a45 #ffd0a0",
 )
+SHARE_TICKS = (1, 0, 0.5, 0.15, 0.05, 0.75, 0.3, 0.01)  # on that scale, the first of them first where room is short
 # Numbers that grow from zero, effective horizons among them.
 SEQUENTIAL = _scale("#f7eeb0 #a9d9a8 #45a9a6 #1f6fa3 #10306b", "#1c3a63 #216f92 #35a58f #9ad07a #fbf0a6")
+
+
+def share_place(share: Any) -> np.ndarray:
+    """Return where shares stand on the scale of `DIVERGING`, from 0 to 1, in every map of shares.
+
+    The scale has room for small shares: a square root up to one half, linear from there. Shares beyond 0 to 1 stand at
+    its ends; NaN stays NaN.
+    """
+    share = np.clip(share, 0, 1)
+    return np.where(share < 0.5, np.sqrt(share / 2), share)
+
+
+def share_at_place(place: Any) -> np.ndarray:
+    """Return the shares at places of the scale, from 0 to 1: the inverse of `share_place`."""
+    return np.where(np.asarray(place) < 0.5, 2 * np.square(place), place)
 
 
 def _mixture(colours: tuple[str, ...], fraction: float) -> str:

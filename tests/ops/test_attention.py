@@ -81,7 +81,10 @@ def test_a_bias_and_sinks_of_each_query_have_the_gradients_of_dense_attention(le
 @pytest.mark.parametrize("shape", BIASES)
 @pytest.mark.usefixtures("small_blocks")
 def test_gradcheck_with_a_bias(length, shape):
-    inputs = (*leaves(length)[:3], *(torch.randn(size).double() for size in ((2, HEADS, length), BIASES[shape](length))))
+    inputs = (
+        *leaves(length)[:3],
+        *(torch.randn(size).double() for size in ((2, HEADS, length), BIASES[shape](length))),
+    )
     # half of the heads and two numbers of each: every entry of the gradient is compared, in a fifth of the time
     query, key, value = (x[:, : x.shape[1] // 2, :, :2].detach().requires_grad_() for x in inputs[:3])
     sinks, bias = (x[:, : HEADS // 2].requires_grad_() for x in inputs[3:])

@@ -16,11 +16,13 @@ import matplotlib.pyplot as plt
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.colors import to_hex
 
+from posterity import palette
 from posterity.axes import STREAMS
 from posterity.errors import InputError
 from posterity.palette import COUNT, EMPTY, INK, LATE, OTHER, SELF, SERIES, STREAM
 from posterity.plotting import plot
 from posterity.results import stats
+from posterity.results.formatting import percent
 from posterity.results.steps import join_steps
 
 LAYERS = ("layer",)
@@ -84,12 +86,25 @@ def test_the_map_shows_every_reported_head_and_marks_the_others(result, stream, 
     assert ax.get_xlabel() == f"head{WORDS[reader_of]}"
 
 
-def test_the_colours_of_a_map_spread_both_ends_and_keep_the_middle():
+def test_the_colours_of_a_map_have_room_for_small_shares_as_those_of_the_page_have():
     norm = plot.heads(sample()).collections[1].norm
+    places = [palette.share_place(share) for share in np.linspace(-0.2, 1.2, 60)]
+    np.testing.assert_allclose(norm(np.linspace(-0.2, 1.2, 60)), places, rtol=1e-12)
     assert norm(0.5) == pytest.approx(0.5)
     assert norm(0.15) - norm(0) > 0.15 * 1.5
     np.testing.assert_allclose(norm.inverse(norm(np.linspace(0, 1, 11))), np.linspace(0, 1, 11), atol=1e-12)
     assert [norm(share) for share in (-0.5, 1.5)] == [0, 1]
+
+
+@pytest.mark.parametrize("reader_of", READERS)
+def test_the_share_by_counting_is_marked_on_the_colours_of_a_map(result, reader_of):
+    ax = plot.heads(result, reader_of=reader_of)
+    counted = float(stats.counts(result, (), reader_of or "rest").isel(lag=0))
+    (bar,) = ax.child_axes
+    (mark,) = [line for line in bar.lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(mark.get_ydata(), counted)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert f"edges, counted: {percent(counted)}" in labels
 
 
 @pytest.mark.parametrize("reader_of", READERS)

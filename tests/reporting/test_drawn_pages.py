@@ -6,7 +6,10 @@ from support.page_results import CHARTS, HOSTILE, LOSS_CHARTS, PARAMETERS
 from support.pages import DRAWN, browser, data, opened, page, tables
 from support.sample import sample
 
+from posterity.reporting.key_numbers import key_numbers
 from posterity.reporting.report import report
+from posterity.reporting.result_table import rank_heads, summary_rows
+from posterity.reporting.result_words import edges_words, verdict_sentence
 
 
 @pytest.mark.slow
@@ -169,6 +172,32 @@ def test_a_chart_can_be_saved_as_a_picture_with_its_title_in_light_colours(tmp_p
         assert 'width="1100"' in picture
         assert "rgb(255, 255, 255)" in picture
         assert "rgb(26, 32, 39)" not in picture
+        assert heard == []
+
+
+@pytest.mark.slow
+def test_the_switch_of_edges_changes_sentence_numbers_tables_and_rankings(tmp_path, paid):
+    def shown(selector):
+        return [text.replace("\u00a0", " ") for text in tab.locator(f"{selector}:visible").all_inner_texts()]
+
+    with browser() as (tab, heard):
+        opened(tab, report(paid, tmp_path / "report.html"))
+        tab.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        for reader_of, label in (("all", "counted"), ("rest", "left out")):
+            tab.get_by_label(label).check()
+            rows = summary_rows(paid, reader_of)
+            assert shown(".sentence") == [verdict_sentence(paid, reader_of)]
+            assert shown(".whole td") == ["", *(cell for row in rows for cell in row.cells)]
+            values = [number.value for number in key_numbers(paid, reader_of)]
+            assert shown(".key .value") == values
+            words = edges_words(paid, reader_of)
+            for figure, tables_of_edges in (("layers", 1), ("loss_parts", 2), ("horizons", 3), ("head_horizons", 3)):
+                captions = shown(f"#{figure} caption")
+                assert len(captions) == tables_of_edges
+                assert all(words in caption for caption in captions)
+            largest = rank_heads(paid, "query", reader_of)[-1]
+            (rankings,) = shown("#heads .streams")
+            assert f"\nlayer {largest.layer}, head {largest.head}\t" in rankings[:60]
         assert heard == []
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 from support.page_results import CHARTS, LOSS_CHARTS
-from support.pages import data, page
+from support.pages import Reader, data, page
 from support.sample import sample
 
 from posterity import palette
@@ -72,6 +72,27 @@ def test_a_name_is_in_the_legend_once(figures):
     for grid in figures:
         names = [trace["name"] for trace in grid.traces if trace["showlegend"]]
         assert len(names) == len(set(names))
+
+
+def test_a_percent_sign_stands_behind_a_space(figures, paid, stepped):
+    percents = set()
+
+    def collect(value):
+        for entry in value.values() if isinstance(value, dict) else value:
+            if isinstance(entry, dict | list | tuple):
+                collect(entry)
+            elif isinstance(entry, str) and "%" in entry.replace("%{", "{"):
+                percents.add(entry)
+
+    for grid in figures:
+        for view in (grid, *grid.views.values()):
+            collect(view.figure().to_plotly_json()["data"])
+            collect(view.layout(FULL_WIDTH))
+    assert {" %", "50 %", "%{y:.1f} %", "<b>50 % within</b>"} <= percents
+    assert not [text for text in percents if re.search(r"[^ ]%(?!{)", text) or "%}" in text]
+    for result in (paid, stepped):
+        text = Reader(page(result)).text
+        assert not re.findall(r".{20}\d%", text)
 
 
 def test_every_colour_is_of_the_palette(figures):

@@ -74,6 +74,32 @@ def test_a_cell_of_the_map_that_is_clicked_shows_its_head_and_the_fields_do_so_w
         assert heard == []
 
 
+@pytest.mark.slow
+def test_one_weak_head_is_marked_and_a_head_that_does_not_exist_is_told(tmp_path):
+    result = sample(layers=3, heads=4, missing_heads=1)
+    result["credit_by_document"].loc[{"layer": 0, "head": 1, "stream": "key"}] *= 1e-3  # weak in one stream
+    weak = stats.weak_heads(result, "rest")
+    assert weak.sel(layer=0, head=1).values.tolist() == [False, True, False]
+    assert not weak.sel(layer=0, head=2).any()
+    with browser() as (tab, heard):
+        opened(tab, report(result, tmp_path / "report.html"))
+        for layer, head, names in ((0, 1, ["query", "key †", "value"]), (0, 2, [*STREAMS]), (2, 3, [*STREAMS])):
+            tab.locator("#head-choice [name=layer]").fill(str(layer))
+            tab.locator("#head-choice [name=head]").fill(str(head))
+            assert tab.locator("#head-numbers th[scope=col]").all_inner_texts() == names
+            assert tab.locator("#head-weak").is_visible() == ("key †" in names)
+            assert tab.locator("#head-range").inner_text() == "layers 0 to 2, heads 0 to 3"
+        tab.locator("#head-choice [name=layer]").fill("3")
+        told = tab.locator("#head-range.warning").inner_text()
+        assert told.startswith("no such head: there are layers 0 to 2, heads 0 to 3")
+        assert tab.locator("#head-numbers caption").inner_text() == "Layer 2, head 3: no such head"
+        tab.locator("#head-choice [name=layer]").fill("1")
+        assert tab.locator("#head-range.warning").count() == 0
+        curves = tab.evaluate("page.chosen('head').data.map(({y}) => y.at(-1))")
+        assert curves == pytest.approx([100] * 4, abs=1e-2)
+        assert heard == []
+
+
 def assert_head(tab, result, layer, head, reader_of="rest"):
     """Hold the numbers and the curves of one head on the page to those of the result."""
     cell = {"layer": layer, "head": head}
@@ -90,9 +116,9 @@ def assert_head(tab, result, layer, head, reader_of="rest"):
     assert [name for name, _ in traces] == ["attention", *STREAMS]
     credit = sum_readers(result.credit, reader_of).sel(stream="value", **cell)
     for _, share in traces:
-        assert share[-1] == pytest.approx(1, abs=1e-4)
+        assert share[-1] == pytest.approx(100, abs=1e-2)
     octave = int((result.lag_end == 6).values.argmax())
-    assert traces[3][1][2] == pytest.approx(float(credit[: octave + 1].sum() / credit.sum()), abs=1e-4)
+    assert traces[3][1][2] == pytest.approx(float(100 * credit[: octave + 1].sum() / credit.sum()), abs=1e-2)
 
 
 def words(shares):

@@ -15,7 +15,8 @@ from posterity.reporting.result_table import LOSS_PARTS
 from posterity.results import stats
 from posterity.results.formatting import horizon_text, percent
 
-ANCHORS = {"answer", "charts", "more", "heads", "how", "data", "plotly", "waiting", "head-choice", "head-numbers"}
+ANCHORS = {"answer", "charts", "more", "heads", "how", "data", "plotly", "waiting"}
+ANCHORS |= {"head-choice", "head-numbers", "head-range", "head-weak"}
 
 
 BEYOND = ", beyond the first 4 positions"

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs_version
 from support.page_results import HOSTILE
-from support.pages import Reader, data, page, traces
+from support.pages import Reader, as_shares, data, page, traces
 from support.sample import sample
 
 from posterity.axes import STREAMS
 from posterity.errors import InputError
+from posterity.palette import share_place
 from posterity.reporting.bins import doublings
-from posterity.reporting.head_maps import stretch
 from posterity.reporting.html import escaped_json, packed_plotly, plotly_script
 from posterity.reporting.report import report
 from posterity.reporting.result_group import result_names
@@ -75,10 +75,10 @@ def assert_views(figure, plain, profile, end):
     for (index, _), stream in zip(credit, STREAMS, strict=True):
         share, error = (profile[name].sel(stream=stream).values for name in ("share", "error"))
         doubling = figure["views"]["doubling" + end]["data"]
-        np.testing.assert_allclose(doubling[str(index)]["y"], share / doublings(first, last), rtol=1e-5)
+        np.testing.assert_allclose(as_shares(doubling[str(index)]["y"]), share / doublings(first, last), rtol=1e-5)
         wide = error / doublings(first, last)
         assert doubling[str(index)]["customdata"][3][1] == percent(share[3] / doublings(first, last)[3], wide[3])
-        single = figure["views"]["lag" + end]["data"][str(index)]["y"]
+        single = as_shares(figure["views"]["lag" + end]["data"][str(index)]["y"])
         right = share / (last - first + 1)
         np.testing.assert_allclose(np.array(single, dtype=float), np.where(right > 1e-3 / 64, right, np.nan), rtol=1e-5)
     assert figure["views"]["lag" + end]["layout"]["yaxis"]["type"] == "log"
@@ -99,6 +99,38 @@ def test_the_error_of_an_added_up_share_is_that_of_the_sum(plain):
     assert lags["credit"]["customdata"][5] == ["0–5", percent(share[5], error[5])]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_marked_lags_lie_on_the_line_at_the_first_share_above_their_level(seed):
+    result = sample(seed=seed, context=256)
+    reach = stats.reach(result, (), (0.5, 0.9), "rest")
+    for panel, stream in enumerate(STREAMS):
+        lags = traces(page(result), "lags", panel)
+        line, marks = lags["credit"], next(trace for trace in lags.values() if trace.get("marker", {}).get("symbol"))
+        lag = reach.lag.sel(quantity=f"{stream} credit").values
+        np.testing.assert_allclose(marks["x"], np.sqrt((lag + 1) * (lag + 2)), rtol=1e-5)
+        drawn = np.interp(np.log(marks["x"]), np.log(line["x"]), line["y"])
+        octave = np.log(2) / 4  # the width of a bin: from here an even spread over lags bends away from the line
+        largest = np.diff(line["y"]).max()
+        np.testing.assert_allclose(marks["y"], drawn, atol=largest * octave / 8 + 1e-5)
+        assert (np.array(marks["y"]) >= [0.5, 0.9]).all()
+
+
+def test_a_page_draws_only_lags_that_were_measured_and_names_the_option_for_others(plain):
+    coarse = sample(lags="self", model="coarse")
+    text = page(coarse)
+    assert {"map", "layers"} <= set(data(text)["figures"])
+    assert not {"lags", "head", "reach"} & set(data(text)["figures"])
+    assert "Only the self edge was told" in Reader(text).text
+    assert "(--lags octaves)" in Reader(text).text
+    assert "half within" not in Reader(text).text
+    both = page(coarse, plain)
+    assert "coarse: Only the self edge was told" in Reader(both).text
+    assert {trace.get("name") for trace in traces(both, "lags").values()} >= {"tiny/sample"}
+    assert "coarse" not in {trace.get("name") for trace in traces(both, "lags").values()}
+    assert [len(head["x"]) for head in data(both)["heads"]] == [1, 6]
+    assert "(--lags octaves)" not in Reader(page(plain)).text
+
+
 def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
     text, shares = page(plain), stats.shares(plain, ("layer", "head"), "rest").sel(side="self")
     for panel, stream in enumerate(STREAMS):
@@ -107,7 +139,7 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
         weak = stats.weak_heads(plain, "rest").sel(stream=stream).values
         share = shares.share.sel(stream=stream).values
         np.testing.assert_allclose(
-            np.array(coloured["z"], dtype=float), np.where(weak, np.nan, stretch(share)), rtol=1e-5
+            np.array(coloured["z"], dtype=float), np.where(weak, np.nan, share_place(share)), rtol=1e-5
         )
         np.testing.assert_array_equal(np.array(grey["z"], dtype=float) == 1, weak)
         errors = shares.error.sel(stream=stream).values
@@ -115,6 +147,23 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
             words, _, note = coloured["customdata"][layer][head]
             assert words == percent(share[layer, head], errors[layer, head], 5)
             assert ("too small or too uncertain" in note) == weak[layer, head]
+
+
+def test_the_page_defines_what_its_numbers_are_called(paid):
+    text = page(paid)
+    definitions = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index('<section id="how">') :], re.DOTALL))
+    for name, words in {
+        "Reach": "stay at a level",
+        "What a window covers": "lags 0 to <i>w</i> − 1",
+        "Group": "read one key and value",
+        "Grey heads": f"less than {100 * stats.MIN_CREDIT:.0f} % of an equal part",
+        "±": "half the 95 % interval",
+    }.items():
+        assert words in definitions[name]
+    for windows, quantile in ((3, "4.3"), (7, "2.4")):
+        assert f"{stats.confidence(1, windows):.1f}" == quantile
+        assert quantile in definitions["±"]
+    assert "first 4 positions" in definitions["Reach"]
 
 
 def test_a_page_does_not_take_the_place_of_its_result(tmp_path, plain):

@@ -2,6 +2,7 @@
 
 import io
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from support.sample import sample
 
 from posterity.axes import SIDES, STREAMS, WRITTEN
 from posterity.errors import InputError
-from posterity.reporting.result_table import rank_heads, summary_rows
+from posterity.reporting.result_table import LOSS_PARTS, rank_heads, summary_rows
 from posterity.reporting.result_words import reading_notes, verdict_sentence
 from posterity.reporting.summary import summary
 from posterity.results import stats
@@ -43,7 +44,51 @@ def test_the_summary_shows_the_numbers_of_the_result(plain):
         by_head = stats.shares(plain, ("layer", "head"), "rest").share.sel(stream=stream, side="self")
         strong = by_head.where(~stats.weak_heads(plain, "rest").sel(stream=stream)).stack(place=("layer", "head"))
         layer, head = strong.idxmax("place").item()
-        assert cells["largest, head"][index].startswith(f"L{layer} H{head} ")
+        assert cells["largest, head"][index] == f"L{layer} H{head}"
+
+
+@pytest.mark.parametrize("reader_of", ["rest", "all"])
+def test_the_extremes_have_their_errors(plain, reader_of):
+    rows = summary_rows(plain, reader_of)
+    extremes = {
+        row.label: (row.cells, share.cells)
+        for row, share in pairwise(rows)
+        if row.label.endswith((", layer", ", head"))
+    }
+    assert len(extremes) == 4
+    for by, what in ((("layer",), "layer"), (("layer", "head"), "head")):
+        shares = stats.shares(plain, by, reader_of).sel(side="self")
+        if what == "head":
+            shares = shares.where(~stats.weak_heads(plain, reader_of))
+        for index, stream in enumerate(STREAMS):
+            share = shares.sel(stream=stream).stack(place=by)
+            for end, place in (("largest", share.share.argmax("place")), ("smallest", share.share.argmin("place"))):
+                extreme = share.isel(place=int(place))
+                names, numbers = extremes[f"{end}, {what}"]
+                assert names[index] == " ".join(f"{dim[0].upper()}{int(extreme[dim])}" for dim in by)
+                assert numbers[index] == percent(float(extreme.share), float(extreme.error), 5)
+
+
+def test_queries_have_no_number_where_others_pay():
+    result = sample(losses=True, horizons=(1, 4, 16))
+    rows = [row for row in summary_rows(result) if row.part.startswith("Who pays")]
+    assert [row.label for row in rows] == [*LOSS_PARTS.values(), "effective horizon"]
+    assert all(row.cells[0] == "" and "" not in row.cells[1:] for row in rows)
+
+
+def test_sentence_and_table_of_all_edges_say_so_and_hold_their_numbers(plain):
+    sentence = verdict_sentence(plain, "all")
+    share = stats.shares(plain).sel(side="other", stream="key")
+    assert sentence.startswith("Over all edges, the credit of the keys and values of tiny/sample arrives ")
+    assert f"{percent(float(share.share), float(share.error), 5)} (keys)" in sentence
+    assert sentence != verdict_sentence(plain) == verdict_sentence(plain, "rest")
+    assert {row.part for row in summary_rows(plain, "all")} == {
+        "Credit of the gradient, all edges", "Sinks: part of all credit", "Extremes of the self share, all edges",
+        "Gradient of the weights, all edges",
+    }  # fmt: skip
+    single = plain.assign_attrs(sinks=1)
+    assert verdict_sentence(single).startswith("Beyond the first position, the credit")
+    assert not any("all edges" in row.part for row in summary_rows(plain.assign_attrs(sinks=0), "all"))
 
 
 def test_the_sentence_follows_the_numbers(plain):
@@ -213,7 +258,7 @@ def test_a_share_beyond_its_bounds_is_marked_and_explained(plain):
     beyond = plain.copy(deep=True)
     beyond["credit_by_document"].loc[{"layer": 2, "stream": "key", "side": "other"}] *= -0.1
     text = printed(beyond)
-    assert re.search(r"largest, layer .* L2 1\d\d\.\d % †", text)
+    assert re.search(r"largest, layer .* L2 .*\n.*its share .* 1\d\d\.\d ± \d+\.\d % †", text)
     assert "† beyond 0 to 100 %" in text
     assert all(len(line) <= 80 for line in text.splitlines())
 

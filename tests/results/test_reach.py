@@ -7,6 +7,7 @@ from support.sample import sample
 
 import posterity
 from posterity import InputError, stats
+from posterity.results.lag_bins import lag_at_share, share_at_lag
 
 BY = [(), ("layer",), ("layer", "kv_head")]
 
@@ -121,6 +122,21 @@ def test_key_value_heads_are_sums_of_their_query_heads():
     np.testing.assert_allclose(grouped.sel(kv_head=0), by_hand, rtol=1e-12)
     with pytest.raises(InputError, match="by expects"):
         stats.shares(result, ("head", "kv_head"))
+
+
+@pytest.mark.parametrize("lags", ["octaves", "all"])
+def test_a_level_lies_within_its_lag_and_not_within_the_lag_before_by_the_share_at_these_lags(lags):
+    result = sample(lags=lags, context=128)
+    first, last = result.lag.values, result.lag_end.values
+    within = stats.cumulative_profile(result).counted.values
+    np.testing.assert_allclose(share_at_lag(last, within, first, last), within, rtol=1e-14)
+    for level in np.linspace(0.03, 0.97, 40):
+        index = int((within >= level).argmax())
+        before = within[index - 1] if index else 0.0
+        lag = lag_at_share(level, before, within[index], first[index], last[index])
+        shares = share_at_lag(np.array([lag - 1, lag]), within, first, last)
+        assert first[index] <= lag <= last[index]
+        assert shares[0] < level <= shares[1] + 1e-12
 
 
 def test_a_file_of_version_one_gives_its_old_numbers(tmp_path):

@@ -1,5 +1,8 @@
 """Laws of the shares and their standard errors."""
 
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from support.sample import sample, weight_norms
 
 from posterity.errors import InputError
-from posterity.results import loss_stats, stats
+from posterity.results import stats
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +405,6 @@ def test_what_was_not_measured_is_refused_with_the_option_that_measures_it(funct
 
 
 def test_every_public_function_of_stats_is_listed_and_documented():
-    homes = (stats.__name__, loss_stats.__name__)
     functions = {
         "ratio",
         "mean_and_error",
@@ -411,10 +413,12 @@ def test_every_public_function_of_stats_is_listed_and_documented():
         "confidence",
         "uncertainty",
     }  # of ratios
-    functions |= {"reach", "prices", "window_prices"}
-    functions |= {
-        name for name, value in [*vars(stats).items(), *vars(loss_stats).items()]
-        if getattr(value, "__module__", "") in homes and name[0] != "_"
-    }  # fmt: skip
+    functions.add("reach")
+    for path in Path(stats.__file__).parent.glob("*_stats.py"):
+        module = import_module(f"posterity.results.{path.stem}")
+        functions |= {
+            name for name, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__ and name[0] != "_"
+        }  # fmt: skip
     assert functions == set(stats.__all__)
     assert all("Returns:" in getattr(stats, name).__doc__ for name in functions)

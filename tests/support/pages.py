@@ -82,11 +82,15 @@ def data(text) -> dict:
 def traces(text, figure, panel=0) -> dict[str, dict]:
     """The traces of one panel of a figure by their names; the edges of a band as "NAME low" and "NAME high".
 
-    The first of several traces without a name has that of its type, each other one more "+".
+    The first of several traces without a name has that of its type, each other one more "+". What is drawn in percent
+    is given in shares again.
     """
     axis, named = f"x{panel + 1}" if panel else "x", {}
-    for trace in data(text)["figures"][figure]["data"]:
+    drawn = data(text)["figures"][figure]
+    for trace in drawn["data"]:
         if trace["xaxis"] == axis:
+            if drawn["layout"]["yaxis" + trace["yaxis"][1:]].get("ticksuffix") == " %":
+                trace["y"] = as_shares(trace["y"])
             name = html.unescape(trace.get("name") or trace.get("legendgroup") or trace["type"])
             if trace.get("line", {}).get("width") == 0:
                 name += " high" if "fill" in trace else " low"
@@ -94,6 +98,11 @@ def traces(text, figure, panel=0) -> dict[str, dict]:
                 name += "+"
             named[name] = trace
     return named
+
+
+def as_shares(percents):
+    """Numbers in percent as shares."""
+    return [None if number is None else number / 100 for number in percents]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
 from posterity.errors import InputError
-from posterity.palette import AXIS, COUNT, INK, Scale
+from posterity.palette import AXIS, COUNT, INK, Scale, share_at_place, share_place
 from posterity.results.formatting import first_positions_text
 from posterity.results.stats import has_reader_axis, uncertainty
 
@@ -106,25 +106,31 @@ def colour_map(scale: Scale) -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list("posterity", scale)
 
 
-def draw_colour_bar(ax: Axes, cells: Any, label: str, ticks: Sequence[float] | None = None) -> None:
-    """Draw the colours of shares beside the axes."""
+def draw_colour_bar(
+    ax: Axes, cells: Any, label: str, ticks: Sequence[float] | None = None, baseline: float | None = None
+) -> None:
+    """Draw the colours of shares beside the axes, with a line at a baseline."""
     place = ax.inset_axes((1.04, 0, 0.05, 1))  # as high as the axes, whatever their aspect
-    bar = ax.figure.colorbar(cells, cax=place, format=PercentFormatter(1, decimals=0), ticks=ticks)
+    bar = ax.figure.colorbar(cells, cax=place, format=_percents(), ticks=ticks)
     bar.set_label(label)
     bar.outline.set_linewidth(0.6)
     bar.ax.minorticks_off()
+    if baseline is not None:
+        bar.ax.axhline(baseline, **COUNTED)
 
 
 def share_scale() -> FuncNorm:
-    """Return the scale of colours for shares from 0 to 1: the arcsine of the root, which spreads both ends."""
-    return FuncNorm(
-        (lambda share: np.arcsin(np.sqrt(np.clip(share, 0, 1))), lambda angle: np.sin(angle) ** 2), vmin=0, vmax=1
-    )
+    """Return the scale of colours for shares from 0 to 1 (`palette.share_place`), which has room for small ones."""
+    return FuncNorm((share_place, share_at_place), vmin=0, vmax=1)
+
+
+def _percents() -> PercentFormatter:
+    return PercentFormatter(1, decimals=0, symbol=" %")
 
 
 def show_percents(axis: Any) -> None:
     """Show the shares along an axis in percent."""
-    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set_major_formatter(_percents())
 
 
 def show_whole_numbers(*axes: Any) -> None:
@@ -153,5 +159,5 @@ def draw_level(ax: Axes, level: float, **style: Any) -> None:
     ax.axhline(level, color=AXIS, linewidth=0.6, zorder=0, **style)
 
 
-COUNTED = {"color": COUNT, "linestyle": (0, (4, 2))}  # what counting edges alone predicts
+COUNTED: dict[str, Any] = {"color": COUNT, "linestyle": (0, (4, 2))}  # what counting edges alone predicts
 ATTENTION = {"color": INK, "linestyle": (0, (1, 1.5))}

@@ -1,11 +1,13 @@
 """Plots of the credit: by head, by lag, and at the first positions."""
 
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from posterity.axes import STREAMS, WRITTEN
-from posterity.palette import DIVERGING, EMPTY, STREAM
+from posterity.palette import DIVERGING, EMPTY, SHARE_TICKS, STREAM
 from posterity.plotting.canvas import (
     ATTENTION,
     COUNTED,
@@ -24,12 +26,10 @@ from posterity.plotting.canvas import (
     show_whole_numbers,
 )
 from posterity.results import stats
-from posterity.results.formatting import first_positions_text
+from posterity.results.formatting import first_positions_text, percent
 from posterity.results.ratios import require_lags
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
-
-SHARE_TICKS = (0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1)  # of a scale that spreads both ends
 
 
 def plot_heads(
@@ -37,7 +37,8 @@ def plot_heads(
 ) -> Axes:
     """Draw the self share of every head as a map: heads across, layers upwards (`stats.shares`).
 
-    Grey: credit too small or too uncertain (`stats.weak_heads`). Blank: a head that the layer lacks.
+    Grey: credit too small or too uncertain (`stats.weak_heads`). Blank: a head that the layer lacks. The scale of
+    colours is that of the report's map; a dashed line on it marks the share that counting edges alone would give.
 
     Args:
         result: A result of `posterity.measure`.
@@ -58,11 +59,14 @@ def plot_heads(
         grey = xr.ones_like(shares.share).where(weak & stats.existing_heads(result))
         draw_cells(axes, grey, cmap=colour_map([(0, EMPTY), (1, EMPTY)]), **grid)
         cells = draw_cells(axes, shares.share.where(~weak), cmap=colour_map(DIVERGING), norm=share_scale(), **grid)
-        draw_colour_bar(axes, cells, f"self share of the {stream} credit", SHARE_TICKS)
+        counted = float(stats.counts(result, (), reader_of).isel(lag=0))
+        draw_colour_bar(axes, cells, f"self share of the {stream} credit", sorted(SHARE_TICKS), counted)
         show_whole_numbers(axes.xaxis, axes.yaxis)
         axes.set(xlabel=f"head{words}", ylabel="layer")
+        handles: list[Artist] = [Line2D([], [], **COUNTED, label=f"edges, counted: {percent(counted)}")]
         if grey.notnull().any():
-            draw_legend(axes, handles=[Patch(color=EMPTY, label="too small or too uncertain")])
+            handles.append(Patch(color=EMPTY, label="too small or too uncertain"))
+        draw_legend(axes, 1, handles=handles)
     return axes
 
 

@@ -69,7 +69,7 @@ def _draw_readers(group: ResultGroup, draw: DrawReaders) -> PanelGrid:
     first, *others = group.readers
     if not others:
         return draw(group, first)
-    begin = _annotate(draw(group, first), f"without the first {group.sinks} positions")
+    begin = _annotate(draw(group, first), f"without {group.first_positions}")
     views = dict(begin.views)
     for reader_of in others:
         grid = draw(group, reader_of)

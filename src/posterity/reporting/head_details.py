@@ -14,32 +14,39 @@ from posterity.reporting.bins import bin_middles
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.result_table import LOSS_PARTS
-from posterity.reporting.traces import BEHIND, line, log_axis
+from posterity.reporting.result_words import sink_number
+from posterity.reporting.traces import BEHIND, PERCENT, line, log_axis
 from posterity.results import stats
-from posterity.results.formatting import json_numbers
+from posterity.results.formatting import first_positions_text, json_numbers
+from posterity.results.ratios import has_fine_lags
 
+UNKNOWN_I2 = -(2**15)
 CURVES = {"attention": (ATTENTION, "dot"), "query": (SERIES[3], "solid"), "key": (SERIES[2], "solid"),
           "value": (SERIES[5], "solid")}  # fmt: skip
 
 
 def draw_head(group: ResultGroup) -> PanelGrid:
     """Draw the shares of one head up to each lag; a page puts in those of the head that is chosen."""
-    last = max(int(member.result.lag_end[-1]) for member in group.members)
+    title = "One head: its credit up to each lag"
+    ends = [int(member.result.lag_end[-1]) for member in group.members if has_fine_lags(member.result)]
+    if not ends:
+        return PanelGrid(title, [], height=0)
     traces = [
         line(name, [0.0], [math.nan], colour, dash, hover="lag %{customdata[0]}: %{customdata[1]}",
              **(BEHIND if name == "attention" else {"mode": "lines+markers", "marker": {"size": 4.5}}))
         for name, (colour, dash) in CURVES.items()
     ]  # fmt: skip
-    x = log_axis(last, "self", "lag (tokens; log scale of lag + 1)")
-    y = {"title": "share up to this lag", "tickformat": ".0%", "rangemode": "tozero"}
-    return PanelGrid("One head: its credit up to each lag", [Panel("", traces, x, y)], height=240, columns=1)
+    x = log_axis(max(ends), "self", "lag (tokens; log scale of lag + 1)")
+    y = {"title": "share up to this lag", **PERCENT}
+    return PanelGrid(title, [Panel("", traces, x, y)], height=240, columns=1)
 
 
 def head_details(group: ResultGroup) -> list[dict[str, Any]]:
     """Return the numbers of all heads of each result, as `heads.js` reads them.
 
     `curves` are shares up to the last lag of each octave (`lags`, at `x` of the figure), of attention and of the three
-    streams; `rows` are numbers with their errors, by stream. Both are packed: (layer, head, number).
+    streams; `rows` are numbers with their errors, by stream; `weak` is 1 for the streams of a head that
+    `stats.weak_heads` names. All are packed: (layer, head, number).
     """
     return [_describe(member, "" if group.single else member.name, group.readers) for member in group.members]
 
@@ -63,11 +70,17 @@ def _describe(member: NamedResult, title: str, readers: Sequence[str]) -> dict[s
         "x": json_numbers(bin_middles(last, last), 6),
         "curves": {reader_of: _pack(_curves(result, ends, reader_of), "i2") for reader_of in readers},
         "rows": _rows(member, readers),
+        "weak": {
+            reader_of: _pack((stats.weak_heads(result, reader_of) & stats.existing_heads(result)).values, "u1")
+            for reader_of in readers
+        },
     }
 
 
 def _octave_ends(result: xr.Dataset) -> np.ndarray:
-    """Return the bins of lags that end an octave of lag + 1, and the last bin."""
+    """Return the bins of lags that end an octave of lag + 1, and the last bin; lag 0 alone where no other is known."""
+    if not has_fine_lags(result):
+        return np.array([0])
     octave = np.floor(np.log2(result.lag.values + 1))
     return np.append(np.flatnonzero(np.diff(octave)), len(octave) - 1)
 
@@ -84,13 +97,12 @@ def _rows(member: NamedResult, readers: Sequence[str]) -> list[dict[str, Any]]:
     by, result = ("layer", "head"), member.result
     written = xr.DataArray([stream in WRITTEN for stream in STREAMS], {"stream": list(STREAMS)})
     shares = {reader_of: stats.shares(result, by, reader_of).sel(side="self") for reader_of in readers}
-    both = stats.has_reader_axis(result)
-    first = stats.first_share(result, by) if both else stats.first_position(result, by)
-    where = f"first {result.attrs.get('sinks')} positions" if both else "first position"
+    sinks = sink_number(result)
+    first = stats.first_share(result, by) if sinks else stats.first_position(result, by)
     attention = stats.attention_first(result, by).where(written)
     rows = [
         _row(member, "self share", shares),
-        _row(member, f"share of the {where}", {"all": first}),
+        _row(member, f"share of {first_positions_text(sinks or 1)}", {"all": first}),
         _row(member, "attention weight on the first key", {"all": xr.Dataset({"share": attention})}),
     ]
     if "loss_credit" in result:
@@ -119,9 +131,11 @@ def _row(member: NamedResult, label: str, shares: Mapping[str, xr.Dataset]) -> d
 
 
 def _pack(values: np.ndarray, kind: str) -> dict[str, Any]:
-    """Pack numbers (layer, head, ...) as base64: "f4", single precision, or "i2", ten-thousandths up to 3.27."""
-    numbers = math.prod(values.shape[2:])
+    """Pack numbers (layer, head, ...) as base64.
+
+    As "f4", single precision; as "i2", ten-thousandths up to 3.2, NaN as `UNKNOWN_I2`; or as "u1", 0 and 1.
+    """
     if kind == "i2":
-        values = np.nan_to_num(values, nan=0.0).clip(-3.2, 3.2) * 1e4
-    packed = np.ascontiguousarray(np.round(values) if kind == "i2" else values, dtype=f"<{kind}")
-    return {"kind": kind, "numbers": numbers, "data": base64.b64encode(packed.tobytes()).decode()}
+        values = np.where(np.isnan(values), UNKNOWN_I2, np.round(values.clip(-3.2, 3.2) * 1e4))
+    packed = np.ascontiguousarray(values, dtype=f"<{kind}")
+    return {"kind": kind, "numbers": math.prod(values.shape[2:]), "data": base64.b64encode(packed.tobytes()).decode()}

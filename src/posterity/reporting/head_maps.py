@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from posterity.axes import STREAMS
-from posterity.palette import DIVERGING, EMPTY, MEAN, PAPER, SEQUENTIAL
+from posterity.palette import DIVERGING, EMPTY, MEAN, PAPER, SEQUENTIAL, SHARE_TICKS, share_place
 from posterity.reporting.html import figure_text
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
@@ -20,7 +20,6 @@ from posterity.results.formatting import UNKNOWN, horizon_text, json_numbers, pe
 from posterity.results.stats import counts, effective_horizon, existing_heads, shares, weak_heads
 
 MANY = 32  # heads from which cells have no gaps
-SHARE_TICKS = (1, 0, 0.5, 0.15, 0.05, 0.75, 0.3, 0.01)  # the first of them first where room is short
 WEAK = "credit too small or too uncertain"
 
 
@@ -30,22 +29,18 @@ def draw_heads(group: ResultGroup, reader_of: str) -> PanelGrid:
     for stream in STREAMS:
         for member in group.members:
             share = shares(member.result, ("layer", "head"), reader_of).sel(side="self", stream=stream)
-            portion = credit_portions(member.result).sel(stream=stream)
+            portion = credit_portions(member.result, reader_of).sel(stream=stream)
             error = member.uncertainty(share.error)
             texts = np.stack([_format(percent, share.share, error), _format(_format_portion, portion)], -1)
             weak = _weak(member.result, reader_of).sel(stream=stream).values
             hover = "self share %{customdata[0]}<br>credit %{customdata[1]} of an equal part"
-            panels.append(_panel(group.panel_title(stream, member), stretch(share.share.values), weak, texts, hover))
+            panels.append(
+                _panel(group.panel_title(stream, member), share_place(share.share.values), weak, texts, hover)
+            )
     return PanelGrid(
         "Self share of every head", panels, height=_height(group.members), shared_y=False,
         colours=_share_colours(group.members, reader_of), **grid_by_result(group.members),
     )  # fmt: skip
-
-
-def stretch(share: np.ndarray | float) -> np.ndarray:
-    """Place shares on a colour scale that has room for small ones: a square root up to one half, from there linear."""
-    share = np.clip(share, 0, 1)
-    return np.where(share < 0.5, np.sqrt(share / 2), share)
 
 
 def _share_colours(members: list[NamedResult], reader_of: str) -> Callable[[float], dict[str, Any]]:
@@ -54,9 +49,9 @@ def _share_colours(members: list[NamedResult], reader_of: str) -> Callable[[floa
     baseline = float(counts(members[0].result, (), reader_of).isel(lag=0)) if len(counted) == 1 else math.nan
 
     def colours(length: float) -> dict[str, Any]:
-        chosen = {} if math.isnan(baseline) else {float(stretch(baseline)): f"{percent(baseline)}<br>counting"}
+        chosen = {} if math.isnan(baseline) else {float(share_place(baseline)): f"{percent(baseline)}<br>counting"}
         for share in SHARE_TICKS:
-            place = float(stretch(share))
+            place = float(share_place(share))
             if all(length * abs(place - other) > TICK for other in chosen):
                 chosen[place] = f"{100 * share:.0f} %"
         places = sorted(chosen)

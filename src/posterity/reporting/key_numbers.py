@@ -8,9 +8,9 @@ import xarray as xr
 
 from posterity.axes import WRITTEN
 from posterity.reporting.reach_chart import has_lags
+from posterity.reporting.result_words import sink_number
 from posterity.results import stats
 from posterity.results.formatting import first_positions_text, percent, tokens_text
-from posterity.results.netcdf import portable_value
 
 FIVE = 5
 
@@ -25,9 +25,13 @@ class KeyNumber:
 
 
 def key_numbers(result: xr.Dataset, reader_of: str) -> list[KeyNumber]:
-    """Return the numbers in the order in which people ask, of the edges that `reader_of` names (see `stats`)."""
-    numbers = [*_later_shares(result, reader_of), *_lengths(result, reader_of), _first_share(result)]
-    return [*numbers[: FIVE - 2], numbers[-1], *_own_share(result, reader_of), *numbers[FIVE - 2 : -1]][:FIVE]
+    """Return the numbers in the order in which people ask, of the edges that `reader_of` names (see `stats`).
+
+    Fewer of a result without lags.
+    """
+    lengths = list(_lengths(result, reader_of))
+    later, own = _later_shares(result, reader_of), _own_share(result, reader_of)
+    return [*later, *lengths[:1], _first_share(result), *own, *lengths[1:]][:FIVE]
 
 
 def _later_shares(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
@@ -42,6 +46,8 @@ def _later_shares(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
 
 def _lengths(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
     median = float(stats.median_lag(stats.profile(result, (), reader_of).share).sel(stream="value"))
+    if math.isnan(median):
+        return
     counted = float(stats.median_lag(stats.counts(result, (), reader_of)))
     baseline = "" if math.isnan(counted) else f"; by counting edges alone, {tokens_text(counted)}"
     yield KeyNumber("values: half within", tokens_text(median), f"the median lag of their credit{baseline}")
@@ -51,14 +57,11 @@ def _lengths(result: xr.Dataset, reader_of: str) -> Iterator[KeyNumber]:
 
 
 def _first_share(result: xr.Dataset) -> KeyNumber:
-    sinks = portable_value(result.attrs.get("sinks"))
-    if stats.has_reader_axis(result) and isinstance(sinks, int) and sinks > 0:
-        first, where = stats.first_share(result), f"at {first_positions_text(sinks)}"
-    else:
-        first, where = stats.first_position(result), "at the first position"
+    sinks = sink_number(result)
+    first = stats.first_share(result) if sinks else stats.first_position(result)
     attention = percent(float(stats.attention_first(result)))
     return KeyNumber(
-        f"values: {where}", _percent(result, first.sel(stream="value")),
+        f"values: at {first_positions_text(sinks or 1)}", _percent(result, first.sel(stream="value")),
         f"of all their credit: a sink, if it is much. The very first key gets {attention} of the attention",
     )  # fmt: skip
 

@@ -14,25 +14,40 @@ from posterity.reporting.bins import bin_middles, bin_names, doublings, single_s
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.reach_chart import has_lags
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.traces import BEHIND, EDGES, band, counting_line, fine_percent, line, log_axis
+from posterity.reporting.traces import (
+    BEHIND,
+    EDGES,
+    LOG_PERCENT,
+    PERCENT,
+    band,
+    counting_line,
+    fine_percent,
+    line,
+    log_axis,
+)
 from posterity.results.formatting import json_numbers, percent
-from posterity.results.ratios import sum_over_heads, sum_readers
-from posterity.results.stats import attention_profile, profile, ratio, reach
+from posterity.results.lag_bins import share_at_lag
+from posterity.results.ratios import has_fine_lags
+from posterity.results.stats import attention_profile, cumulative_profile, profile, reach
 
+TITLE = "How far the credit reaches: share of the gradient by lag"
 VIEWS = {  # the y axis of each
-    "sum": {"title": "share up to this lag", "tickformat": ".0%", "type": "linear", "range": [0, 1.05]},
-    "doubling": {"title": "share per doubling of lag + 1", "tickformat": ".0%", "type": "linear"},
-    "lag": {"title": "share per lag", "tickformat": ".3~p", "type": "log", "dtick": 1},
+    "sum": {"title": "share up to this lag", **PERCENT, "type": "linear", "range": [0, 1.05]},
+    "doubling": {"title": "share per doubling of lag + 1", **PERCENT, "type": "linear"},
+    "lag": {"title": "share per lag", **LOG_PERCENT},
 }
 LEVELS = (0.5, 0.9)  # marked where shares are added up
 
 
 def draw_lags(group: ResultGroup, reader_of: str) -> PanelGrid:
-    """Draw the share of the credit by lag; every view has the same traces, with other numbers."""
-    profiles = [_LagProfile(group, member, reader_of) for member in group.members]
+    """Draw the share of the credit by lag where it is known; every view has the same traces, with other numbers."""
+    members = [member for member in group.members if has_fine_lags(member.result)]
+    if not members:
+        return PanelGrid(TITLE, [], height=0)
+    profiles = [_LagProfile(group, member, reader_of) for member in members]
     counted = [json_numbers(lag_profile.profile.counted, 6) for lag_profile in profiles]
     same = all(numbers == counted[0] for numbers in counted)
-    last = max(int(member.result.lag_end[-1]) for member in group.members)
+    last = max(int(member.result.lag_end[-1]) for member in members)
     x = log_axis(last, "self", "lag (tokens; log scale of lag + 1)")
     grids = {}
     for view, axis in VIEWS.items():
@@ -44,8 +59,8 @@ def draw_lags(group: ResultGroup, reader_of: str) -> PanelGrid:
                 for lag_profile in profiles
                 for trace in lag_profile.traces(stream, view, same, counting=lag_profile is profiles[0] or not same)
             ]
-            panels.append(Panel(stream, traces, x, {"rangemode": "tozero", **axis}))
-        grids[view] = PanelGrid("How far the credit reaches: share of the gradient by lag", panels, height=300)
+            panels.append(Panel(stream, traces, x, axis))
+        grids[view] = PanelGrid(TITLE, panels, height=300)
     first, *others = VIEWS
     return replace(grids[first], views={view: grids[view] for view in others})
 
@@ -53,8 +68,9 @@ def draw_lags(group: ResultGroup, reader_of: str) -> PanelGrid:
 def _level(level: float, last: int, visible: bool) -> go.Scatter:
     """Draw a thin line across the panel, with its number at its left end."""
     return go.Scatter(
-        x=[1, last + 2], y=[level, level], mode="lines+text", text=[f"{level:.0%}", ""], textposition="top right",
-        textfont={"size": 11, "color": COUNT}, line={"width": 1, "color": AXIS, "dash": "dot"}, hoverinfo="skip",
+        x=[1, last + 2], y=[level, level], mode="lines+text", text=[f"{100 * level:.0f} %", ""],
+        textposition="top right", textfont={"size": 11, "color": COUNT},
+        line={"width": 1, "color": AXIS, "dash": "dot"}, hoverinfo="skip",
         visible=visible, showlegend=False, cliponaxis=False,
     )  # fmt: skip
 
@@ -74,9 +90,7 @@ class _LagProfile:
     @cached_property
     def sums(self) -> xr.Dataset:
         """The share of all lags up to each, with the error of that sum."""
-        result = self.member.result
-        credit = sum_over_heads(result, sum_readers(result.profile_by_document, self.reader_of), ())
-        return ratio(credit.cumsum("lag", skipna=False), credit.sum("lag", skipna=False))
+        return cumulative_profile(self.member.result, (), self.reader_of)
 
     @cached_property
     def attention(self) -> np.ndarray:
@@ -112,12 +126,14 @@ class _LagProfile:
         return [*traces, self._self_edge(label, credit["x"][0], share[0], math.nan if view == "lag" else error[0])]
 
     def _crossings(self, stream: str, visible: bool) -> go.Scatter:
-        """Mark the lags from which on the share within them stays above each level, with their numbers."""
+        """Mark the lags from which on the share within them stays at each level or above, on the line, with numbers."""
         within = self.reach
         lags = np.full(len(LEVELS), np.nan) if within is None else within.sel(quantity=f"{stream} credit").values
+        share = share_at_lag(lags, self.sums.share.sel(stream=stream).values, *self.bins)
         colour = self.group.colour(self.member, OTHER)
         return go.Scatter(
-            x=json_numbers(bin_middles(lags, lags)), y=list(LEVELS), mode=f"markers{'+text' * self.group.single}",
+            x=json_numbers(bin_middles(lags, lags)), y=json_numbers(share),
+            mode="markers+text" if self.group.single else "markers",
             text=["" if math.isnan(lag) else f"{lag:.0f}" for lag in lags],
             textposition="bottom right", textfont={"size": 11, "color": colour},
             marker={"symbol": "diamond", "size": 8, "color": colour}, hoverinfo="skip",

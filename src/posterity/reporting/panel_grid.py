@@ -18,8 +18,8 @@ from plotly.subplots import make_subplots
 from posterity.reporting.html import figure_text
 from posterity.reporting.theme import TEMPLATE
 
-# Attributes of a plotly axis, but that `title` is a plain text; `hover` is the first line of what a panel shows of a
-# point, "TITLE %{x}" by default.
+# Attributes of a plotly axis, but that `title` is a plain text; `hover` of x is the first line of what a panel shows of
+# a point, "TITLE %{x}" by default; `percent` of y says that traces and range are shares, which are drawn in percent.
 Axis = dict[str, Any]
 
 FULL_WIDTH = 1100  # pixels of a figure that stands alone
@@ -67,6 +67,8 @@ class PanelGrid:
             axes = {axis: axis[0] + _suffix(number) for axis in ("xaxis", "yaxis")}
             for trace in panel.traces:
                 attributes = trace.to_plotly_json()
+                if panel.y.get("percent"):
+                    attributes = _in_percent(attributes)
                 group = attributes.get("legendgroup")
                 in_legend = bool(group) and attributes.get("showlegend", True) and group not in names
                 names |= {group} if in_legend else set()
@@ -140,8 +142,23 @@ def _subplot_axes(panels: int, columns: int, gap_x: float, gap_y: float, shared_
 
 
 def _axis(axis: Axis) -> Axis:
-    attributes = {name: value for name, value in axis.items() if name != "hover"}
+    attributes = {name: value for name, value in axis.items() if name not in ("hover", "percent")}
+    if axis.get("percent"):
+        attributes["ticksuffix"] = " %"
+        if "range" in axis:
+            attributes["range"] = _percents(axis["range"])
     return attributes | {"title": {"text": figure_text(axis.get("title", ""))}}
+
+
+def _in_percent(trace: dict[str, Any]) -> dict[str, Any]:
+    """Return a trace of shares in percent."""
+    error = trace.get("error_y")
+    scaled = {"error_y": error | {"array": _percents(error["array"])}} if error else {}
+    return trace | {"y": _percents(trace["y"])} | scaled
+
+
+def _percents(shares: Sequence[float | None]) -> list[float | None]:
+    return [None if share is None else 100 * share for share in shares]
 
 
 def _panel_title(title: str, number: int, longest: int) -> dict[str, str]:

@@ -11,9 +11,10 @@ from posterity.palette import ATTENTION, OTHER, SELF
 from posterity.reporting.credit_charts import depths
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
+from posterity.reporting.result_words import sink_number
 from posterity.reporting.tables import NumberTable, format_cells
 from posterity.reporting.traces import line, points
-from posterity.results.formatting import UNKNOWN, percent, tokens_text
+from posterity.results.formatting import percent, tokens_text
 from posterity.results.ratios import has_fine_lags
 from posterity.results.stats import reach, uncertainty
 
@@ -49,8 +50,8 @@ def draw_reach(group: ResultGroup) -> PanelGrid:
                 if group.single or quantity == "value credit":
                     traces.append(_line(group, member, x, lags.sel(quantity=quantity, level=level), quantity, colour))
         what = "" if group.single else "value credit: "
-        panels.append(Panel(f"{what}{level:.0%} within", traces, axis, y))
-    return PanelGrid(title, panels, height=260, note=f"without the first {group.sinks} positions")
+        panels.append(Panel(f"{what}{100 * level:.0f} % within", traces, axis, y))
+    return PanelGrid(title, panels, height=260, note=f"without {group.first_positions}")
 
 
 def _line(
@@ -77,13 +78,13 @@ def reach_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
     names = list(QUANTITIES)
     layers = reach(result, ("layer",), LEVELS).sel(quantity=names)
     cells = format_cells(_lag_text, *_stacked(layers.lag, uncertainty(layers.error, windows), "layer"))
-    head = ("layer", *(f"{name}, {level:.0%}" for name in names for level in LEVELS))
+    head = ("layer", *(f"{name}, {100 * level:.0f} %" for name in names for level in LEVELS))
     modules = result.module.values.tolist()
     rows = [(str(layer), module, row) for layer, (module, row) in enumerate(zip(modules, cells.tolist(), strict=True))]
     model = reach(result, ()).sel(quantity=names)
     covered = format_cells(percent, *_stacked(model.covered, uncertainty(model.covered_error, windows), "window"))
-    sinks = str(result.attrs.get("sinks", UNKNOWN))
-    labels = [f"first {sinks} + last {window}" for window in model.window.values]
+    sinks = sink_number(result)
+    labels = [f"first {sinks} + last {window}" if sinks else f"last {window}" for window in model.window.values]
     table = [(label, "", row) for label, row in zip(labels, covered.tolist(), strict=True)]
     return {
         "reach": [

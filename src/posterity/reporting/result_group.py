@@ -8,9 +8,9 @@ import xarray as xr
 
 from posterity.palette import SERIES
 from posterity.reporting.panel_grid import shorten
-from posterity.reporting.result_words import lead_reader, model_name, text_name
+from posterity.reporting.result_words import lead_reader, model_name, sink_number, text_name
 from posterity.results import stats
-from posterity.results.netcdf import portable_value
+from posterity.results.formatting import first_positions_text
 from posterity.results.steps import latest_step
 
 
@@ -53,10 +53,10 @@ class ResultGroup:
         return ("rest", "all") if apart else ("all",)
 
     @property
-    def sinks(self) -> str:
-        """The number of first keys that `reader_of` tells from the rest: of all results, or "few" where they differ."""
-        numbers = {str(portable_value(member.result.attrs.get("sinks"))) for member in self.members}
-        return numbers.pop() if len(numbers) == 1 else "few"
+    def first_positions(self) -> str:
+        """The first positions that `reader_of` tells from the rest: "the first 4 positions"; "" for none."""
+        names = {first_positions_text(sink_number(member.result)) for member in self.members}
+        return names.pop() if len(names) == 1 else "the first few positions"
 
     @property
     def single(self) -> bool:

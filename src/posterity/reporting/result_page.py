@@ -15,7 +15,8 @@ from posterity.reporting.reach_chart import reach_tables
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.reporting.result_table import RankedHead, rank_heads, row_notes, share_text, summary_rows
 from posterity.reporting.result_words import (
-    beyond_words,
+    WEAK_WORDS,
+    edges_words,
     heading,
     lead_reader,
     mean_loss,
@@ -24,7 +25,7 @@ from posterity.reporting.result_words import (
 )
 from posterity.reporting.tables import chart_tables
 from posterity.results.netcdf import portable_value
-from posterity.results.ratios import MIN_WINDOWS
+from posterity.results.ratios import ENOUGH_WINDOWS, MIN_WINDOWS, has_fine_lags
 from posterity.results.stats import balance
 
 EXTREMES = 5  # heads at each end of the ranking
@@ -38,6 +39,7 @@ def render_results(results: Sequence[xr.Dataset], names: Sequence[str] = (), fil
     grids = draw_charts(group)
     members = [_describe(member, group.readers) for member in group.members]
     inspected = [text for member in group.members if (text := pack_inspected_text(member.result, member.name))]
+    without_lags = [member.name for member in group.members if not has_fine_lags(member.result)]
     windows = max(member.result.sizes["document"] for member in group.members)
     titles = {name: grid.title for name, grid in grids.items()}
     has = {name for member in members for name in member["tables"]}
@@ -45,9 +47,11 @@ def render_results(results: Sequence[xr.Dataset], names: Sequence[str] = (), fil
         "result.html.j2",
         page_figures(grids) | {"inspected_texts": inspected, "heads": head_details(group), "streams": STREAMS},
         styles=["inspected_text.css"] if inspected else [],
-        scripts=[*(["heads.js"] if "head" in titles else []), *(INSPECTED_SCRIPTS if inspected else [])],
+        scripts=[*(["heads.js"] if "map" in titles else []), *(INSPECTED_SCRIPTS if inspected else [])],
         results=members, streams=STREAMS, titles=titles, has=has, inspected=bool(inspected),
-        readers=len(group.readers) > 1, sinks=group.sinks,
+        without_lags=without_lags, weak=WEAK_WORDS,
+        min_windows=MIN_WINDOWS, enough_windows=ENOUGH_WINDOWS,
+        readers=group.readers if len(group.readers) > 1 else (), first_positions=group.first_positions,
         several_windows=windows >= MIN_WINDOWS,
         index=_index(titles, has, bool(inspected)),
     )  # fmt: skip
@@ -74,31 +78,38 @@ def _describe(member: NamedResult, readers: Sequence[str]) -> dict:
     """Return what the template shows of one result as text and tables."""
     result = member.result
     title, *details = heading(result)
-    rows = summary_rows(result)
     shown = readers if len(readers) > 1 else (lead_reader(result),)
     return {
         "name": member.name,
         "model": title,
         "details": details,
-        "sentence": verdict_sentence(result),
-        "key_numbers": [
-            (reader_of, _edges_caption(result, reader_of), key_numbers(result, reader_of)) for reader_of in shown
-        ],
-        "rows": rows,
-        "notes": [*reading_notes(result), *row_notes(result, rows)],
-        "heads": {stream: _extremes(result, rank_heads(result, stream)[::-1]) for stream in STREAMS},
+        "views": [_view(result, reader_of) for reader_of in shown],
         "provenance": _provenance(result),
         "texts": _texts(result),
-        "tables": chart_tables(member.over_steps) | reach_tables(result),
+        "tables": chart_tables(member.over_steps, readers) | reach_tables(result),
+    }
+
+
+def _view(result: xr.Dataset, reader_of: str) -> dict:
+    """Return what the page says of these edges, by their key, besides its charts and their tables."""
+    rows = summary_rows(result, reader_of)
+    return {
+        "reader_of": reader_of,
+        "sentence": verdict_sentence(result, reader_of),
+        "caption": _edges_caption(result, reader_of),
+        "key_numbers": key_numbers(result, reader_of),
+        "rows": rows,
+        "notes": [*reading_notes(result, reader_of), *row_notes(result, rows)],
+        "heads": {stream: _extremes(result, rank_heads(result, stream, reader_of)[::-1]) for stream in STREAMS},
     }
 
 
 def _edges_caption(result: xr.Dataset, reader_of: str) -> str:
     """Say which edges the five numbers are of; "" where a result has no others."""
-    if lead_reader(result) == "all":
-        return ""
-    beyond = beyond_words(result)
-    return f"{beyond[0].upper()}{beyond[1:]}:" if reader_of == "rest" else "Of all edges, the first positions counted:"
+    words = edges_words(result, reader_of)
+    if not words or reader_of == "all":
+        return words and "Of all edges, the first positions counted:"
+    return f"{words[0].upper()}{words[1:]}:"
 
 
 def _extremes(result: xr.Dataset, heads: list[RankedHead]) -> list[dict | None]:

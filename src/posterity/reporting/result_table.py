@@ -12,10 +12,17 @@ from rich.text import Text
 
 from posterity.axes import STREAMS, WRITTEN
 from posterity.reporting.reader_table import reader_lags_table
-from posterity.reporting.result_words import beyond_words, heading, lead_reader, reading_notes, verdict_sentence
+from posterity.reporting.result_words import (
+    edges_title,
+    edges_words,
+    heading,
+    lead_reader,
+    reading_notes,
+    sink_number,
+    verdict_sentence,
+)
 from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, horizon_text, number_text, percent, tokens_text
-from posterity.results.netcdf import portable_value
 from posterity.results.ratios import sum_readers
 from posterity.results.schema import RESULT
 from posterity.results.steps import latest_step
@@ -76,9 +83,20 @@ def print_result(result: xr.Dataset, console: Console) -> None:
         console.print(Text(note, style="dim"))
 
 
-def summary_rows(result: xr.Dataset) -> list[SummaryRow]:
-    """Return the table, one cell for each stream in the order of `axes.STREAMS`."""
-    return [*_credit_rows(result), *_extreme_rows(result), *_weight_rows(result), *_loss_rows(result)]
+def summary_rows(result: xr.Dataset, reader_of: str = "") -> list[SummaryRow]:
+    """Return the table, one cell for each stream in the order of `axes.STREAMS`.
+
+    Args:
+        result: A result of `posterity.measure`.
+        reader_of: Of which edges, by their key; "" for those that lead (`lead_reader`).
+    """
+    reader = reader_of or lead_reader(result)
+    return [
+        *_credit_rows(result, reader),
+        *_extreme_rows(result, reader),
+        *_weight_rows(result),
+        *_loss_rows(result, reader),
+    ]
 
 
 def row_notes(result: xr.Dataset, rows: Iterable[SummaryRow]) -> list[str]:
@@ -98,8 +116,8 @@ def _cells(cell: Callable[[str], str]) -> tuple[str, ...]:
     return tuple(cell(stream) for stream in STREAMS)
 
 
-def _credit_rows(result: xr.Dataset) -> list[SummaryRow]:
-    part, reader = _title("Credit of the gradient", result), lead_reader(result)
+def _credit_rows(result: xr.Dataset, reader: str) -> list[SummaryRow]:
+    part = edges_title("Credit of the gradient", result, reader)
     shares, counted = stats.shares(result, reader_of=reader), stats.counts(result, reader_of=reader)
     median = stats.median_lag(stats.profile(result, reader_of=reader).share)
     self_counted, median_counted = percent(float(counted.isel(lag=0))), tokens_text(float(stats.median_lag(counted)))
@@ -122,11 +140,11 @@ def _first_rows(result: xr.Dataset) -> list[SummaryRow]:
     first, attention = stats.first_position(result), percent(float(stats.attention_first(result)))
     cells = ("", *(_percent(first.sel(stream=stream), result) for stream in WRITTEN))
     if lead_reader(result) == "all":
-        part, label, rows = _title("Credit of the gradient", result), "share of first position", []
+        part, label, rows = "Credit of the gradient", "share of first position", []
     else:
         part, label = "Sinks: part of all credit", "  the first position alone"
         together = stats.first_share(result)
-        number = portable_value(result.attrs.get("sinks"))
+        number = sink_number(result)
         edges = _cells(lambda stream: _percent(together.sel(stream=stream), result))
         rows = [SummaryRow(part, f"edges into the first {number}" if number != 1 else "edges into the first", edges)]
     return [
@@ -136,29 +154,36 @@ def _first_rows(result: xr.Dataset) -> list[SummaryRow]:
     ]
 
 
-def _extreme_rows(result: xr.Dataset) -> list[SummaryRow]:
-    part, reader = _title("Extremes of the self share", result), lead_reader(result)
-    layers = stats.shares(result, ("layer",), reader).share.sel(side="self")
-    heads = {stream: rank_heads(result, stream) for stream in STREAMS}
-    head = "head in its group" if shares_keys(result) else "head"
-    return [
-        SummaryRow(part, "largest, layer", _cells(lambda stream: _layer(layers.sel(stream=stream), -1))),
-        SummaryRow(part, "smallest, layer", _cells(lambda stream: _layer(layers.sel(stream=stream), 0))),
-        SummaryRow(part, f"largest, {head}", _cells(lambda stream: _head(heads[stream], -1))),
-        SummaryRow(part, f"smallest, {head}", _cells(lambda stream: _head(heads[stream], 0))),
-    ]
+def _extreme_rows(result: xr.Dataset, reader: str) -> list[SummaryRow]:
+    """Return the layers and heads at both ends of the ranking, each with its share in a row below."""
+    part = edges_title("Extremes of the self share", result, reader)
+    layers = {stream: _rank_layers(result, stream, reader) for stream in STREAMS}
+    heads = {
+        stream: [(f"L{head.layer} H{head.head}", head.share, head.error) for head in rank_heads(result, stream, reader)]
+        for stream in STREAMS
+    }
+    rows = []
+    for what, ranking in {"layer": layers, "head in its group" if shares_keys(result) else "head": heads}.items():
+        for end, index in (("largest", -1), ("smallest", 0)):
+            extremes = [ranking[stream][index] if ranking[stream] else None for stream in STREAMS]
+            names = tuple(place[0] if place else UNKNOWN for place in extremes)
+            shares = tuple(share_text(*place[1:], result.sizes["document"]) if place else "" for place in extremes)
+            rows += [SummaryRow(part, f"{end}, {what}", names), SummaryRow(part, "  its share", shares)]
+    return rows
 
 
-def _title(name: str, result: xr.Dataset) -> str:
-    """Return the name of a block, and which positions are left out of it."""
-    beyond = beyond_words(result)
-    return f"{name}, {beyond}" if beyond else name
+def _rank_layers(result: xr.Dataset, stream: str, reader: str) -> list[tuple[str, float, float]]:
+    """Return name, self share and standard error of the layers whose share is known, smallest share first."""
+    shares = stats.shares(result, ("layer",), reader).sel(side="self", stream=stream)
+    numbers = zip(shares.layer.values, shares.share.values.tolist(), shares.error.values.tolist(), strict=True)
+    layers = [(f"L{layer}", share, error) for layer, share, error in numbers if not math.isnan(share)]
+    return sorted(layers, key=lambda layer: layer[1])
 
 
 def _weight_rows(result: xr.Dataset) -> list[SummaryRow]:
     if "weight_mean" not in result:
         return []
-    part = "Gradient of the weights" + (", all edges" if beyond_words(result) else "")
+    part = "Gradient of the weights" + (", all edges" if edges_words(result, "all") else "")
     shares = stats.weight_shares(result)
     agreement = shares.agreement.sel(part="whole")
     return [
@@ -168,28 +193,31 @@ def _weight_rows(result: xr.Dataset) -> list[SummaryRow]:
     ]
 
 
-def _loss_rows(result: xr.Dataset) -> list[SummaryRow]:
-    """Return the block on own and later losses, as far as they were measured."""
-    part, rows = _title("Who pays for keys and values", result), []
+def _loss_rows(result: xr.Dataset, reader: str) -> list[SummaryRow]:
+    """Return the block on own and later losses, as far as they were measured; blank for queries, which nobody reads."""
+    part, rows = edges_title("Who pays for keys and values", result, reader), []
     if "loss_credit" in result:
-        shares = stats.loss_shares(result, reader_of=lead_reader(result))
+        shares = stats.loss_shares(result, reader_of=reader)
         for loss_part, label in LOSS_PARTS.items():
             cells = (_percent(shares.sel(written=written, part=loss_part), result) for written in WRITTEN)
             rows.append(SummaryRow(part, label, ("", *cells)))
     if "horizon_by_document" in result:
-        reach = stats.effective_horizon(result, reader_of=lead_reader(result))
+        reach = stats.effective_horizon(result, reader_of=reader)
         ends = int(result.horizon[0]), int(result.horizon[-1])
-        cells = _cells(lambda stream: horizon_text(float(reach.sel(stream=stream)), *ends))
-        rows.append(SummaryRow(part, "effective horizon", cells))
+        cells = (horizon_text(float(reach.sel(stream=stream)), *ends) for stream in WRITTEN)
+        rows.append(SummaryRow(part, "effective horizon", ("", *cells)))
     return rows
 
 
-def rank_heads(result: xr.Dataset, stream: str) -> list[RankedHead]:
+def rank_heads(result: xr.Dataset, stream: str, reader_of: str = "") -> list[RankedHead]:
     """Rank heads by what their self edges bring, smallest first, without those that `stats.weak_heads` leaves out.
 
-    The edges are those of the numbers that lead (`lead_reader`).
+    Args:
+        result: A result of `posterity.measure`.
+        stream: "query", "key" or "value".
+        reader_of: Of which edges, by their key; "" for those that lead (`lead_reader`).
     """
-    reader = lead_reader(result)
+    reader = reader_of or lead_reader(result)
     by_head = (
         stats.group_shares(result, reader) if shares_keys(result) else stats.shares(result, ("layer", "head"), reader)
     )
@@ -223,17 +251,3 @@ def share_text(share: float, error: float = math.nan, windows: int = 1) -> str:
 
 def _percent(share: xr.Dataset, result: xr.Dataset) -> str:
     return share_text(float(share.share), float(share.error), result.sizes["document"])
-
-
-def _layer(share: xr.DataArray, index: int) -> str:
-    """Format the layer at an index of the ranking."""
-    shares = share.dropna("layer")
-    if not shares.size:
-        return UNKNOWN
-    layer = shares.sortby(shares)[index]
-    return f"L{int(layer.layer)} {share_text(float(layer))}"
-
-
-def _head(heads: list[RankedHead], index: int) -> str:
-    """Format the head at an index of the ranking."""
-    return f"L{heads[index].layer} H{heads[index].head} {share_text(heads[index].share)}" if heads else UNKNOWN

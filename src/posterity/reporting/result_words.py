@@ -7,11 +7,16 @@ import xarray as xr
 
 from posterity.axes import STREAMS, WRITTEN
 from posterity.results import stats
-from posterity.results.formatting import error_words, left_out_text, percent
+from posterity.results.formatting import error_words, first_positions_text, left_out_text, percent
+from posterity.results.head_stats import MAX_ERROR, MIN_CREDIT
 from posterity.results.netcdf import portable_value
 
 EVEN = 0.1  # distance from one half below which a share whose interval covers it is called equal
 UNSETTLED = " (its 95 % interval covers one half)"
+WEAK_WORDS = (
+    f"less than {100 * MIN_CREDIT:.0f} % of an equal part of its layer's credit, or a self share with a standard error "
+    f"above {100 * MAX_ERROR:.0f} %"
+)
 NAMES = 3  # of windows with a large gradient
 TRUSTED = 1e-3  # accounts that disagree by more than this are reported as broken (float32 gives about 1e-6)
 
@@ -95,38 +100,59 @@ def mean_loss(result: xr.Dataset) -> str:
     return f"{loss:.3f} nats per token" + (f" (known for {number} of {windows} windows)" if number < windows else "")
 
 
+def sink_number(result: xr.Dataset) -> int:
+    """Return how many first positions of a document a result tells apart from all others; 0 for an older file."""
+    number = portable_value(result.attrs.get("sinks"))
+    return number if isinstance(number, int) and stats.has_reader_axis(result) else 0
+
+
 def lead_reader(result: xr.Dataset) -> str:
     """Return which edges the numbers that lead are of: "rest", without those into the first keys, if they are apart.
 
     "all" for an older file, for sinks=0 and where a window has no other keys.
     """
-    if not stats.has_reader_axis(result) or result.attrs.get("sinks") == 0:
-        return "all"
-    return "rest" if int(result.edges.sel(reader_of="rest").sum()) else "all"
+    return "rest" if sink_number(result) and int(result.edges.sel(reader_of="rest").sum()) else "all"
 
 
-def beyond_words(result: xr.Dataset) -> str:
-    """Return what is left out of the numbers that lead: "beyond the first 4 positions"; "" for nothing."""
+def edges_words(result: xr.Dataset, reader_of: str) -> str:
+    """Say which edges numbers are of: "beyond the first 4 positions", "all edges"; "" where the result knows no others.
+
+    Args:
+        result: A result of `posterity.measure`.
+        reader_of: "rest" or "all".
+    """
     if lead_reader(result) == "all":
         return ""
-    number = portable_value(result.attrs.get("sinks"))
-    return "beyond the first position" if number == 1 else f"beyond the first {number} positions"
+    return f"beyond {first_positions_text(sink_number(result))}" if reader_of == "rest" else "all edges"
 
 
-def verdict_sentence(result: xr.Dataset) -> str:
-    """Return in words which losses pay for the keys and values, if that was measured, and over which edges it comes."""
-    reader = lead_reader(result)
+def edges_title(name: str, result: xr.Dataset, reader_of: str) -> str:
+    """Return the title of numbers with what `edges_words` says of them."""
+    words = edges_words(result, reader_of)
+    return f"{name}, {words}" if words else name
+
+
+def verdict_sentence(result: xr.Dataset, reader_of: str = "") -> str:
+    """Return in words which losses pay for the keys and values, if that was measured, and over which edges it comes.
+
+    Args:
+        result: A result of `posterity.measure`.
+        reader_of: Of which edges, by their key; "" for those that lead (`lead_reader`).
+    """
+    reader = reader_of or lead_reader(result)
     edges = stats.shares(result, reader_of=reader).sel(side="other")
+    words = edges_words(result, reader)
+    start = f"{_capital(words if reader == 'rest' else f'over {words}')}, the" if words else "The"
     sentences = []
     if "loss_credit" in result:
         own = stats.loss_shares(result, reader_of=reader).sel(part="own").rename(written="stream")
-        paid = _share_sentence(result, own.assign(share=1 - own.share), LOSSES)
+        paid = _share_sentence(result, own.assign(share=1 - own.share), LOSSES, start)
         sentences += [f"{paid}, the rest by the own loss."] if paid else []
-    arrives = _share_sentence(result, edges, EDGES, named=not sentences)
+    arrives = _share_sentence(result, edges, EDGES, "" if sentences else start)
     if arrives:
         counted = percent(1 - float(stats.counts(result, reader_of=reader).isel(lag=0)))
         sentences.append(
-            f"{arrives}, where counting the edges alone would give {counted}{_median_words(result, edges)}."
+            f"{arrives}, where counting the edges alone would give {counted}{_median_words(result, edges, reader)}."
         )
     unknown = (
         f"Where the credit of the keys and values of {model_name(result)} comes from cannot be said: it is not known."
@@ -134,14 +160,18 @@ def verdict_sentence(result: xr.Dataset) -> str:
     return " ".join(sentences) or unknown
 
 
-def _share_sentence(result: xr.Dataset, shares: xr.Dataset, kind: ShareWords, named: bool = True) -> str:
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _share_sentence(result: xr.Dataset, shares: xr.Dataset, kind: ShareWords, start: str) -> str:
     """Return what the shares of keys and values say, without the full stop; "" if none is known.
 
     Args:
         result: What the shares were taken from.
         shares: `share` and `error` with the dimension `stream`.
         kind: The words.
-        named: Whether the sentence names the model.
+        start: How the sentence begins that names the model; "" for one that does not.
     """
     windows = result.sizes["document"]
     share, error = (
@@ -151,9 +181,8 @@ def _share_sentence(result: xr.Dataset, shares: xr.Dataset, kind: ShareWords, na
     if not streams:
         return ""
     verdicts = {stream: kind.verdict(share[stream], error[stream], windows) for stream in streams}
-    of_model = f" of {model_name(result)}" if named else ""
-    beyond = beyond_words(result)
-    start = f"{beyond[0].upper()}{beyond[1:]}, the" if beyond and named else "The"
+    of_model = f" of {model_name(result)}" if start else ""
+    start = start or "The"
     if len(set(verdicts.values())) == 1:
         claim = f"{start} credit of the {'s and '.join(streams)}s{of_model} {kind.verb} {verdicts[streams[0]]}"
     else:
@@ -166,9 +195,8 @@ def _share_sentence(result: xr.Dataset, shares: xr.Dataset, kind: ShareWords, na
     return f"{claim}: {' and '.join(numbers)}{part}"
 
 
-def _median_words(result: xr.Dataset, edges: xr.Dataset) -> str:
+def _median_words(result: xr.Dataset, edges: xr.Dataset, reader: str) -> str:
     """Return the rest of the sentence on the median lag; nothing where it or the share of the edges is not known."""
-    reader = lead_reader(result)
     median = stats.median_lag(stats.profile(result, reader_of=reader).share).where(edges.share.notnull())
     lags = [(stream, float(median.sel(stream=stream))) for stream in WRITTEN]
     medians = [f"lag {lag:.0f} ({stream}s)" for stream, lag in lags if not math.isnan(lag)]
@@ -219,8 +247,8 @@ def _heavy_words(result: xr.Dataset) -> str:
     )
 
 
-def reading_notes(result: xr.Dataset) -> list[str]:
-    """Return what a reader must know to judge the table, and warnings."""
+def reading_notes(result: xr.Dataset, reader_of: str = "") -> list[str]:
+    """Return what a reader must know to judge the table of these edges (as in `verdict_sentence`), and warnings."""
     windows = result.sizes["document"]
     notes = [error_words(windows)]
     if limit := portable_value(result.attrs.get("context_of_config")):
@@ -230,7 +258,7 @@ def reading_notes(result: xr.Dataset) -> list[str]:
         notes.append(f"Left out: {left_out} backward passes with gradients that are not finite.")
     if not stats.has_reader_axis(result):
         notes.append("An older file: edges into the first positions, often sinks, are in every number. Measure again.")
-    present, reader = stats.existing_heads(result), lead_reader(result)
+    present, reader = stats.existing_heads(result), reader_of or lead_reader(result)
     weak = int((stats.weak_heads(result, reader) & present).sum())
     if weak:
         heads = int(present.sum()) * len(STREAMS)

@@ -1,6 +1,6 @@
 """The numbers of each chart as tables of text."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from posterity.axes import STREAMS, WRITTEN
 from posterity.reporting.bins import bin_names, position_bins, sum_positions
 from posterity.reporting.module_kinds import shares_by_kind
 from posterity.reporting.result_table import LOSS_PARTS
-from posterity.reporting.result_words import beyond_words, lead_reader
+from posterity.reporting.result_words import edges_title, edges_words
 from posterity.results import stats
 from posterity.results.formatting import UNKNOWN, decimals, horizon_text, number_text, percent, value_with_error
 from posterity.results.steps import latest_step
@@ -21,24 +21,33 @@ ROUNDING = 1e-5  # of the largest part: the direction of a smaller one is roundi
 
 @dataclass(frozen=True)
 class NumberTable:
-    """A table with its caption; a row is its label, more words on the label ("" for none), and the cells."""
+    """A table with its caption; a row is its label, more words on the label ("" for none), and the cells.
+
+    `reader_of` names the edges that the numbers are of; "" for numbers that are the same whatever edges a page shows.
+    """
 
     caption: str
     head: tuple[str, ...]
     rows: list[tuple[str, str, list[str]]]
+    reader_of: str = ""
 
 
-def chart_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
-    """Return tables by the name of the chart they belong to; none for what was not measured."""
+def chart_tables(result: xr.Dataset, readers: Sequence[str]) -> dict[str, list[NumberTable]]:
+    """Return tables by the name of the chart they belong to; none for what was not measured.
+
+    Args:
+        result: A result of `posterity.measure`.
+        readers: The edges that the page shows, by their key.
+    """
     over_steps, result = result, latest_step(result)
-    tables = {"layers": [_self_shares(result)]}
+    tables = {"layers": [_self_shares(result, reader) for reader in readers]}
     if "step" in over_steps.dims:
         tables["training"] = [_training(over_steps)]
         if "loss_credit" in result:
             tables["training_own"] = [_training_own(over_steps)]
             tables["training_angle"] = [_training_angle(over_steps)]
     if "loss_credit" in result:
-        tables["loss_parts"] = [_loss_parts(result, written) for written in WRITTEN]
+        tables["loss_parts"] = [_loss_parts(result, written, reader) for reader in readers for written in WRITTEN]
         tables["inputs"] = [_inputs(result)]
         tables["loss_positions"] = [_loss_positions(result)]
     if "adapter_mean" in result:
@@ -46,16 +55,14 @@ def chart_tables(result: xr.Dataset) -> dict[str, list[NumberTable]]:
     if "parameter_by_document" in result:
         tables |= _modules(result)
     if "horizon_by_document" in result:
-        tables["horizons"] = [_curves(result, stream) for stream in STREAMS]
-        tables["head_horizons"] = [_reach(result, stream) for stream in STREAMS]
+        tables["horizons"] = [_curves(result, stream, reader) for reader in readers for stream in STREAMS]
+        tables["head_horizons"] = [_reach(result, stream, reader) for reader in readers for stream in STREAMS]
     return tables
 
 
-def _self_shares(result: xr.Dataset) -> NumberTable:
-    shares = stats.shares(result, ("layer",), lead_reader(result)).sel(side="self")
-    return NumberTable(
-        _lead("Self share by layer", result), ("layer", *STREAMS), _by_layer(result, _percents(result, shares))
-    )
+def _self_shares(result: xr.Dataset, reader: str) -> NumberTable:
+    rows = _by_layer(result, _percents(result, stats.shares(result, ("layer",), reader).sel(side="self")))
+    return NumberTable(edges_title("Self share by layer", result, reader), ("layer", *STREAMS), rows, reader)
 
 
 def _adapters(result: xr.Dataset) -> NumberTable:
@@ -101,12 +108,12 @@ def _by_step(result: xr.Dataset, cells: np.ndarray) -> list[tuple[str, str, list
     return [(str(step), "", row) for step, row in zip(result.step.values, cells.tolist(), strict=True)]
 
 
-def _loss_parts(result: xr.Dataset, written: str) -> NumberTable:
+def _loss_parts(result: xr.Dataset, written: str, reader: str) -> NumberTable:
     """Return the three parts and the cosines between them, for the model and by layer."""
     rows = []
     pairs = []
     for by in ((), ("layer",)):
-        shares = stats.loss_shares(result, by, lead_reader(result)).sel(written=written)
+        shares = stats.loss_shares(result, by, reader).sel(written=written)
         parts = stats.loss_parts(result, by).sel(written=written)
         small = parts.norm < ROUNDING * parts.norm.max("part")
         pairs = parts.pair.values.tolist()
@@ -117,9 +124,9 @@ def _loss_parts(result: xr.Dataset, written: str) -> NumberTable:
         cosine_cells = format_cells(_two_decimals, np.stack(cosines, -1))
         rows += np.atleast_2d(np.concatenate([_percents(result, shares), cosine_cells], -1)).tolist()
     head = ("layer", *LOSS_PARTS.values(), *(f"cos({pair.replace(' . ', ', ')})" for pair in pairs))
-    cosines_of = "; cosines over all positions" if beyond_words(result) else ""
-    caption = f"{_lead(f'Who pays for the {written}s', result)}{cosines_of}"
-    return NumberTable(caption, head, [("all", "", rows[0]), *_by_layer(result, rows[1:])])
+    cosines_of = "; cosines over all positions" if edges_words(result, reader) and reader == "rest" else ""
+    caption = f"{edges_title(f'Who pays for the {written}s', result, reader)}{cosines_of}"
+    return NumberTable(caption, head, [("all", "", rows[0]), *_by_layer(result, rows[1:])], reader)
 
 
 def _inputs(result: xr.Dataset) -> NumberTable:
@@ -166,32 +173,24 @@ def _modules(result: xr.Dataset) -> dict[str, list[NumberTable]]:
     return ({"modules": by_layer} if kinds else {}) | ({"rest": rest_table} if rest else {})
 
 
-def _curves(result: xr.Dataset, stream: str) -> NumberTable:
+def _curves(result: xr.Dataset, stream: str, reader: str) -> NumberTable:
     """Return where the horizon curve reaches one half, and the curve, for the model and by layer."""
     rows = []
     for by in ((), ("layer",)):
-        curve = _percents(result, stats.horizon_curve(result, by, lead_reader(result)).sel(stream=stream))
-        reach = _lengths(result, stats.effective_horizon(result, by, lead_reader(result)).sel(stream=stream))
+        curve = _percents(result, stats.horizon_curve(result, by, reader).sel(stream=stream))
+        reach = _lengths(result, stats.effective_horizon(result, by, reader).sel(stream=stream))
         rows += np.atleast_2d(np.concatenate([reach[..., None], curve], -1)).tolist()
     head = ("layer", "effective horizon", *(f"h = {horizon}" for horizon in result.horizon.values))
-    return NumberTable(
-        _lead(f"Credit that remains, {stream}", result), head, [("all", "", rows[0]), *_by_layer(result, rows[1:])]
-    )
+    caption = edges_title(f"Credit that remains, {stream}", result, reader)
+    return NumberTable(caption, head, [("all", "", rows[0]), *_by_layer(result, rows[1:])], reader)
 
 
-def _reach(result: xr.Dataset, stream: str) -> NumberTable:
-    strong = ~stats.weak_heads(result, lead_reader(result))
-    reach = stats.effective_horizon(result, ("layer", "head"), lead_reader(result)).where(strong).sel(stream=stream)
+def _reach(result: xr.Dataset, stream: str, reader: str) -> NumberTable:
+    strong = ~stats.weak_heads(result, reader)
+    reach = stats.effective_horizon(result, ("layer", "head"), reader).where(strong).sel(stream=stream)
     head = ("layer", *(f"head {head}" for head in range(result.sizes["head"])))
-    return NumberTable(
-        _lead(f"Effective horizon, {stream}", result), head, _by_layer(result, _lengths(result, reach).tolist())
-    )
-
-
-def _lead(caption: str, result: xr.Dataset) -> str:
-    """Say in a caption which edges its numbers are of, where these are not all."""
-    beyond = beyond_words(result)
-    return f"{caption}, {beyond}" if beyond else caption
+    caption = edges_title(f"Effective horizon, {stream}", result, reader)
+    return NumberTable(caption, head, _by_layer(result, _lengths(result, reach).tolist()), reader)
 
 
 def _by_layer(result: xr.Dataset, cells: Iterable[list[str]]) -> list[tuple[str, str, list[str]]]:

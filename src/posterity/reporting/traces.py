@@ -14,8 +14,10 @@ from posterity.reporting.panel_grid import Axis
 from posterity.reporting.result_group import NamedResult, ResultGroup
 from posterity.results.formatting import UNKNOWN, json_numbers, percent
 
-PERCENT = {"tickformat": ".0%", "rangemode": "tozero"}
+PERCENT = {"percent": True, "rangemode": "tozero"}
+LOG_PERCENT = {"percent": True, "type": "log", "dtick": 1, "tickformat": ".3~r"}
 ZERO_LINE = {"zeroline": True, "zerolinecolor": AXIS}
+SHARE = "%{y:.1f} %"  # the label of a point of a share
 EDGES = "counting edges alone"
 BEHIND: dict[str, Any] = {"legendrank": 1001}  # what a line is compared with stands behind it in the legend
 LONG_TITLE = 300  # pixels that the title of an axis with a log scale needs
@@ -26,9 +28,7 @@ NARROWEST = 270  # pixels of a column that shows one of several results
 # ---- lines
 
 
-def line(
-    name: str, x: Any, y: Any, colour: str, dash: str = "solid", hover: str = "%{y:.1%}", **style: Any
-) -> go.Scatter:
+def line(name: str, x: Any, y: Any, colour: str, dash: str = "solid", hover: str = SHARE, **style: Any) -> go.Scatter:
     """Draw a line with its place in the legend; numbers that are not known leave a gap."""
     trace = {
         "mode": "lines", "name": figure_text(name), "legendgroup": name, "x": json_numbers(x), "y": json_numbers(y),
@@ -37,7 +37,7 @@ def line(
     return go.Scatter(trace | style)
 
 
-def counting_line(name: str, x: Any, y: Any, colour: str = COUNT, hover: str = "%{y:.1%}", **style: Any) -> go.Scatter:
+def counting_line(name: str, x: Any, y: Any, colour: str = COUNT, hover: str = SHARE, **style: Any) -> go.Scatter:
     """Draw what counting edges alone would give."""
     dashed = {"line": {"color": colour, "width": 1.4, "dash": "dash"}}
     return line(name, x, y, colour, hover=hover, **dashed, **BEHIND, **style)
@@ -61,7 +61,7 @@ def band(name: str, x: Any, y: Any, error: Any, colour: str, **style: Any) -> li
 
 def result_line(
     group: ResultGroup, member: NamedResult, name: str, x: Any, y: Any, colour: str, error: Any = None,
-    hover: str = "%{y:.1%}",
+    hover: str = SHARE,
 ) -> list[go.Scatter]:  # fmt: skip
     """Draw the line of one result with its band and a marker at every point."""
     label, colour = group.label(member, name), group.colour(member, colour)
@@ -156,7 +156,7 @@ def position_axes(last: int) -> dict[str, Any]:
     """Return the two log scales of shares by position."""
     return {
         "x": log_axis(last, "first", "position (tokens; log scale of position + 1)"),
-        "y": {"title": "share of one position", "type": "log", "dtick": 1, "tickformat": ".3~p"},
+        "y": {"title": "share of one position", **LOG_PERCENT},
     }
 
 

@@ -6,7 +6,7 @@ from posterity.axes import STREAMS, WRITTEN
 from posterity.palette import INK
 from posterity.reporting.panel_grid import Axis, Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.traces import PERCENT, ZERO_LINE, depth_lines, result_line
+from posterity.reporting.traces import PERCENT, SHARE, ZERO_LINE, depth_lines, result_line
 from posterity.results.stats import angles, loss_shares, shares
 
 GRADIENTS = {"hidden": "hidden states, at the layers' inputs", "parameters": "all parameters"}
@@ -65,7 +65,7 @@ def _panel(
         if values is not None:
             traces += depth_lines(group, x, values.transpose("layer", "step").values)
     for member, x, share in zip(members, steps, model, strict=True):
-        hover, error = ("%{y:.1%}", share.error) if "error" in share else ("%{y:.3f}", None)
+        hover, error = (SHARE, share.error) if "error" in share else ("%{y:.3f}", None)
         traces += result_line(group, member, "all layers", x, share.share, INK, error, hover)
     axis = {"title": "training step", "range": [min(ends), max(*ends, 1)]}
     return Panel(title, traces, axis, {"rangemode": "tozero", **y, **ZERO_LINE})

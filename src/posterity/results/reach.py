@@ -8,6 +8,7 @@ import xarray as xr
 
 from posterity.axes import QUANTITIES, STREAMS
 from posterity.errors import InputError
+from posterity.results.lag_bins import lag_at_share
 from posterity.results.ratios import describe, ratio, require_lags, required_variable, sum_over_heads
 from posterity.results.schema import RESULT
 
@@ -149,10 +150,7 @@ def _reach_levels(result: xr.Dataset, tail_share: xr.DataArray, levels: Sequence
         below[..., 0] = True
         bin_number = np.minimum(below.shape[-1] - 1 - below[..., ::-1].argmax(-1), len(first) - 1)
         before, after = (np.take_along_axis(within, x[..., None], -1)[..., 0] for x in (bin_number, bin_number + 1))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            fraction = np.clip((level - before) / (after - before), 0, 1)
-        width = last[bin_number] - first[bin_number] + 1
-        lag = first[bin_number] + np.clip(np.ceil(fraction * width - 1e-9), 1, width) - 1
+        lag = lag_at_share(level, before, after, first[bin_number], last[bin_number])
         lags.append(np.where(np.isnan(within).any(-1), math.nan, lag))
     labels = tail_share.isel(lag=0, drop=True).drop_vars("lag_end", errors="ignore")
     reached = xr.DataArray(np.stack(lags, -1), dims=(*labels.dims, "level"), coords=labels.coords)

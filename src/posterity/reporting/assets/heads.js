@@ -4,17 +4,22 @@
   const { heads: members, streams } = page.data;
   const form = document.getElementById("head-choice");
   const table = document.getElementById("head-numbers");
+  const range = document.getElementById("head-range");
   const { layer: layerField, head: headField, member: memberField } = form.elements;
 
   // ---- packed numbers: little-endian, in base64
-  const KINDS = { f4: [4, "getFloat32", 1], i2: [2, "getInt16", 1e-4] };
+  const KINDS = { f4: [4, "getFloat32", 1], i2: [2, "getInt16", 1e-4], u1: [1, "getUint8", 1] };
+  const UNKNOWN_I2 = -(2 ** 15);
   const arrays = new Map();
   function unpacked({ kind, data }) {
     if (!arrays.has(data)) {
       const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
       const [size, read, unit] = KINDS[kind];
       const view = new DataView(bytes.buffer);
-      const number = (_, index) => unit * view[read](index * size, true);
+      const number = (_, index) => {
+        const value = view[read](index * size, true);
+        return kind === "i2" && value === UNKNOWN_I2 ? NaN : unit * value;
+      };
       arrays.set(data, Float64Array.from({ length: bytes.length / size }, number));
     }
     return arrays.get(data);
@@ -48,15 +53,24 @@
     const member = members[memberField?.value ?? 0];
     layerField.max = member.layers - 1;
     headField.max = member.heads - 1;
+    const beyond = [layerField, headField].some((field) => field.value && !field.validity.valid);
+    const ends = `layers 0 to ${layerField.max}, heads 0 to ${headField.max}`;
+    range.textContent = beyond ? `no such head: there are ${ends}; below is still the one before` : ends;
+    range.classList.toggle("warning", beyond);
     if (!form.checkValidity()) return;
     const [layer, head] = [Number(layerField.value), Number(headField.value)];
     showNumbers(member, layer, head);
+    if (page.data.figures.head) showCurves(member, layer, head);
+  }
+
+  function showCurves(member, layer, head) {
     const curves = member.curves[readers()] ?? member.curves.all;
     const shares = numbersOf(curves, member, layer, head);
     const traces = page.data.figures.head.data.map((trace, number) => {
       const length = member.lags.length;
-      const y = [...shares.slice(number * length, (number + 1) * length)].map((y) => (Number.isNaN(y) ? null : y));
-      const labels = y.map((share, index) => [member.lags[index], percent(share ?? NaN)]);
+      const own = [...shares.slice(number * length, (number + 1) * length)];
+      const y = own.map((share) => (Number.isNaN(share) ? null : 100 * share));
+      const labels = own.map((share, index) => [member.lags[index], percent(share)]);
       return number < curves.numbers / length ? { ...trace, x: member.x, y, customdata: labels } : trace;
     });
     page.redraw("head", traces);
@@ -73,7 +87,10 @@
     const title = member.title ? ` of ${member.title}` : "";
     caption.textContent = `Layer ${layer}, head ${head}${title}${member.marks[layer][head]}`;
     const top = document.createElement("tr");
-    top.append(cell("td", ""), ...streams.map((stream) => cell("th", stream, "col")));
+    const weak = numbersOf(member.weak[readers()] ?? member.weak.all, member, layer, head);
+    const names = streams.map((stream, index) => (weak[index] ? `${stream} †` : stream));
+    top.append(cell("td", ""), ...names.map((name) => cell("th", name, "col")));
+    document.getElementById("head-weak").hidden = !weak.includes(1);
     const rows = member.rows.map((row) => {
       const line = document.createElement("tr");
       const packed = row.values[readers()] ?? row.values.all;

@@ -39,7 +39,8 @@
   }
 
   async function copyTables(node) {
-    const done = await copy(plainText([...node.closest("details").querySelectorAll("table")]));
+    const tables = [...node.closest("details").querySelectorAll("table")].filter((table) => !table.closest("[hidden]"));
+    const done = await copy(plainText(tables));
     node.textContent = done ? "Copied" : "Not copied: select the table";
     setTimeout(() => (node.textContent = "Copy"), 2000);
   }
@@ -52,7 +53,7 @@
 
   function formatted(value, percent) {
     if (typeof value !== "number") return value === null || value === undefined ? "–" : plain(value);
-    const text = percent ? `${Number((100 * value).toPrecision(3))} %` : String(Number(value.toPrecision(DIGITS)));
+    const text = percent ? `${Number(value.toPrecision(3))} %` : String(Number(value.toPrecision(DIGITS)));
     return text.replace("-", "\u2212");
   }
 
@@ -113,7 +114,7 @@
       const title = layout.annotations?.find(({ xref }) => xref === `${axis} domain`)?.text ?? "";
       const suffix = axis.slice(1);
       const x = plain(layout[`xaxis${suffix}`]?.title?.text ?? "").replace(RegExp("; log scale[^)]*"), "");
-      const percent = /[%p]/.test(layout[`yaxis${suffix}`]?.tickformat ?? "");
+      const percent = layout[`yaxis${suffix}`]?.ticksuffix === " %";
       const tables = isMap(shown.at(-1)) ? shown.map(mapRows) : lineTables(shown, x, percent);
       return tables.map((rows) => ({ caption: plain(title), rows }));
     });
