@@ -8,6 +8,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: one thread each, or they wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import support.shape_checks  # noqa: F401  (the hook below calls it by name)
 from jaxtyping import install_import_hook
 
 import posterity.ops.horizon_rules  # before the hook: rules check their arguments themselves, wrong types too
