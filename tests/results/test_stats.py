@@ -1,5 +1,6 @@
 """Laws of the shares and their standard errors."""
 
+import inspect
 from importlib import import_module
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.sample import sample, weight_norms
+from support.sample_kinds import sample_audit
 
 from posterity.errors import InputError
 from posterity.results import stats
@@ -422,3 +424,14 @@ def test_every_public_function_of_stats_is_listed_and_documented():
         }  # fmt: skip
     assert functions == set(stats.__all__)
     assert all("Returns:" in getattr(stats, name).__doc__ for name in functions)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in stats.__all__ if "result" in inspect.signature(getattr(stats, n)).parameters]
+)
+def test_what_is_no_result_is_refused_in_one_line(name):
+    function = getattr(stats, name)
+    for other in ("run.nc", None, sample_audit(), sample().drop_vars("credit")):
+        with pytest.raises(InputError, match=rf"stats.{name} expects a result of posterity.measure; got ") as caught:
+            function(other)
+        assert "\n" not in str(caught.value)

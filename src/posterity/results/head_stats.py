@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import xarray as xr
 
-from posterity.results.ratios import existing_heads, ratio, sum_over_heads, sum_readers
+from posterity.results.ratios import check_result, existing_heads, ratio, sum_over_heads, sum_readers
 
 MIN_CREDIT = 0.1  # of an equal part of the layer's credit, below which a head's share is not reported
 MAX_ERROR = 0.25  # standard error of a self share, above which a head's share is not reported
 
 
+@check_result
 def shares(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit that the self edge and all other edges have.
 
@@ -25,6 +26,7 @@ def shares(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -
     return ratio(credit, credit.sum("side", skipna=False))
 
 
+@check_result
 def group_shares(result: xr.Dataset, reader_of: str = "all") -> xr.Dataset:
     """Return what each head's self edge and other edges bring, as shares of the credit of the head's group.
 
@@ -50,6 +52,7 @@ def group_shares(result: xr.Dataset, reader_of: str = "all") -> xr.Dataset:
     return ratio(credit, xr.where(total.stream == "query", total, group).where(total.notnull()))
 
 
+@check_result
 def weak_heads(result: xr.Dataset, reader_of: str = "all") -> xr.DataArray:
     """Return the heads whose share is too small or too uncertain to report, and those that a layer does not have.
 

@@ -9,6 +9,7 @@ import xarray as xr
 from posterity.errors import InputError
 from posterity.results.lag_bins import lag_at_share
 from posterity.results.ratios import (
+    check_result,
     describe,
     existing_heads,
     layer_and_head_dims,
@@ -19,6 +20,7 @@ from posterity.results.ratios import (
 )
 
 
+@check_result
 def profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit by lag, beside what counting edges predicts.
 
@@ -47,6 +49,7 @@ def profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") 
     return lag_shares.assign(counted=counted, premium=premium, width=width)
 
 
+@check_result
 def cumulative_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit within each lag, beside the shares of the edges and of the attention weights.
 
@@ -67,6 +70,7 @@ def cumulative_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: st
     )
 
 
+@check_result
 def counts(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the share of the edges by lag, which is what counting alone predicts for the credit.
 
@@ -85,6 +89,7 @@ def counts(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -
     return describe(edges / edges.sum("lag"), "share of the edges")
 
 
+@check_result
 def attention_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the share of the attention weights by lag.
 
@@ -100,6 +105,7 @@ def attention_profile(result: xr.Dataset, by: Sequence[str] = (), reader_of: str
     return describe(attention / attention.sum("lag", skipna=False), "share of the attention weights")
 
 
+@check_result
 def attention_mean(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the mean attention weight of one edge by lag: a result keeps their sums.
 
@@ -142,6 +148,7 @@ def median_lag(share: xr.DataArray) -> xr.DataArray:
     return describe(share.isel(lag=0, drop=True).copy(data=median), "median lag", "tokens")
 
 
+@check_result
 def reader_lags(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     """Return how far away the readers of each token of an inspected text are.
 

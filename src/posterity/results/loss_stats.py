@@ -7,11 +7,12 @@ import numpy as np
 import xarray as xr
 
 from posterity.axes import LOSS_TERMS, PAIRS, PARTS
-from posterity.results.ratios import describe, ratio, required_variable, sum_over_heads, sum_readers
+from posterity.results.ratios import check_result, describe, ratio, required_variable, sum_over_heads, sum_readers
 
 CANCELLED = 1e-3  # of the sizes of the parts, below which their sum is about nothing
 
 
+@check_result
 def loss_shares(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit of keys and values that comes from the own loss and from later losses.
 
@@ -32,6 +33,7 @@ def loss_shares(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "al
     return ratio(credit, credit.sum("part", skipna=False))
 
 
+@check_result
 def loss_shares_by_position(result: xr.Dataset) -> xr.DataArray:
     """Return the share of the whole credit of keys (values) by part and position, over all layers and heads.
 
@@ -45,6 +47,7 @@ def loss_shares_by_position(result: xr.Dataset) -> xr.DataArray:
     return describe(credit / credit.sum(("part", "position"), skipna=False), "share of the credit")
 
 
+@check_result
 def loss_matrix(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     """Return the share of each loss in the credit of every key and value of one text.
 
@@ -67,6 +70,7 @@ def loss_matrix(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     return describe(share.where(credit.loss_position >= credit.position), "share of the loss in the credit")
 
 
+@check_result
 def loss_parts(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     """Return the norms of the three parts of `loss_shares`, and the cosines between them, over positions and windows.
 
@@ -98,6 +102,7 @@ def loss_parts(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     )
 
 
+@check_result
 def hidden_shares(result: xr.Dataset) -> xr.Dataset:
     """Return the share of the own loss in the gradient of the hidden state at each layer's input.
 
@@ -112,6 +117,7 @@ def hidden_shares(result: xr.Dataset) -> xr.Dataset:
     return _own_shares(required_variable(result, "hidden_by_document"))
 
 
+@check_result
 def parameter_shares(result: xr.Dataset) -> xr.Dataset:
     """Return the share of the own loss in the gradient of each module's parameters.
 
@@ -124,6 +130,7 @@ def parameter_shares(result: xr.Dataset) -> xr.Dataset:
     return _own_shares(required_variable(result, "parameter_by_document"))
 
 
+@check_result
 def angles(result: xr.Dataset) -> xr.Dataset:
     """Return the angle between the gradients of the own and of the later losses, over all windows.
 
@@ -147,6 +154,7 @@ def angles(result: xr.Dataset) -> xr.Dataset:
     )
 
 
+@check_result
 def horizon_curve(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.Dataset:
     """Return the share of the credit that remains when later losses are discounted at the rate 1 - 1/h a token.
 
@@ -169,6 +177,7 @@ def horizon_curve(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "
     return ratio(*parts)
 
 
+@check_result
 def effective_horizon(result: xr.Dataset, by: Sequence[str] = (), reader_of: str = "all") -> xr.DataArray:
     """Return the horizon h at which the horizon curve first reaches one half.
 

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import xarray as xr
 
 from posterity.errors import InputError
-from posterity.results.ratios import describe, ratio, required_variable
+from posterity.results.ratios import check_result, describe, ratio, required_variable
 
 PER_TOKEN = "nats per token"
 
 
+@check_result
 def prices(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     """Return what cached keys and values are worth to later tokens: their prices by the number of predicted tokens.
 
@@ -35,6 +36,7 @@ def prices(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     return _per_token(result, values)
 
 
+@check_result
 def window_prices(result: xr.Dataset, by: Sequence[str] = ("layer",)) -> xr.Dataset:
     """Return what it costs to let a layer, or a head, look back no further than a window and the first positions.
 

@@ -1,16 +1,19 @@
 """Sums over documents, their ratios and standard errors: what every statistic of a result is made of."""
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import xarray as xr
 
 from posterity.axes import READER_OF
 from posterity.errors import InputError
+from posterity.results.netcdf import portable_value
 
+P = ParamSpec("P")
+T = TypeVar("T")
 MIN_WINDOWS = 3  # below it no error is worth printing
 ENOUGH_WINDOWS = 8  # from here on the standard error stands for itself
 _LOSSES = "losses=True (--losses)"
@@ -34,6 +37,24 @@ OPTIONS = {  # of `posterity.measure`, by the variable that needs it
     "window_price_by_document": _PRICES,
     "horizon_by_document": "horizons=(1, 2, 4, 8) (--horizons 1,2,4,8)",
 }
+
+
+def check_result(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a statistic refuse in one line what is no result: InputError where its first argument is none."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        result = args[0] if args else kwargs.get("result")
+        if not isinstance(result, xr.Dataset) or "credit" not in result:
+            kind = portable_value(getattr(result, "attrs", {}).get("kind"))
+            came = f"one of the kind {kind!r}" if kind else type(result).__name__
+            raise InputError(
+                f"stats.{function.__name__} expects a result of posterity.measure; got {came}: open its file with "
+                "posterity.load"
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def ratio(part: xr.DataArray, total: xr.DataArray) -> xr.Dataset:
@@ -137,6 +158,7 @@ def _t_quantile(freedom: int) -> float:
     return high
 
 
+@check_result
 def existing_heads(result: xr.Dataset) -> xr.DataArray:
     """Return the heads that each layer has, as layers may differ in their number of heads.
 
@@ -146,6 +168,7 @@ def existing_heads(result: xr.Dataset) -> xr.DataArray:
     return result.credit.notnull().any(("stream", "reader_of", "lag"))
 
 
+@check_result
 def has_reader_axis(result: xr.Dataset) -> bool:
     """Tell whether a result keeps the edges into the first keys of a document apart from all others.
 

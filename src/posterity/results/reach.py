@@ -9,13 +9,13 @@ import xarray as xr
 from posterity.axes import QUANTITIES, STREAMS
 from posterity.errors import InputError
 from posterity.results.lag_bins import lag_at_share
-from posterity.results.ratios import describe, ratio, require_lags, required_variable, sum_over_heads
-from posterity.results.schema import RESULT
+from posterity.results.ratios import check_result, describe, ratio, require_lags, required_variable, sum_over_heads
 
 LEVELS = (0.5, 0.9, 0.95, 0.99)
 _BY = ((), ("layer",), ("layer", "kv_head"))
 
 
+@check_result
 def reach(
     result: xr.Dataset,
     by: Sequence[str] = ("layer", "kv_head"),
@@ -48,8 +48,6 @@ def reach(
     Raises:
         InputError: An argument is none of these; the lags were not measured, or by an earlier version.
     """
-    if not isinstance(result, xr.Dataset):
-        RESULT.check(result)
     if tuple(by) not in _BY or isinstance(by, str):
         raise InputError(f"by expects one of {', '.join(map(repr, _BY))}; got {by!r}")
     levels = (levels,) if isinstance(levels, int | float) else tuple(levels)

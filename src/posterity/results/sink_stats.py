@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import xarray as xr
 
-from posterity.results.ratios import describe, existing_heads, ratio, sum_over_heads, sum_readers
+from posterity.results.ratios import check_result, describe, existing_heads, ratio, sum_over_heads, sum_readers
 
 
+@check_result
 def first_position(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     """Return the share of the credit that lies at position 0.
 
@@ -21,6 +22,7 @@ def first_position(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     return ratio(sum_over_heads(result, result.first_by_document, by), credit)
 
 
+@check_result
 def first_share(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     """Return the share of the credit that the edges into the first keys of each document have.
 
@@ -41,6 +43,7 @@ def first_share(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     return ratio(*parts)
 
 
+@check_result
 def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     """Return the mean attention weight on the first key, over heads and queries (as many as edges of lag 0).
 
@@ -56,6 +59,7 @@ def attention_first(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     return describe(weight, "mean attention weight on the first key")
 
 
+@check_result
 def first_attention(result: xr.Dataset, by: Sequence[str] = ()) -> xr.DataArray:
     """Return the share of the attention weights on the first keys of each document.
 

@@ -7,9 +7,10 @@ import xarray as xr
 
 from posterity.axes import TERMS
 from posterity.errors import InputError
-from posterity.results.ratios import describe, ratio, required_variable, sum_over_heads
+from posterity.results.ratios import check_result, describe, ratio, required_variable, sum_over_heads
 
 
+@check_result
 def weight_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     """Return the share of the self part in the gradients of W_Q, W_K and W_V, and how well the windows agree.
 
@@ -39,6 +40,7 @@ def weight_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     return _gradient_shares(single, mean)
 
 
+@check_result
 def adapter_shares(result: xr.Dataset, by: Sequence[str] = ()) -> xr.Dataset:
     """Return the share of the self part in the gradients of the adapters' own parameters, and how well windows agree.
 

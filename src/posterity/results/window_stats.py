@@ -3,12 +3,13 @@
 import numpy as np
 import xarray as xr
 
-from posterity.results.ratios import describe, sum_over_heads, sum_readers
+from posterity.results.ratios import check_result, describe, sum_over_heads, sum_readers
 
 HEAVY = 10.0  # times the median of the windows' squared gradient norms
 ROUNDING = 1e-14  # square of single precision's rounding
 
 
+@check_result
 def window_norms(result: xr.Dataset) -> xr.DataArray:
     """Return the squared norm of each window's gradient, of queries, keys and values over all layers and heads.
 
@@ -21,6 +22,7 @@ def window_norms(result: xr.Dataset) -> xr.DataArray:
     return describe(credit, "squared norm of the gradient of one window", "nats^2")
 
 
+@check_result
 def heavy_windows(result: xr.Dataset) -> xr.DataArray:
     """Return the windows whose squared gradient norm, of any stream, is above ten times the median of all windows.
 
@@ -31,6 +33,7 @@ def heavy_windows(result: xr.Dataset) -> xr.DataArray:
     return (norms > HEAVY * norms.median("document")).any("stream")
 
 
+@check_result
 def balance(result: xr.Dataset) -> xr.DataArray:
     """Return the largest disagreement between the accounts of the same credit, relative to the layer's credit.
 
