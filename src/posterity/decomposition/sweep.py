@@ -46,7 +46,10 @@ class PartialSums(Protocol):
 class EdgeSums(Protocol):
     """Sums over all edges of a backward pass, made of partial ones."""
 
-    whole_groups: bool  # whether partial sums need all query heads of a key/value head together
+    @property
+    def whole_groups(self) -> bool:
+        """Whether partial sums need all query heads of a key/value head together."""
+        ...
 
     def start_part(self, heads: int) -> PartialSums:
         """Return sums over no edges, of so many heads of a document."""
