@@ -191,7 +191,7 @@ def test_the_switch_of_edges_changes_sentence_numbers_tables_and_rankings(tmp_pa
             values = [number.value for number in key_numbers(paid, reader_of)]
             assert shown(".key .value") == values
             words = edges_words(paid, reader_of)
-            for figure, tables_of_edges in (("layers", 1), ("loss_parts", 2), ("horizons", 3), ("head_horizons", 3)):
+            for figure, tables_of_edges in (("layers", 1), ("loss_parts", 2), ("horizons", 3)):
                 captions = shown(f"#{figure} caption")
                 assert len(captions) == tables_of_edges
                 assert all(words in caption for caption in captions)

@@ -7,8 +7,9 @@ from support.sample import sample
 
 from posterity.axes import STREAMS
 from posterity.reporting.report import report
+from posterity.reporting.result_table import credit_portions
 from posterity.results import stats
-from posterity.results.formatting import percent
+from posterity.results.formatting import horizon_text, percent
 from posterity.results.ratios import sum_readers
 
 CELL = """([chart, panel, x, y]) => {
@@ -38,6 +39,7 @@ def test_a_cell_of_the_maps_says_its_own_share_and_only_a_weak_one_that_it_is_we
     result["credit_by_document"][:, 0, 1] *= 1e-3  # weak in every stream
     shares = stats.shares(result, ("layer", "head"), "rest").sel(side="self")
     weak = stats.weak_heads(result, "rest")
+    portions = credit_portions(result, "rest")
     reach = stats.effective_horizon(result, ("layer", "head"), "rest")
     assert np.isposinf(reach.values).any()
     with browser() as (tab, heard):
@@ -51,8 +53,20 @@ def test_a_cell_of_the_maps_says_its_own_share_and_only_a_weak_one_that_it_is_we
                     assert f"layer {layer}, head {head}" in text
                     assert ("no such head" in text) == missing
                     assert ("too small or too uncertain" in text) == (not missing and bool(weak.sel(cell)))
-                    if chart == "map" and not missing:
-                        assert percent(*(float(shares[name].sel(cell)) for name in ("share", "error")), 5) in text
+                    if missing:
+                        continue
+                    text = text.replace("\u00a0", " ").replace("−", "-")
+                    if chart == "map":
+                        share = percent(*(float(shares[name].sel(cell)) for name in ("share", "error")), 5)
+                        assert f"self share {share}" in text
+                        assert f"credit {float(portions.sel(cell)):.2f} of an equal part" in text
+                    else:
+                        assert f"effective horizon {horizon_text(float(reach.sel(cell)), 1, 16)}" in text
+        tab.get_by_label("counted").check()
+        shares = stats.shares(result, ("layer", "head")).sel(side="self", layer=1, head=2, stream="value")
+        words = percent(float(shares.share), float(shares.error), 5)
+        tab.wait_for_timeout(300)
+        assert words in hovered(tab, "map", 2, 2, 1).replace("\u00a0", " ")
         assert heard == []
 
 

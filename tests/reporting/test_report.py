@@ -142,11 +142,6 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
             np.array(coloured["z"], dtype=float), np.where(weak, np.nan, share_place(share)), rtol=1e-5
         )
         np.testing.assert_array_equal(np.array(grey["z"], dtype=float) == 1, weak)
-        errors = shares.error.sel(stream=stream).values
-        for layer, head in np.ndindex(weak.shape):
-            words, _, note = coloured["customdata"][layer][head]
-            assert words == percent(share[layer, head], errors[layer, head], 5)
-            assert ("too small or too uncertain" in note) == weak[layer, head]
 
 
 def test_the_page_defines_what_its_numbers_are_called(paid):

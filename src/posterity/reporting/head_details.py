@@ -13,7 +13,7 @@ from posterity.palette import ATTENTION, SERIES
 from posterity.reporting.bins import bin_middles
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.result_table import LOSS_PARTS
+from posterity.reporting.result_table import LOSS_PARTS, credit_portions
 from posterity.reporting.result_words import sink_number
 from posterity.reporting.traces import BEHIND, PERCENT, line, log_axis
 from posterity.results import stats
@@ -45,8 +45,9 @@ def head_details(group: ResultGroup) -> list[dict[str, Any]]:
     """Return the numbers of all heads of each result, as `heads.js` reads them.
 
     `curves` are shares up to the last lag of each octave (`lags`, at `x` of the figure), of attention and of the three
-    streams; `rows` are numbers with their errors, by stream; `weak` is 1 for the streams of a head that
-    `stats.weak_heads` names. All are packed: (layer, head, number).
+    streams; `rows` are numbers with their errors, of the streams at the indices `streams`, with the name of the map
+    whose labels show them; `weak` is 1 for the streams of a head that `stats.weak_heads` names. All are packed: (layer,
+    head, number).
     """
     return [_describe(member, "" if group.single else member.name, group.readers) for member in group.members]
 
@@ -95,39 +96,38 @@ def _curves(result: xr.Dataset, ends: np.ndarray, reader_of: str) -> np.ndarray:
 
 def _rows(member: NamedResult, readers: Sequence[str]) -> list[dict[str, Any]]:
     by, result = ("layer", "head"), member.result
-    written = xr.DataArray([stream in WRITTEN for stream in STREAMS], {"stream": list(STREAMS)})
     shares = {reader_of: stats.shares(result, by, reader_of).sel(side="self") for reader_of in readers}
     sinks = sink_number(result)
     first = stats.first_share(result, by) if sinks else stats.first_position(result, by)
-    attention = stats.attention_first(result, by).where(written)
+    attention = stats.attention_first(result, by).expand_dims(stream=list(WRITTEN))
+    portions = {reader_of: xr.Dataset({"share": credit_portions(result, reader_of)}) for reader_of in readers}
     rows = [
-        _row(member, "self share", shares),
+        _row(member, "self share", shares) | {"figure": "map"},
+        _row(member, "credit (1: an equal part of its layer's)", portions) | {"figure": "map", "decimals": 2},
         _row(member, f"share of {first_positions_text(sinks or 1)}", {"all": first}),
         _row(member, "attention weight on the first key", {"all": xr.Dataset({"share": attention})}),
     ]
     if "loss_credit" in result:
         losses = {reader_of: stats.loss_shares(result, by, reader_of) for reader_of in readers}
         for part, words in LOSS_PARTS.items():
-            parts = {reader_of: share.sel(part=part) for reader_of, share in losses.items()}
-            streams = {
-                reader_of: x.rename(written="stream").reindex(stream=list(STREAMS)) for reader_of, x in parts.items()
-            }
-            rows.append(_row(member, words, streams))
+            parts = {reader_of: share.sel(part=part).rename(written="stream") for reader_of, share in losses.items()}
+            rows.append(_row(member, words, parts))
     if "horizon_by_document" in result:
         lengths = {reader_of: stats.effective_horizon(result, by, reader_of) for reader_of in readers}
         row = _row(member, "effective horizon", {name: xr.Dataset({"share": x}) for name, x in lengths.items()})
-        rows.append(row | {"ends": [int(result.horizon[0]), int(result.horizon[-1])]})
+        rows.append(row | {"figure": "head_horizons", "ends": [int(result.horizon[0]), int(result.horizon[-1])]})
     return rows
 
 
 def _row(member: NamedResult, label: str, shares: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     """Pack a row of numbers, and of their errors where they are known, by the edges that they are of."""
-    values = {}
+    values, streams = {}, []
     for reader_of, share in shares.items():
+        streams = [STREAMS.index(stream) for stream in share.stream.values]
         arrays = [share.share, *([member.uncertainty(share.error)] if "error" in share else [])]
         numbers = [array.transpose("layer", "head", "stream").values for array in arrays]
         values[reader_of] = _pack(np.concatenate(numbers, -1), "f4")
-    return {"label": label, "values": values}
+    return {"label": label, "streams": streams, "values": values}
 
 
 def _pack(values: np.ndarray, kind: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Maps of heads, across, and layers, down: the self share and the effective horizon of every head."""
+"""Maps of heads, across, and layers, down: the self share and the effective horizon of every head.
+
+What a label says of a head is in `head_details`, once for all figures; `heads.js` writes it into the maps.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,17 +13,13 @@ import xarray as xr
 
 from posterity.axes import STREAMS
 from posterity.palette import DIVERGING, EMPTY, MEAN, PAPER, SEQUENTIAL, SHARE_TICKS, share_place
-from posterity.reporting.html import figure_text
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.result_table import credit_portions
-from posterity.reporting.tables import format_cells
 from posterity.reporting.traces import TICK, grid_by_result, spaced
-from posterity.results.formatting import UNKNOWN, horizon_text, json_numbers, percent
+from posterity.results.formatting import json_numbers, percent
 from posterity.results.stats import counts, effective_horizon, existing_heads, shares, weak_heads
 
 MANY = 32  # heads from which cells have no gaps
-WEAK = "credit too small or too uncertain"
 
 
 def draw_heads(group: ResultGroup, reader_of: str) -> PanelGrid:
@@ -28,15 +27,10 @@ def draw_heads(group: ResultGroup, reader_of: str) -> PanelGrid:
     panels = []
     for stream in STREAMS:
         for member in group.members:
-            share = shares(member.result, ("layer", "head"), reader_of).sel(side="self", stream=stream)
-            portion = credit_portions(member.result, reader_of).sel(stream=stream)
-            error = member.uncertainty(share.error)
-            texts = np.stack([_format(percent, share.share, error), _format(_format_portion, portion)], -1)
+            share = shares(member.result, ("layer", "head"), reader_of).share.sel(side="self", stream=stream)
             weak = _weak(member.result, reader_of).sel(stream=stream).values
             hover = "self share %{customdata[0]}<br>credit %{customdata[1]} of an equal part"
-            panels.append(
-                _panel(group.panel_title(stream, member), share_place(share.share.values), weak, texts, hover)
-            )
+            panels.append(_panel(group, member, stream, share_place(share.values), weak, hover))
     return PanelGrid(
         "Self share of every head", panels, height=_height(group.members), shared_y=False,
         colours=_share_colours(group.members, reader_of), **grid_by_result(group.members),
@@ -67,14 +61,12 @@ def draw_head_horizons(group: ResultGroup, reader_of: str) -> PanelGrid:
     for stream in STREAMS:
         for member in members:
             reach = effective_horizon(member.result, ("layer", "head"), reader_of).sel(stream=stream)
-            ends = int(member.result.horizon[0]), int(member.result.horizon[-1])
             weak = _weak(member.result, reader_of).sel(stream=stream).values
             weak = np.where(reach.isnull().values & (weak == 0), 1, weak)
-            texts = _format(lambda length, ends=ends: horizon_text(length, *ends), reach)[..., None]
             hover = "effective horizon %{customdata[0]}"
             beyond = np.isposinf(reach.values) & (weak == 0)
             covers = [_beyond(beyond)] if beyond.any() else []
-            panels.append(_panel(group.panel_title(stream, member), np.log2(reach.values), weak, texts, hover, *covers))
+            panels.append(_panel(group, member, stream, np.log2(reach.values), weak, hover, *covers))
     return PanelGrid(
         "The effective horizon of every head", panels, height=_height(members), shared_y=False,
         colours=_horizon_colours(members), **grid_by_result(members),
@@ -82,18 +74,20 @@ def draw_head_horizons(group: ResultGroup, reader_of: str) -> PanelGrid:
 
 
 def _panel(
-    title: str, values: np.ndarray, weak: np.ndarray, texts: np.ndarray, hover: str, *covers: go.Heatmap
-) -> Panel:
+    group: ResultGroup, member: NamedResult, stream: str, values: np.ndarray, weak: np.ndarray, hover: str,
+    *covers: go.Heatmap,
+) -> Panel:  # fmt: skip
     """Draw one map: grey where the credit is weak, blank where a layer has no such head.
 
     The coloured map has the labels of all cells; what lies under or over it has none.
 
     Args:
-        title: The title of the panel.
+        group: The results of the page.
+        member: The one that the map is of.
+        stream: "query", "key" or "value".
         values: What the colour axis shows, (layer, head).
         weak: 1 where a head's credit is too small or too uncertain, 0 elsewhere, NaN where there is no such head.
-        texts: What the label of each head shows, (layer, head, text).
-        hover: The template of the label, after layer and head.
+        hover: The template of the label, between layer and head and, as the last text of `customdata`, a note.
         covers: Heat maps above the map.
     """
     layers, heads = values.shape
@@ -102,17 +96,16 @@ def _panel(
         z=json_numbers(np.where(weak == 1, 1, np.nan)), colorscale=[[0, EMPTY], [1, EMPTY]], showscale=False,
         hoverinfo="skip", **look,
     )  # fmt: skip
-    notes = np.where(weak == 0, "", np.where(weak == 1, f"<br>{WEAK}", "<br>no such head")).astype(object)
-    labels = np.concatenate([texts, notes[..., None]], -1)
+    note = hover.count("customdata")
     coloured = go.Heatmap(
         z=json_numbers(np.where(weak == 0, values, np.nan)),
-        customdata=labels.tolist(),
+        meta={"member": member.number, "stream": STREAMS.index(stream)},
         coloraxis="coloraxis", hoverongaps=True,
-        hovertemplate=f"layer %{{y}}, head %{{x}}<br>{hover}%{{customdata[{texts.shape[-1]}]}}<extra></extra>", **look,
+        hovertemplate=f"layer %{{y}}, head %{{x}}<br>{hover}%{{customdata[{note}]}}<extra></extra>", **look,
     )  # fmt: skip
     ticks = {"dtick": math.ceil(heads / 10)} if heads > 1 else {"tickvals": [0]}
     return Panel(
-        title, [grey, coloured, *covers],
+        group.panel_title(stream, member), [grey, coloured, *covers],
         x={"title": "head", "showgrid": False, "range": [-0.5, heads - 0.5], **ticks},
         y={"title": "layer", "showgrid": False, "range": [-0.5, layers - 0.5], "dtick": max(1, math.ceil(layers / 12))},
     )  # fmt: skip
@@ -149,16 +142,3 @@ def _height(members: list[NamedResult]) -> int:
 def _weak(result: xr.Dataset, reader_of: str) -> xr.DataArray:
     """Return 1 where a head's credit is weak, 0 where it is not, NaN where a layer has no such head."""
     return weak_heads(result, reader_of).where(existing_heads(result))
-
-
-def _format(format_number: Callable[..., str], *values: xr.DataArray) -> np.ndarray:
-    """Format the numbers of every head; words where they are not known."""
-
-    def format_or_say(*numbers: float) -> str:
-        return figure_text(format_number(*numbers).replace(UNKNOWN, "not known"))
-
-    return format_cells(format_or_say, *(value.values for value in values))
-
-
-def _format_portion(portion: float) -> str:
-    return UNKNOWN if math.isnan(portion) else f"{portion:.2f}"

@@ -56,7 +56,6 @@ def chart_tables(result: xr.Dataset, readers: Sequence[str]) -> dict[str, list[N
         tables |= _modules(result)
     if "horizon_by_document" in result:
         tables["horizons"] = [_curves(result, stream, reader) for reader in readers for stream in STREAMS]
-        tables["head_horizons"] = [_reach(result, stream, reader) for reader in readers for stream in STREAMS]
     return tables
 
 
@@ -183,14 +182,6 @@ def _curves(result: xr.Dataset, stream: str, reader: str) -> NumberTable:
     head = ("layer", "effective horizon", *(f"h = {horizon}" for horizon in result.horizon.values))
     caption = edges_title(f"Credit that remains, {stream}", result, reader)
     return NumberTable(caption, head, [("all", "", rows[0]), *_by_layer(result, rows[1:])], reader)
-
-
-def _reach(result: xr.Dataset, stream: str, reader: str) -> NumberTable:
-    strong = ~stats.weak_heads(result, reader)
-    reach = stats.effective_horizon(result, ("layer", "head"), reader).where(strong).sel(stream=stream)
-    head = ("layer", *(f"head {head}" for head in range(result.sizes["head"])))
-    caption = edges_title(f"Effective horizon, {stream}", result, reader)
-    return NumberTable(caption, head, _by_layer(result, _lengths(result, reach).tolist()), reader)
 
 
 def _by_layer(result: xr.Dataset, cells: Iterable[list[str]]) -> list[tuple[str, str, list[str]]]:

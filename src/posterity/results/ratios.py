@@ -45,8 +45,8 @@ def check_result(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         result = args[0] if args else kwargs.get("result")
-        if not isinstance(result, xr.Dataset) or "credit" not in result:
-            kind = portable_value(getattr(result, "attrs", {}).get("kind"))
+        kind = portable_value(getattr(result, "attrs", {}).get("kind"))
+        if kind or not isinstance(result, xr.Dataset):
             came = f"one of the kind {kind!r}" if kind else type(result).__name__
             raise InputError(
                 f"stats.{function.__name__} expects a result of posterity.measure; got {came}: open its file with "

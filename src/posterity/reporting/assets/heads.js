@@ -33,17 +33,56 @@
 
   // ---- words
   const signed = (text) => text.replace("-", "\u2212");
+  const decimals = (value, digits) => (Number(value.toFixed(digits)) + 0).toFixed(digits); // no minus before a zero
   function percent(share, error) {
     if (Number.isNaN(share)) return "–";
     const digits = (Math.abs(share) > 0 && Math.abs(share) < 0.01) || (error > 0 && error < 0.0005) ? 2 : 1;
     const more = Number.isNaN(error ?? NaN) ? "" : ` ± ${(100 * error).toFixed(digits)}`;
-    return signed(`${(100 * share).toFixed(digits)}${more}\u00a0%`);
+    return signed(`${decimals(100 * share, digits)}${more}\u00a0%`);
   }
   function tokens(length, [smallest, largest]) {
     if (Number.isNaN(length)) return "–";
     if (!Number.isFinite(length)) return `> ${largest} tokens`;
     if (length <= smallest) return `≤ ${smallest} token${smallest === 1 ? "" : "s"}`;
     return `${length < 10 ? length.toFixed(1) : Math.round(length)} tokens`;
+  }
+
+  // A row of numbers as text, by stream; "–" where the row has no such stream.
+  function texts(row, member, layer, head, reader) {
+    const numbers = numbersOf(row.values[reader] ?? row.values.all, member, layer, head);
+    return streams.map((_, stream) => {
+      const index = row.streams.indexOf(stream);
+      if (index < 0) return "–";
+      if (row.ends) return tokens(numbers[index], row.ends);
+      if (row.decimals) return Number.isNaN(numbers[index]) ? "–" : signed(decimals(numbers[index], row.decimals));
+      return percent(numbers[index], numbers[index + row.streams.length]);
+    });
+  }
+
+  // ---- the labels of the maps, in every view of them
+  const WEAK = "<br>credit too small or too uncertain";
+  const escaped = (text) => text.replace("<", "&lt;").replace(">", "&gt;").replace("–", "not known");
+  function labels(name, { member: number, stream }, reader) {
+    const member = members[number];
+    const rows = member.rows.filter(({ figure }) => figure === name);
+    const label = (layer, head) => {
+      const numbers = rows.map((row) => texts(row, member, layer, head, reader)[stream]);
+      const weak = numbersOf(member.weak[reader] ?? member.weak.all, member, layer, head)[stream];
+      const note = weak || numbers.includes("–") ? WEAK : "";
+      return [...numbers.map(escaped), member.marks[layer][head] ? "<br>no such head" : note];
+    };
+    const all = (length) => [...Array(length).keys()];
+    return all(member.layers).map((layer) => all(member.heads).map((head) => label(layer, head)));
+  }
+  for (const name of ["map", "head_horizons"]) {
+    const { data: traces, views = {} } = page.data.figures[name] ?? { data: [] };
+    traces.forEach((trace, index) => {
+      if (!trace.coloraxis) return;
+      trace.customdata = labels(name, trace.meta, members[trace.meta.member].weak.rest ? "rest" : "all");
+      for (const [reader, { data: changes }] of Object.entries(views)) {
+        changes[index] = { ...changes[index], customdata: labels(name, trace.meta, reader) };
+      }
+    });
   }
 
   // ---- one head
@@ -93,13 +132,8 @@
     document.getElementById("head-weak").hidden = !weak.includes(1);
     const rows = member.rows.map((row) => {
       const line = document.createElement("tr");
-      const packed = row.values[readers()] ?? row.values.all;
-      const numbers = numbersOf(packed, member, layer, head);
-      const texts = streams.map((_, index) => {
-        if (row.ends) return tokens(numbers[index], row.ends);
-        return percent(numbers[index], numbers[index + streams.length]);
-      });
-      line.append(cell("th", row.label, "row"), ...texts.map((text) => cell("td", text)));
+      const numbers = texts(row, member, layer, head, readers());
+      line.append(cell("th", row.label, "row"), ...numbers.map((text) => cell("td", text)));
       return line;
     });
     table.replaceChildren(caption, top, ...rows);

@@ -79,8 +79,10 @@
     const rows = trace.z.map((values, layer) => [
       trace.y?.[layer] ?? layer,
       ...values.map((value, head) => {
-        const label = trace.customdata?.[layer]?.[head]?.[0] ?? trace.text?.[layer]?.[head];
-        return typeof label === "string" && label ? plain(label) : formatted(value);
+        const labels = trace.customdata?.[layer]?.[head] ?? [];
+        const label = labels[0] ?? trace.text?.[layer]?.[head];
+        const mark = /too small/.test(labels.at(-1)) ? " †" : "";
+        return typeof label === "string" && label ? plain(label) + mark : formatted(value);
       }),
     ]);
     return [["layer", ...heads.map((head) => `head ${head}`)], ...rows];
@@ -116,7 +118,9 @@
       const x = plain(layout[`xaxis${suffix}`]?.title?.text ?? "").replace(RegExp("; log scale[^)]*"), "");
       const percent = layout[`yaxis${suffix}`]?.ticksuffix === " %";
       const tables = isMap(shown.at(-1)) ? shown.map(mapRows) : lineTables(shown, x, percent);
-      return tables.map((rows) => ({ caption: plain(title), rows }));
+      const marked = tables.flat(2).some((text) => String(text).endsWith(" †"));
+      const caption = plain(title) + (marked ? " († credit too small or too uncertain)" : "");
+      return tables.map((rows) => ({ caption, rows }));
     });
   }
 
