@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from posterity.measurement.account import account
     from posterity.measurement.distributed import Processes
     from posterity.measurement.head_folding import fold
+    from posterity.measurement.local_layers import windows
     from posterity.measurement.loss_matrix import inspect
     from posterity.measurement.measure import measure
     from posterity.models.horizon import horizon
@@ -42,6 +43,7 @@ _HOMES = {
     "measurement.account": ("account",),
     "measurement.distributed": ("Processes",),
     "measurement.head_folding": ("fold",),
+    "measurement.local_layers": ("windows",),
     "measurement.loss_matrix": ("inspect",),
     "measurement.measure": ("measure",),
     "models.linear": ("as_linear",),
@@ -93,6 +95,7 @@ __all__ = [
     "stats",
     "summary",
     "table",
+    "windows",
 ]
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import posterity
 from posterity.errors import InputError
 from posterity.inputs.checkpoints import find_checkpoints
-from posterity.inputs.folded_folder import save_folded
+from posterity.inputs.limits_folder import save_folded
 from posterity.inputs.model import load_model
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)

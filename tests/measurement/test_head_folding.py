@@ -18,11 +18,12 @@ import posterity
 from posterity import InputError
 from posterity.cli import main as cli
 from posterity.inputs import model as loading
-from posterity.inputs.folded_folder import save_folded
+from posterity.inputs.limits_folder import save_folded
 from posterity.inputs.model import load_folded
 from posterity.measurement.head_folding import FoldedHeads, head_costs, largest_within_budget
 from posterity.models.attach import watch_model
-from posterity.models.folded_heads import fold_heads, fold_permanently
+from posterity.models.folded_heads import fold_heads
+from posterity.models.permanent_limits import fold_permanently
 from posterity.models.probe import check
 from posterity.results import stats
 
@@ -351,7 +352,7 @@ def test_a_folder_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("posterity.inputs.folded_folder.write_atomically", full)
+    monkeypatch.setattr("posterity.inputs.limits_folder.write_atomically", full)
     with pytest.raises(InputError, match="No space left on device"):
         save_folded(tiny("llama"), tokenizer(), {1: [0]}, target, {})
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
@@ -403,7 +404,7 @@ def test_a_folding_beyond_its_budget_on_held_out_windows_is_written_by_force_onl
 
 
 def test_the_command_fails_where_the_loaded_model_is_another(plain, monkeypatch):
-    monkeypatch.setattr(loading, "apply_folded_heads", lambda *args: None)
+    monkeypatch.setattr(loading, "apply_limits", lambda *args: None)
     options = ["--budget", 0.5, "--context", 12, "--documents", 2, "--device", "cpu", "-o", plain / "out"]
     answer = run("fold", plain / "plain", plain / "text.txt", *options)
     assert answer.exit_code == 2

@@ -124,7 +124,7 @@ def test_data_that_is_misspelt_or_mixed_is_refused_before_anything_is_looked_up(
 
 
 def test_a_folded_model_is_not_trained_as_if_it_were_plain(tmp_path):
-    from posterity.inputs.folded_folder import save_folded
+    from posterity.inputs.limits_folder import save_folded
 
     (tmp_path / "text.txt").write_text("one two three " * 200)
     save_folded(tiny("llama", torch.float32), tokenizer(), {0: [0]}, tmp_path / "folded", {})

@@ -58,14 +58,15 @@ def measure_linearity(subject: Subject) -> Finding:
     except InputError as error:  # attention sinks
         reasons.append(str(error))
     else:
-        with subject.progress((1 + sum(counts)) * len(windows), "folding", "heads") as advance:
-            costs = head_costs(subject.model, windows, advance=advance)
-        trial = PrefixLosses(subject.model, selection or windows, costs.order)
-        number = largest_within_budget(trial.change, len(costs.order), plan.fold)
-        changes = [LossChange.of(trial.before, trial.after(number))]
-        if held_out:
-            repeat = PrefixLosses(subject.model, held_out, costs.order)
-            changes.append(LossChange.of(repeat.before, repeat.after(number)))
+        with watch_model(subject.model):  # verified once for all that is folded
+            with subject.progress((1 + sum(counts)) * len(windows), "folding", "heads") as advance:
+                costs = head_costs(subject.model, windows, advance=advance)
+            trial = PrefixLosses(subject.model, selection or windows, costs.order)
+            number = largest_within_budget(trial.change, len(costs.order), plan.fold)
+            changes = [LossChange.of(trial.before, trial.after(number))]
+            if held_out:
+                repeat = PrefixLosses(subject.model, held_out, costs.order)
+                changes.append(LossChange.of(repeat.before, repeat.after(number)))
         sizes = len(windows), len(selection or windows), len(held_out or ())
         figures += _cost_figures(costs, number, changes, plan.fold, sizes)
         variables |= _cost_variables(costs, trial, set(costs.order[:number]))

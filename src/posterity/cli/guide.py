@@ -48,6 +48,14 @@ GUIDE = {
     "fold": Purpose(
         "Which heads need to look only at themselves?", ("posterity fold gpt2 my.txt --budget 0.01 -o folded",)
     ),
+    "windows": Purpose(
+        "Which layers may look back less far, and what does that cost?",
+        (
+            "posterity windows gpt2 my.txt --local 1/2 --verify",
+            "posterity windows gpt2 my.txt --local 1/2 --window 128 -o local",
+            "posterity windows run.nc --local 0.75",
+        ),
+    ),
 }
 
 

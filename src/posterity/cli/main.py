@@ -34,6 +34,7 @@ from posterity.cli.options import (
 from posterity.cli.outputs import ResumableRun, check_outputs, require_one_process, run_attrs, write_outputs
 from posterity.cli.tables import reach_command, table_command
 from posterity.cli.training import compare_command, fold_command, train_command
+from posterity.cli.windows import windows_command
 from posterity.errors import InputError, one_line
 from posterity.inputs.checkpoints import find_checkpoints
 
@@ -196,6 +197,7 @@ app.command("table")(table_command)
 app.command("train")(train_command)
 app.command("compare")(compare_command)
 app.command("fold")(fold_command)
+app.command("windows")(windows_command)
 
 
 @app.command("audit")

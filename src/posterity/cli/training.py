@@ -150,7 +150,7 @@ def fold_command(
     on held-out windows, nothing is written and the exit code is 1, unless --force is given.
     """
     require_one_process()
-    from posterity.inputs.folded_folder import check_folder, save_folded
+    from posterity.inputs.limits_folder import check_folder, save_folded
     from posterity.inputs.model import load_model
     from posterity.inputs.text_sources import SkippedLines, open_documents
 

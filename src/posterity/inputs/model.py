@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from posterity.errors import InputError, first_line
 from posterity.inputs.adapter_folder import fit_vocabulary, load_adapter
-from posterity.inputs.folded_folder import FOLDED_FILE, apply_folded_heads
+from posterity.inputs.limits_folder import FOLDED_FILE, apply_limits
 from posterity.inputs.model_source import find_model
 from posterity.inputs.pretrained import (
     check_architecture,
@@ -55,9 +55,9 @@ def load_model(
     What comes back can stand wherever a model can: `posterity.measure(posterity.load_model("gpt2", "bf16"))`.
 
     Args:
-        name: a hub id, a folder (that of a folded model gives it folded), a `.gguf` file, or None or "default" for the
-            embedded SmolLM2-135M-Instruct. A hub id or folder of a peft adapter is loaded over the base model that it
-            names, which needs peft (`posterity[peft]`).
+        name: a hub id, a folder (that of `fold` or `windows` gives it with its limits), a `.gguf` file, or None or
+            "default" for the embedded SmolLM2-135M-Instruct. A hub id or folder of a peft adapter is loaded over the
+            base model that it names, which needs peft (`posterity[peft]`).
         dtype: such as "float32", "bf16" or torch.bfloat16; None keeps the type that the weights are stored in.
         device: such as "cpu" or "cuda:1"; None takes the CUDA device of this process, or the CPU when there is none;
             "auto" spreads a model that is larger than one device over all of them.
@@ -85,7 +85,7 @@ def load_model(
                 model = load_over_devices(source.path, dtype=weights_dtype, **options).eval()
             else:
                 model = load_weights(source.path, dtype=weights_dtype, **options).to(target).eval()
-        apply_folded_heads(model, source.path)
+        apply_limits(model, source.path)
         if adapter is not None:
             fit_vocabulary(model, tokenizer, adapter)
             model = load_adapter(model, adapter, keep_dtype=dtype is not None)

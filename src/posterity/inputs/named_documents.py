@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posterity.errors import InputError
 from posterity.inputs.conversations import find_conversation
-from posterity.inputs.documents import TextStream, Tokens, check_ids, default_text, document_kind
+from posterity.inputs.documents import TextStream, Tokens, check_ids, default_text, document_kind, refuse_answers
 from posterity.inputs.text_sources import open_documents
 
 LONGEST_PATH = 1024  # characters; a longer str is a text
@@ -61,6 +61,13 @@ def name_documents(documents: Any) -> Iterator[tuple[str, Any]]:
             f"expected text or token ids; got {document_kind(documents)}: pass a str, token ids, or a list of them"
         )
     return _item_documents(iter(documents))
+
+
+def name_texts(documents: Any) -> Iterator[tuple[str, Any]]:
+    """Yield documents by name as `name_documents` does; refuse one whose loss is on some of its tokens only."""
+    for name, document in name_documents(documents):
+        refuse_answers(name, document)
+        yield name, document
 
 
 def refuse_path(text: Any) -> None:

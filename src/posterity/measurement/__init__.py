@@ -2,6 +2,7 @@
 
 In reading order: `measure` (start reading here), `window_batch`, `account` (the ledger), `price_account` (prices in
 the ledger), `loss_split` (own and later losses) and `hidden_gradients`, `loss_matrix` (inspect()), `head_folding`
-(fold()), `distributed` (several processes), `run_state` (an unfinished run on disk), `state_folder` (its files and
-its lock), `estimate`, `memory_timeline`, `forecast` (before there are texts), `provenance`.
+(fold()), `local_layers` (windows()), `distributed` (several processes), `run_state` (an unfinished run on disk),
+`state_folder` (its files and its lock), `estimate`, `memory_timeline`, `forecast` (before there are texts),
+`provenance`.
 """

@@ -5,7 +5,7 @@ used, and with the output projection it is a linear layer (`posterity.as_linear`
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from posterity.errors import InputError
 from posterity.inputs.arguments import open_model, split_arguments
-from posterity.inputs.documents import refuse_answers
-from posterity.inputs.named_documents import name_documents, open_files
+from posterity.inputs.named_documents import name_texts, open_files
 from posterity.inputs.windows import read_corpus, token_digest
 from posterity.models.attach import watch_model
 from posterity.models.chunked_loss import window_losses
@@ -166,7 +165,7 @@ def fold(
     documents = open_files(documents)
     loaded = open_model(model, tokenizer)
     inner, tokenizer = language_model(loaded.model), loaded.tokenizer
-    corpus = read_corpus(_without_answers(documents), tokenizer, context, 5 * limit)
+    corpus = read_corpus(name_texts(documents), tokenizer, context, 5 * limit)
     windows = corpus.windows
     if len(windows) < 3:
         raise InputError(
@@ -189,13 +188,6 @@ def fold(
         heads, budget, selection_change, held_out_change, costs, losses.joint, token_digest(windows), selection,
         str(corpus.coverage),
     )  # fmt: skip
-
-
-def _without_answers(documents: Any) -> Iterator[tuple[str, Any]]:
-    """Yield documents by name; refuse one whose loss is on some of its tokens only."""
-    for name, document in name_documents(documents):
-        refuse_answers(name, document)
-        yield name, document
 
 
 def split_windows(windows: Windows, limit: int) -> tuple[Windows, Windows, Windows]:

@@ -1,30 +1,18 @@
-"""Models with folded heads: some heads pass their own value on, the rest attends as usual.
+"""Heads that pass their own value on for the length of a `with`, while the rest attends as usual.
 
-`fold_heads` folds them for the length of a `with`. `fold_permanently` folds them as long as the model lives: the heads
-are written into the model's config (`posterity_folded`: heads by the `layer_idx` of their module), and its attention is
-switched to a function that looks them up there. So the fold goes with copies of the model, and works with a key/value
-cache: the newest queries get the newest values. The cache still holds the keys of folded heads, which nobody reads. The
-weights stay those of the model; `inputs.folded_folder` writes and reads the folder of a folded model.
-
-Measuring exchanges the attention function; the operator (`interface`) then finds the folded heads in the config too, as
-heads whose mask leaves the self edge only.
+`permanent_limits` folds them as long as a model lives.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from posterity.errors import InputError
 from posterity.models.attach import first_calls, watch_model
 from posterity.models.interception import AttentionCall
-from posterity.models.interface import register
-from posterity.models.language_model import input_device, language_model, max_difference, rounding
-from posterity.models.masks import EXPLICIT, FOLDED, edges_and_bias, self_only_heads
-from posterity.models.probe import check
+from posterity.models.language_model import language_model
 from posterity.models.watch import Layer, Watch
 from posterity.ops.attention import attention
 from posterity.ops.heads import repeat_heads
@@ -60,25 +48,6 @@ def fold_heads(model: nn.Module, heads: Mapping[int, Iterable[int]] | Iterable[H
             yield
 
 
-def fold_permanently(model: PreTrainedModel, heads: Heads) -> None:
-    """Let a model run folded from now on.
-
-    Raises:
-        InputError: The model cannot be measured; its modules cannot be told apart by `layer_idx`; no such head.
-    """
-    if check(model).name == EXPLICIT:
-        raise InputError(f"{type(model).__name__} computes with its mask: fold it inside a `with` of fold_heads")
-    modules, ids = attention_modules(model), torch.arange(1, 9, device=input_device(model))[None]
-    ids %= model.config.get_text_config().vocab_size
-    with torch.no_grad(), fold_heads(model, heads):
-        expected = model(input_ids=ids, use_cache=False).logits
-    _switch(model, {str(modules[number].layer_idx): sorted(folded) for number, folded in heads.items() if len(folded)})
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-    if max_difference(expected, logits) > rounding(logits.dtype) * expected.abs().max().item():
-        raise InputError(f"{type(model).__name__} cannot run folded: its logits are not those of its folded heads")
-
-
 def foldable_head_counts(model: nn.Module) -> list[int]:
     """Return the number of query heads of every attention layer of a model that can be folded.
 
@@ -93,31 +62,6 @@ def foldable_head_counts(model: nn.Module) -> list[int]:
                 "take a part of the weight even where a position sees only itself"
             )
     return [call.query.shape[1] for _, call in calls]
-
-
-def attention_modules(model: PreTrainedModel) -> list[Any]:
-    """Return the attention modules in order, if each can be found by its `layer_idx` in the text model's config.
-
-    Raises:
-        InputError: They cannot; the model cannot be measured.
-    """
-    result = check(model)
-    if not result.ok:
-        raise InputError(f"this model {result}")
-    modules = [model.get_submodule(layer.name) for layer in result.layers]
-    indices = [getattr(module, "layer_idx", None) for module in modules]
-    config = model.config.get_text_config(decoder=True)
-    if None in indices or len({*indices}) < len(indices) or any(module.config is not config for module in modules):
-        raise InputError(
-            f"{type(model).__name__} cannot run folded for good: its attention modules have no layer_idx of their own; "
-            "use posterity.models.folded_heads.fold_heads inside a `with`"
-        )
-    return modules
-
-
-def folded_heads_by_layer(model: PreTrainedModel) -> dict[int, list[int]]:
-    """Return the heads that a model runs folded, by number of the attention layer."""
-    return {number: self_only_heads(module) for number, module in enumerate(attention_modules(model))}
 
 
 def heads_by_layer(heads: Iterable[HeadIndex]) -> dict[int, list[int]]:
@@ -174,40 +118,3 @@ def mask_of_heads(mask: Mask, heads: Sequence[int]) -> Mask:
         return edges[..., list(heads), :, :] if edges.dim() > 2 and edges.shape[-3] > 1 else edges
 
     return Mask(allowed, mask.padding)
-
-
-def _switch(model: PreTrainedModel, heads: Mapping[str, Sequence[int]]) -> None:
-    """Write folded heads into the text model's config, and switch its attention to the function that reads them."""
-    register(FOLDED, _folded_attention)
-    config: Any = model.config
-    text = config.get_text_config(decoder=True)
-    setattr(text, FOLDED, {index: list(folded) for index, folded in heads.items()})
-    parts = [part for part in config.sub_configs if getattr(config, part, None) is text]
-    model.set_attn_implementation({"": config._attn_implementation, parts[0]: FOLDED} if parts else FOLDED)
-
-
-@torch.compiler.disable
-def _folded_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention for transformers: (batch, head, position, dim) in, (batch, position, head, dim) out."""
-    if dropout:
-        raise InputError("a folded model attends without dropout: set attention_dropout to 0, or call model.eval()")
-    mask, bias = edges_and_bias(module, query, key, attention_mask, is_causal, kwargs)
-    if bias is not None:
-        raise InputError("its attention adds a bias to the scores, which a folded model does not know")
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, rest: list[int]) -> Tensor:
-        return attention(query, key, value, scaling, mask=mask_of_heads(mask, rest), softcap=softcap)
-
-    output = pass_own_values(query, key, value, self_only_heads(module), attend)
-    return output.transpose(1, 2).contiguous(), None

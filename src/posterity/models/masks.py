@@ -18,7 +18,8 @@ from posterity.errors import InputError
 from posterity.ops.mask import Mask
 
 EXPLICIT = "posterity_written"  # the operator's name for models that compute with their mask: it is written out, N x N
-FOLDED = "posterity_folded"  # of a config: heads that pass their own value on (`folded_heads`), by `layer_idx`
+# Entries of a config (`permanent_limits`), by `layer_idx`: heads that pass their own value on; windows of local layers.
+FOLDED, WINDOWS = "posterity_folded", "posterity_windows"
 # Tensors that models pass on to every attention function; what they say is in the mask or in queries and keys already.
 HARMLESS = {
     "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch",
@@ -80,13 +81,24 @@ def edges_and_bias(
     unknown = [name for name, x in options.items() if isinstance(x, Tensor) and name not in HARMLESS | used]
     if unknown:
         raise InputError(f"it hands {', '.join(unknown)} to its attention, which the operator does not know")
-    return mask, bias
+    window = window_of_layer(module)
+    return mask if window is None else mask.limit_window(window), bias
 
 
 def self_only_heads(module: nn.Module) -> list[int]:
     """Return the heads of an attention module that see only themselves, by the config of a folded model."""
-    heads_by_index = getattr(getattr(module, "config", None), FOLDED, None)
-    return heads_by_index.get(str(getattr(module, "layer_idx", None)), []) if heads_by_index else []
+    return _config_entry(module, FOLDED) or []
+
+
+def window_of_layer(module: nn.Module) -> int | None:
+    """Return the tokens that a query of an attention module sees, by the config of a model with local layers."""
+    return _config_entry(module, WINDOWS)
+
+
+def _config_entry(module: nn.Module, name: str) -> Any:
+    """Return what the config of an attention module says of it under this name; None for nothing."""
+    by_index = getattr(getattr(module, "config", None), name, None)
+    return by_index.get(str(getattr(module, "layer_idx", None))) if by_index else None
 
 
 def _mask_and_bias(module: nn.Module, attention_mask: Any, is_causal: bool | None) -> tuple[Mask, Tensor | None]:

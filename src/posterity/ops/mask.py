@@ -15,7 +15,13 @@ from torch import Tensor
 
 from posterity.errors import InputError
 from posterity.ops.intervals import Interval
-from posterity.ops.mask_mods import MaskMod, padding_mask_mod, selected_keys_mask_mod, self_only_mask_mod
+from posterity.ops.mask_mods import (
+    MaskMod,
+    padding_mask_mod,
+    selected_keys_mask_mod,
+    self_only_mask_mod,
+    window_mask_mod,
+)
 
 # Rows and columns of a block. On a CPU the block must fit the caches; elsewhere few large operations win.
 BLOCK = {"cpu": (128, 512)}
@@ -197,6 +203,16 @@ class Mask:
         """
         allowed = partial(self_only_mask_mod, self.allowed, tuple(heads), head_count)
         return Mask(allowed, self.padding).count_edges_of(self)
+
+    def limit_window(self, window: int, sinks: int = 0) -> "Mask":
+        """Return the mask under which a query sees its own position, the `window` - 1 before it, and the first keys.
+
+        Args:
+            window: Positions that a query sees, its own included, at least 1.
+            sinks: First keys that it sees besides, counted from the first token that is no padding.
+        """
+        starts = None if sinks == 0 or self.padding is None else self.padding.int().argmax(1)
+        return Mask(partial(window_mask_mod, self.allowed, window, sinks, starts), self.padding)
 
     def select_keys(self, selection: Int[Tensor, "batch group query number"], heads: int, size: int = 1) -> "Mask":
         """Return the mask under which each query sees only keys selected for it, by number of a block of `size` keys.

@@ -28,6 +28,23 @@ def self_only_mask_mod(
     return edges & (free | (query == key))
 
 
+def window_mask_mod(
+    allowed: MaskMod | None,
+    window: int,
+    sinks: int,
+    starts: Int[Tensor, " batch"] | None,
+    query: Tensor,
+    key: Tensor,
+) -> Tensor:
+    """Limit queries to a window and the first keys: the rule of `Mask.limit_window`."""
+    edges = key <= query if allowed is None else allowed(query, key)
+    near = query - key < window
+    if sinks == 0:
+        return edges & near
+    ends = sinks if starts is None else starts[:, None, None, None] + sinks
+    return edges & (near | (key < ends))
+
+
 def selected_keys_mask_mod(
     allowed: MaskMod | None,
     selection: Int[Tensor, "batch group query number"],
