@@ -51,7 +51,7 @@ def save_folded(model: nn.Module, tokenizer: Any, heads: Heads, folder: Path, at
     """
     inner = language_model(model)
     files = _limit_files(inner, heads, {})
-    files[FOLDED_FILE] = {"version": VERSION, "heads": {}} | files.get(FOLDED_FILE, {}) | attrs
+    files[FOLDED_FILE] = {"version": VERSION, "heads": {}} | files.get(FOLDED_FILE, {}) | dict(attrs)
     _write_folder(inner, tokenizer, folder, files)
 
 
@@ -87,7 +87,7 @@ def save_local_layers(
     settings = None if windows_by_layer(inner) else window_settings(inner, windows)
     if settings is not None:
         files = _limit_files(inner, {}, {})
-        files[WINDOWS_FILE] = _windows_entry(windows, in_config=True) | attrs
+        files[WINDOWS_FILE] = _windows_entry(windows, in_config=True) | dict(attrs)
         with contextlib.suppress(InputError):  # the other form has the same reason, or none
             if _write_folder(inner, tokenizer, folder, files, settings, verify):
                 return True

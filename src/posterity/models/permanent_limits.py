@@ -117,9 +117,8 @@ def _limited_attention(
     """Attention for transformers: (batch, head, position, dim) in, (batch, position, head, dim) out."""
     folded = self_only_heads(module)
     if not folded:
-        return attention_function(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, **kwargs
-        )
+        attend_all: Any = attention_function  # whose decorator hides its parameters
+        return attend_all(module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, **kwargs)
     if dropout:
         raise InputError("a folded model attends without dropout: set attention_dropout to 0, or call model.eval()")
     mask, bias = edges_and_bias(module, query, key, attention_mask, is_causal, kwargs)

@@ -181,13 +181,13 @@ def layer_count(local: float | str, layers: int) -> int:
 def reaches_beyond(result: xr.Dataset, windows: Sequence[int]) -> xr.DataArray:
     """Return whether a layer has any edge beyond a window, the first keys left aside: bool, dims (layer, window)."""
     edges = result.edges.sel(reader_of="rest")
-    beyond = [edges.where(edges.lag >= window, 0).sum("lag") > 0 for window in windows]
-    return xr.concat(beyond, xr.DataArray(list(windows), dims="window", name="window"))
+    sizes = xr.DataArray(list(windows), dims="window", name="window").assign_coords(window=list(windows))
+    return (edges * (edges.lag >= sizes)).sum("lag") > 0
 
 
 def candidates(result: xr.Dataset, window: int) -> list[int]:
     """Return the layers that look back further than a window."""
-    return np.flatnonzero(reaches_beyond(result, [window]).values[0]).tolist()
+    return np.flatnonzero(reaches_beyond(result, [window]).values[:, 0]).tolist()
 
 
 def cheapest_layers(result: xr.Dataset, count: int, window: int) -> LocalLayers:
