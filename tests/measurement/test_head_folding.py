@@ -339,7 +339,7 @@ def test_sinks_and_modules_without_a_number_of_their_own_are_refused():
         posterity.fold(model, None, tokens(4, 12), context=12, progress=False)
     model = tiny("llama")
     model.model.layers[1].self_attn.layer_idx = 0
-    with pytest.raises(InputError, match="cannot run folded for good"):
+    with pytest.raises(InputError, match="cannot be limited for good"):
         fold_permanently(model, HEADS)
     assert model.config._attn_implementation == "eager"
 

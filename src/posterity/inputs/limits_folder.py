@@ -32,6 +32,7 @@ from posterity.models.window_limits import Windows
 
 FOLDED_FILE, WINDOWS_FILE = "folded.json", "windows.json"
 VERSION = 1  # of these files
+AGAIN = {FOLDED_FILE: "fold it again", WINDOWS_FILE: "write it again"}
 SLIDING, FULL = "sliding_attention", "full_attention"  # entries of `layer_types`
 
 
@@ -237,10 +238,10 @@ def _read_limits(file: Path, parse: Callable[[Mapping[str, Any]], dict[int, Any]
         limits = parse(data) if version == VERSION else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{file}: expected the limits of a model's attention, but it is damaged: write it again"
+            f"{file}: expected the limits of a model's attention, but it is damaged: {AGAIN[file.name]}"
         ) from error
     if version != VERSION:
-        raise InputError(f"{file} is of version {version}; this is posterity for version {VERSION}: write it again")
+        raise InputError(f"{file} is of version {version}; this is posterity for version {VERSION}: {AGAIN[file.name]}")
     return limits
 
 
