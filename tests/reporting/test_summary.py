@@ -315,3 +315,16 @@ def test_no_zero_has_a_minus(number):
     assert not [text for text in texts if re.search(r"[-−]0(\.0*)?( |$)", text)]
     assert percent(-0.25, 0.01) == "−25.0 ± 1.0 %"
     assert value_with_error(-0.25, 0.01) == "−0.250 ± 0.010"
+
+
+@pytest.mark.parametrize(("prices", "losses"), [("text", "the text"), ("samples", "labels that the model draws")])
+def test_prices_are_said_in_a_note(prices, losses):
+    result = sample(prices=prices, documents=9)
+    by_layer = result.price_by_document.sum(("document", "group")) / result.tokens.sum()
+    (note,) = [note for note in reading_notes(result) if note.startswith("Prices")]
+    assert note.startswith(f"Prices, by the losses of {losses}: cached keys and values are worth ")
+    worth = float(note.split(" worth ")[1].split(" ± ")[0])
+    assert worth == pytest.approx(float(by_layer.sum()), rel=0.01)
+    dearest = sorted(range(4), key=lambda layer: -float(by_layer[layer]))[:3]
+    assert f"most in layers {', '.join(map(str, dearest))} (" in note
+    assert not [note for note in reading_notes(sample()) if "rice" in note]

@@ -7,7 +7,7 @@ import xarray as xr
 
 from posterity.axes import STREAMS, WRITTEN
 from posterity.results import stats
-from posterity.results.formatting import error_words, first_positions_text, left_out_text, percent
+from posterity.results.formatting import error_words, first_positions_text, left_out_text, percent, value_with_error
 from posterity.results.head_stats import MAX_ERROR, MIN_CREDIT
 from posterity.results.netcdf import portable_value
 
@@ -232,6 +232,19 @@ def _borrowing_layers(result: xr.Dataset) -> str:
     )
 
 
+def _price_words(result: xr.Dataset) -> str:
+    """Say what cached keys and values are worth to later tokens, in which layers most, and where the prices are."""
+    windows, total, layers = result.sizes["document"], stats.prices(result), stats.prices(result, ("layer",)).price
+    dearest = layers.layer.values[layers.fillna(0).argsort().values[::-1][:3]]
+    price = value_with_error(float(total.price), float(total.error), windows=windows)
+    losses = "labels that the model draws" if result.attrs.get("prices") == "samples" else "the text"
+    return (
+        f"Prices, by the losses of {losses}: cached keys and values are worth {price} nats per token to later tokens, "
+        f"most in layers {', '.join(map(str, dearest))} (posterity table RUN --kind prices; what windows cost: "
+        "posterity windows RUN)."
+    )
+
+
 def _heavy_words(result: xr.Dataset) -> str:
     """Name the windows that carry more than ten times the median gradient; "" for none."""
     norms, heavy = stats.window_norms(result), stats.heavy_windows(result).values
@@ -276,6 +289,8 @@ def reading_notes(result: xr.Dataset, reader_of: str = "") -> list[str]:
         notes.append(borrowing)
     if "adapter_mean" in result:
         notes.append(_adapter_words(result))
+    if "price_by_document" in result:
+        notes.append(_price_words(result))
     if heavy := _heavy_words(result):
         notes.append(heavy)
     imbalance = float(stats.balance(result).max())
