@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from posterity.errors import InputError
     from posterity.inputs.model import load_folded, load_model
     from posterity.measurement.account import account
+    from posterity.measurement.compress import compress
     from posterity.measurement.distributed import Processes
+    from posterity.measurement.eviction import evict
     from posterity.measurement.head_folding import fold
     from posterity.measurement.local_layers import windows
     from posterity.measurement.loss_matrix import inspect
     from posterity.measurement.measure import measure
+    from posterity.measurement.price_fit import Prices
     from posterity.models.horizon import horizon
     from posterity.models.linear import as_linear
     from posterity.models.probe import check
@@ -41,11 +44,14 @@ _HOMES = {
     "errors": ("InputError",),
     "inputs.model": ("load_folded", "load_model"),
     "measurement.account": ("account",),
+    "measurement.compress": ("compress",),
     "measurement.distributed": ("Processes",),
+    "measurement.eviction": ("evict",),
     "measurement.head_folding": ("fold",),
     "measurement.local_layers": ("windows",),
     "measurement.loss_matrix": ("inspect",),
     "measurement.measure": ("measure",),
+    "measurement.price_fit": ("Prices",),
     "models.linear": ("as_linear",),
     "models.horizon": ("horizon",),
     "models.probe": ("check",),
@@ -72,6 +78,7 @@ __all__ = [
     "Mask",
     "Monitor",
     "Myopic",
+    "Prices",
     "Processes",
     "Trainer",
     "__version__",
@@ -81,6 +88,8 @@ __all__ = [
     "audit",
     "check",
     "compare",
+    "compress",
+    "evict",
     "fold",
     "horizon",
     "inspect",

@@ -56,6 +56,17 @@ GUIDE = {
             "posterity windows run.nc --local 0.75",
         ),
     ),
+    "prices": Purpose(
+        "Which cached keys and values will the future need?",
+        ("posterity prices gpt2 my.txt -o prices", "posterity prices gpt2 my.txt --limit 64 -o prices --resume"),
+    ),
+    "evict": Purpose(
+        "What does it cost to drop cached keys and values, by which score?",
+        (
+            "posterity evict gpt2 other.txt --prices prices --keep 1/4,1/10 -r evict.html",
+            "posterity evict gpt2 --task retrieval --prices prices",
+        ),
+    ),
 }
 
 

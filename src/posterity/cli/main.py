@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import posterity
+from posterity.cli.caches import evict_command, prices_command
 from posterity.cli.exit_codes import exit_with_one_line, raise_termination
 from posterity.cli.guide import explain_commands
 from posterity.cli.options import (
@@ -198,6 +199,8 @@ app.command("train")(train_command)
 app.command("compare")(compare_command)
 app.command("fold")(fold_command)
 app.command("windows")(windows_command)
+app.command("prices")(prices_command)
+app.command("evict")(evict_command)
 
 
 @app.command("audit")

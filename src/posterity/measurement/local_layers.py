@@ -1,12 +1,12 @@
 """windows(): which layers may look back less far, by their prices; what that really costs; the model written so."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from posterity.errors import InputError
@@ -16,6 +16,7 @@ from posterity.inputs.model import load_model
 from posterity.inputs.named_documents import name_texts, open_files
 from posterity.inputs.windows import read_corpus
 from posterity.measurement.measure import CONTEXT, LIMIT, measure
+from posterity.measurement.predictions import Logits, compare_predictions
 from posterity.measurement.price_account import SAMPLES, check_prices, window_sizes
 from posterity.models.attach import watch_model
 from posterity.models.chunked_loss import LMHead
@@ -29,7 +30,6 @@ from posterity.models.language_model import (
 )
 from posterity.models.watch import Layer
 from posterity.models.window_limits import limit_windows
-from posterity.ops.precision import working_dtype
 from posterity.progress import progress_bar
 from posterity.results.ratios import mean_and_error
 from posterity.results.window_plan import (
@@ -47,7 +47,6 @@ from posterity.results.window_plan import (
 )
 
 Ids = Int64[Tensor, " position"]
-Logits = Callable[[slice], Float[Tensor, "1 position vocabulary"]]  # of some positions
 
 
 def windows(
@@ -142,7 +141,7 @@ def try_layers(model: nn.Module, windows: Sequence[Ids], choice: str, layers: Lo
             full = _run(head, ids)
             with limit_windows(inner, layers.windows, sinks):
                 limited = _run(head, ids)
-            changes.append(_compare(full, limited, ids, head.chunk_length(1)))
+            changes.append(compare_predictions(full, limited, ids[0, 1:], head.chunk_length(1)))
     means, errors = mean_and_error(changes)
     return Trial(choice, layers.layers, layers.predicted, *map(Estimate, means.tolist(), errors.tolist()))
 
@@ -155,23 +154,6 @@ def _run(head: LMHead, ids: Int64[Tensor, "1 position"]) -> Logits:
         return lambda positions: logits[:, positions]
     hidden, outputs = body
     return lambda positions: head.logits(hidden[:, positions], ids, outputs)
-
-
-def _compare(full: Logits, limited: Logits, ids: Int64[Tensor, "1 position"], length: int) -> tuple[float, float]:
-    """Return the divergence of predictions and the change of the loss, both per predicted token in nats."""
-    count, divergence, change = ids.shape[1] - 1, 0.0, 0.0
-    for start in range(0, count, length):
-        positions = slice(start, min(start + length, count))
-        log_full, log_limited = (_log_probabilities(logits(positions)) for logits in (full, limited))
-        ratio = log_full - log_limited
-        divergence += float((log_full.exp() * ratio).sum(dtype=torch.float64))
-        targets = ids[:, positions.start + 1 : positions.stop + 1, None].to(ratio.device)
-        change += float(ratio.gather(-1, targets).sum(dtype=torch.float64))
-    return divergence / count, change / count
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits.to(working_dtype(logits.dtype)).log_softmax(-1)
 
 
 def save_model(model: nn.Module, tokenizer: Any, layers: LocalLayers, folder: Path, attrs: dict[str, Any]) -> bool:

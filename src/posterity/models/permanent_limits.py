@@ -20,7 +20,7 @@ from posterity.models.folded_heads import Heads, fold_heads, mask_of_heads, pass
 from posterity.models.interface import attention_function, register
 from posterity.models.language_model import input_device, max_difference, rounding
 from posterity.models.masks import EXPLICIT, FOLDED, WINDOWS, edges_and_bias, self_only_heads, window_of_layer
-from posterity.models.probe import check
+from posterity.models.probe import Check, check
 from posterity.models.window_limits import Windows, check_windows
 from posterity.ops.attention import attention
 
@@ -58,13 +58,15 @@ def limit_windows_permanently(model: PreTrainedModel, windows: Windows) -> None:
     _switch(model, WINDOWS, {str(modules[number].layer_idx): window for number, window in sorted(windows.items())})
 
 
-def attention_modules(model: PreTrainedModel) -> list[Any]:
+def attention_modules(model: PreTrainedModel, result: Check | None = None) -> list[Any]:
     """Return the attention modules in order, if each can be found by its `layer_idx` in the text model's config.
+
+    `result`: what `check` says of the model, if it is known already.
 
     Raises:
         InputError: They cannot; the model cannot be measured.
     """
-    result = check(model)
+    result = result or check(model)
     if not result.ok:
         raise InputError(f"this model {result}")
     modules = [model.get_submodule(layer.name) for layer in result.layers]

@@ -1,4 +1,4 @@
-"""`posterity.summary`: the table of a result, an audit or a comparison, in a terminal or a notebook."""
+"""`posterity.summary`: the table of a result, an audit, a comparison or an eviction, in a terminal or a notebook."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,9 +8,11 @@ from rich.text import Text
 
 from posterity.reporting.audit_table import print_audit
 from posterity.reporting.comparison_table import print_comparison
+from posterity.reporting.eviction_table import print_eviction
 from posterity.reporting.result_table import print_result
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON
+from posterity.results.eviction_schema import EVICTION
 from posterity.results.kind import kind_name
 from posterity.results.schema import RESULT
 
@@ -18,13 +20,15 @@ PRINTERS: dict[str, Callable[[xr.Dataset, Console], None]] = {  # by the name of
     RESULT.name: print_result,
     AUDIT.name: print_audit,
     COMPARISON.name: print_comparison,
+    EVICTION.name: print_eviction,
 }
 
 
 def summary(result: xr.Dataset | Mapping[str, xr.Dataset], console: Console | None = None) -> None:
     """Print table and sentence, in a terminal (from 80 columns) or a notebook; of several steps, those of the last.
 
-    Of an audit, the table of its clauses; of a comparison, that of its arms; of a dict of results by name, one after
+    Of an audit, the table of its clauses; of a comparison, that of its arms; of an eviction, that of
+    its scorers; of a dict of results by name, one after
     the other under their names.
 
     Raises:

@@ -12,13 +12,16 @@ from posterity.errors import InputError
 from posterity.results import stats
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON, myopia_gaps
+from posterity.results.eviction_schema import EVICTION
 from posterity.results.kind import Kind, kind_name
+from posterity.results.ratios import mean_and_error
 from posterity.results.schema import RESULT
 from posterity.results.steps import split_steps
 
 LABELS = (  # the columns of labels in their order; a table has those that its rows need
-    "quantity", "step", "model", "clause", "verdict", "arm", "seeds", "layer", "kv_head", "head", "stream", "written",
-    "measure", "reader_of", "side", "part", "level", "window", "horizon", "lag", "lag_end", "position",
+    "quantity", "step", "model", "clause", "verdict", "arm", "seeds", "scorer", "budget", "kept",
+    "layer", "kv_head", "head", "stream", "written", "measure", "reader_of", "side", "part", "level", "window",
+    "horizon", "lag", "lag_end", "position",
 )  # fmt: skip
 NUMBERS = ("value", "error", "baseline", "units", "weak")
 Parts = tuple[str, ...]  # the dimensions of the parts of a model that have rows of their own
@@ -59,11 +62,12 @@ def table(dataset: xr.Dataset, kind: str, by: Sequence[str] | None = None) -> pd
     "reach" (lags that hold most of attention, mass and credit, and what windows hold), "sinks" (at the first
     positions), "losses" (own and later), "horizons" (credit that remains under a discount), "weights" (self part in the
     gradients of W_Q, W_K and W_V), "prices" (of cached keys and values) and "windows" (what it costs to look back no
-    further). Of an audit: "audit". Of compared runs: "comparison". Every number is one of `posterity.stats`.
+    further). Of an audit: "audit". Of compared runs: "comparison". Of an eviction: "eviction". Every number of a result
+    is one of `posterity.stats`.
 
     Args:
-        dataset: What `posterity.measure`, `audit` or `compare` returned. A result of several training steps gives the
-            rows of every step.
+        dataset: What `posterity.measure`, `audit`, `compare` or `evict` returned. A result of several training steps
+            gives the rows of every step.
         kind: One of the kinds above.
         by: The parts of the model that have rows of their own: (), ("layer",), ("layer", "kv_head") or
             ("layer", "head"); by default the finest that the kind has.
@@ -229,7 +233,7 @@ def _weak_heads(result: xr.Dataset, values: xr.DataArray) -> xr.DataArray | bool
     return weak.sel(stream=values.written).drop_vars("stream") if "written" in values.dims else weak
 
 
-# ---- the quantities of an audit and of compared runs
+# ---- the quantities of an audit, of compared runs and of an eviction
 
 
 def _audit(audit: xr.Dataset, by: Parts) -> Iterator[Quantity]:
@@ -249,6 +253,15 @@ def _comparison(comparison: xr.Dataset, by: Parts) -> Iterator[Quantity]:
         yield Quantity(name, gaps[variable].assign_attrs(units=units), gaps[f"{variable}_error"])
 
 
+def _eviction(eviction: xr.Dataset, by: Parts) -> Iterator[Quantity]:
+    names = {"divergence": "divergence", "loss_change": "loss change", "correlation": "rank correlation with prices"}
+    for variable, name in names.items():
+        values = eviction[variable]
+        mean, error = mean_and_error(values, values.get_axis_num("document"))
+        template = values.isel(document=0, drop=True)
+        yield Quantity(name, template.copy(data=mean), template.copy(data=error))
+
+
 TABLES = {
     "shares": TableKind(_shares, ("layer", "head")),
     "profile": TableKind(_profile, ("layer",)),
@@ -261,4 +274,5 @@ TABLES = {
     "windows": TableKind(_windows, ("layer",)),
     "audit": TableKind(_audit, source=AUDIT),
     "comparison": TableKind(_comparison, source=COMPARISON),
+    "eviction": TableKind(_eviction, source=EVICTION),
 }

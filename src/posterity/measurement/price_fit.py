@@ -1,0 +1,496 @@
+"""Prices: predict what cached keys and values will be worth, from prices that were measured on texts."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from posterity._version import __version__
+from posterity.atomic_files import write_atomically
+from posterity.decomposition.accumulator import Accumulator
+from posterity.decomposition.credit import check_finite
+from posterity.decomposition.first_keys import FirstKeys
+from posterity.decomposition.prices import pass_prices
+from posterity.decomposition.projections import plain_tensors
+from posterity.decomposition.sweep import Scratch
+from posterity.errors import InputError
+from posterity.inputs.arguments import open_model, split_arguments
+from posterity.inputs.named_documents import name_texts, open_files
+from posterity.inputs.windows import Window, read_corpus, token_digest
+from posterity.measurement.distributed import Processes
+from posterity.measurement.price_account import SAMPLES, check_prices
+from posterity.measurement.run_state import RunState, fingerprint
+from posterity.measurement.window_batch import uniform_draws
+from posterity.models.attach import refuse_other_paths, watch_model
+from posterity.models.chunked_loss import ChunkedLoss, LMHead
+from posterity.models.compressed_cache import cache_windows
+from posterity.models.language_model import freeze_parameters, language_model
+from posterity.models.price_heads import PriceHead, module_input, price_features, reader_share, solve_heads
+from posterity.models.watch import Layer, Watch
+from posterity.ops.attention import Backward
+from posterity.ops.horizon_rules import Full
+from posterity.progress import progress_bar
+from posterity.results.ratios import mean_and_error
+
+CONTEXT, LIMIT = 1024, 16  # tokens of a window, and windows, unless said
+HORIZON = 256  # queries that prices are for
+HELD_OUT = 4  # every so many windows, one judges
+PENALTY = 3e-3  # of the ridge regression, see `solve_heads`
+FLOOR = 1e-10  # nats per query: what is below is nothing
+WEIGHTS_FILE = "prices.safetensors"
+VERSION = 1  # of this file
+BIN_EDGES = torch.arange(-40, 20.25, 0.25, dtype=torch.float64)  # of predicted logarithms of prices
+BIN_CENTRES = (BIN_EDGES[1:] + BIN_EDGES[:-1]) / 2
+ENOUGH = 30  # pairs in a bin whose mean says anything
+SAMPLED = 64  # numbers of each parameter that tell a model from another
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How well prices are predicted on windows that were held out.
+
+    Attributes:
+        windows: Their number.
+        correlation: Rank correlation of predicted and measured prices over the pairs of all layers and heads.
+        cheap_ratio: Of the three quarters of the pairs whose predicted prices are lowest: sum of the prices that the
+            other held-out windows say, by the sum of the measured ones; NaN for one window.
+    """
+
+    windows: int
+    correlation: float
+    correlation_error: float
+    cheap_ratio: float
+    cheap_ratio_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """What predicts the price of a cached pair when it is cached, for one model.
+
+    Attributes:
+        heads: A linear map for each layer, by number of the attention layer.
+        horizon: Later queries that a price is for.
+        model_digest: Of the model that the prices are of.
+        judgement: On held-out windows; None where the text had too few to hold one out.
+        calibration: What predicted logarithms of prices stand for: two rows, predictions and logarithms of means of
+            measured prices; both grow. What is between is interpolated.
+        attrs: Model, texts and settings.
+    """
+
+    heads: tuple[PriceHead, ...]
+    horizon: int
+    model_digest: str
+    judgement: Judgement | None
+    calibration: Float[Tensor, "two point"]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        model: Any = "default",
+        tokenizer: Any = None,
+        documents: Any = None,
+        *,
+        context: int = CONTEXT,
+        limit: int = LIMIT,
+        prices: str = SAMPLES,
+        horizon: int = HORIZON,
+        seed: int = 0,
+        progress: bool = True,
+        state: str | os.PathLike[str] | None = None,
+        attrs: Mapping[str, object] | None = None,
+    ) -> "Prices":
+        """Measure prices on windows of text, and fit what predicts them from the layers' inputs.
+
+        A window is cut into parts of `horizon` tokens. At each cut, the pairs before it are priced for the queries of
+        the next part: at ages from 1 to the window's length. Every fourth window is held out and judges.
+
+        Args:
+            model: As in `posterity.measure`: a model, or the name of one.
+            tokenizer: As in `posterity.measure`.
+            documents: As in `posterity.measure`.
+            context: Tokens of a window, two horizons at least.
+            limit: The largest number of windows, those that judge among them.
+            prices: "samples" or "text", as in `posterity.measure`.
+            horizon: Later queries that a price is for.
+            seed: Of the drawn labels.
+            progress: Whether to show a progress bar on stderr.
+            state: A folder that keeps what has been measured; where it holds some, the run goes on from there.
+            attrs: Provenance to add.
+
+        Raises:
+            InputError: A model that cannot be measured, or whose cache cannot be compressed; too short a context; no
+                text.
+        """
+        if check_prices(prices) is None:
+            raise InputError("prices expects 'text' or 'samples'; got None")
+        if horizon < 1 or context < 2 * horizon:
+            raise InputError(
+                f"expected a context of two horizons at least; got {context} tokens and a horizon of {horizon}: raise "
+                "`context` (--context) or lower `horizon` (--horizon)"
+            )
+        tokenizer, documents = split_arguments(tokenizer, documents)
+        documents = open_files(documents)
+        loaded = open_model(model, tokenizer)
+        inner = language_model(loaded.model)
+        windows_of_layers = cache_windows(inner)
+        corpus = read_corpus(name_texts(documents), loaded.tokenizer, context, limit)
+        windows = corpus.windows
+        settings = {
+            "version": __version__, "kind": "prices", "dtype": str(inner.dtype), "context": context,
+            "horizon": horizon, "prices": prices, "seed": seed, "text": token_digest(windows),
+            "model": "" if state is None else fingerprint(inner),
+        }  # fmt: skip
+        held_out = [number for number in range(len(windows)) if number % HELD_OUT == HELD_OUT - 1]
+        run_state = RunState.open(state, settings, Processes())
+        remaining = [number for number in run_state.remaining_windows(len(windows)) if number not in held_out]
+        sums, layers = Accumulator(), len(windows_of_layers)
+        with (
+            run_state.hold_lock(len(remaining)),
+            watch_model(inner) as watch,
+            freeze_parameters(inner),
+            progress_bar(len(remaining) + len(held_out), progress) as advance,
+        ):
+            measurement = _PriceMeasurement(inner, watch, windows_of_layers, horizon, prices, seed)
+            run_state.start(sums)
+            for number in remaining:
+                measurement.add(sums, windows[number])
+                run_state.add_windows(sums, [number])
+                advance(1, context)
+            run_state.finish(sums)
+            heads = tuple(_solve(sums, number, windows_of_layers[number]) for number in range(layers))
+            trials = []
+            for number in held_out:
+                trials.append(measurement.predict(heads, windows[number]))
+                advance(1, context)
+        text = {
+            "text_digest": settings["text"], "text_name": "; ".join(dict.fromkeys(x.text for x in windows)),
+            "windows": len(windows) - len(held_out), "context": context, "prices": prices, "seed": seed,
+            "posterity": __version__, **corpus.coverage.attrs(),
+        }  # fmt: skip
+        return cls(
+            heads,
+            horizon,
+            model_digest(inner),
+            judge_predictions(trials),
+            calibrate(trials),
+            text | loaded.attrs | dict(attrs or {}),
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the prices to a folder: `prices.safetensors`, whole or not at all.
+
+        Raises:
+            InputError: It cannot be written.
+        """
+        tensors = {"calibration": self.calibration.cpu()}
+        for layer, head in enumerate(self.heads):
+            tensors |= {f"{layer}.weight": head.weight.cpu(), f"{layer}.variance": head.variance.cpu()}
+        description = {
+            "version": VERSION, "horizon": self.horizon, "model_digest": self.model_digest,
+            "windows": [head.window for head in self.heads],
+            "judgement": None if self.judgement is None else asdict(self.judgement), "attrs": dict(self.attrs),
+        }  # fmt: skip
+        data = save({name: x.contiguous() for name, x in tensors.items()}, {"posterity": json.dumps(description)})
+        target = check_price_folder(folder)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: expected a folder that can be made; {error.strerror}: choose another"
+            ) from error
+        write_atomically(target / WEIGHTS_FILE, data)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Prices":
+        """Read the prices of a folder.
+
+        Raises:
+            InputError: There are none; they are damaged, or of another version.
+        """
+        file = Path(folder) / WEIGHTS_FILE
+        if not file.is_file():
+            raise InputError(
+                f"{folder}: expected a folder with {WEIGHTS_FILE}, which posterity prices writes; there is none"
+            )
+        try:
+            with safe_open(file, "pt") as source:
+                description = json.loads((source.metadata() or {})["posterity"])
+                tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+            version = description["version"]
+            prices = cls._restore(tensors, description) if version == VERSION else None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: expected prices, but it is damaged: fit them again") from error
+        if prices is None:
+            raise InputError(f"{file} is of version {version}; this is posterity for version {VERSION}: fit them again")
+        return prices
+
+    @classmethod
+    def _restore(cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> "Prices":
+        """Return the prices of a file. ValueError, KeyError or TypeError for anything that is none."""
+        heads = tuple(
+            _check_head(PriceHead(tensors[f"{layer}.weight"], tensors[f"{layer}.variance"], window))
+            for layer, window in enumerate(description["windows"])
+        )
+        judgement = description["judgement"]
+        return cls(
+            heads, int(description["horizon"]), str(description["model_digest"]),
+            None if judgement is None else Judgement(**judgement), _check_calibration(tensors["calibration"]),
+            dict(description["attrs"]),
+        )  # fmt: skip
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise InputError unless the prices are of this model."""
+        inner = language_model(model)
+        if model_digest(inner) != self.model_digest:
+            name = self.attrs.get("model", "another model")
+            raise InputError(
+                f"expected the model that the prices were fitted on ({name}); got another, or other weights: fit "
+                "prices for it (posterity prices)"
+            )
+
+    def __str__(self) -> str:
+        """Say what the prices are of, and how well they predict, in lines."""
+        groups, attrs = sum(head.groups for head in self.heads), self.attrs
+        lines = [
+            f"Prices of {groups} key/value heads in {len(self.heads)} layers of {attrs.get('model') or 'a model'}, from "
+            f"{attrs.get('windows')} windows of {attrs.get('context')} tokens",
+        ]
+        if self.judgement is None:
+            return "\n".join([*lines, "Too few windows to hold one out: no word on how well they predict"])
+        x = self.judgement
+
+        def error(value: float) -> str:
+            return "" if math.isnan(value) else f" ± {value:.2f}"
+
+        lines.append(
+            f"On {x.windows} held-out windows: rank correlation with measured prices {x.correlation:.2f}"
+            f"{error(x.correlation_error)}"
+        )
+        if not math.isnan(x.cheap_ratio):
+            lines[-1] += (
+                f"; of the cheapest three quarters, predicted by measured sum {x.cheap_ratio:.2f}"
+                f"{error(x.cheap_ratio_error)} (standard errors over windows)"
+            )
+        return "\n".join(lines)
+
+
+def check_price_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that prices can be written to.
+
+    Raises:
+        InputError: It is a file, or holds something else.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{folder}: expected a folder for the prices; it is a file: choose another")
+    if target.is_dir() and any(target.iterdir()) and not (target / WEIGHTS_FILE).is_file():
+        raise InputError(f"{folder}: expected a new folder, or one with {WEIGHTS_FILE}; it holds something else")
+    return target
+
+
+def _check_calibration(calibration: Tensor) -> Tensor:
+    grows = calibration.dim() == 2 and len(calibration) == 2 and bool((calibration.diff() >= 0).all())
+    if not grows or not calibration.isfinite().all() or not calibration.shape[1]:
+        raise ValueError("no calibration of prices")
+    return calibration
+
+
+def _check_head(head: PriceHead) -> PriceHead:
+    if head.weight.dim() != 2 or head.variance.shape != head.weight.shape[1:] or not head.weight.isfinite().all():
+        raise ValueError("no weights of prices")
+    return head
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Return a hash of the names and shapes of a model's parameters, and of some numbers of each, in bfloat16.
+
+    It is the same on every device, and for a model in float32 and in bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        for plain in () if parameter.is_meta else plain_tensors(parameter):
+            numbers = plain.detach().reshape(-1)
+            picked = numbers[:: max(1, len(numbers) // SAMPLED)]
+            digest.update(picked.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _PriceMeasurement:
+    """Prices of the pairs of a window at each cut, with the features that predict them."""
+
+    def __init__(
+        self, model: PreTrainedModel, watch: Watch, windows: Sequence[int | None], horizon: int, prices: str, seed: int
+    ):
+        refuse_other_paths(watch, "the price of a pair")
+        self.model, self.watch, self.windows, self.horizon, self.seed = model, watch, windows, horizon, seed
+        self.from_samples = prices == SAMPLES
+        self.head = LMHead.probe(model)
+        self.numbers = {layer: number for number, layer in enumerate(watch.layers)}
+        self._scratch = Scratch()
+
+    def send_rows(self, window: Window, receive: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Send `receive` each layer's number, and features and prices per query of its pairs that a later query sees.
+
+        Features have the shape (row, feature), prices (row, group).
+        """
+        ends = [*range(self.horizon, window.size, self.horizon), window.size]
+
+        def observe(layer: Layer, back: Backward, project: object) -> None:
+            pairs = pass_prices(back, FirstKeys.of(back, 0), ends, self._scratch).pairs[0]  # group, segment, key
+            check_finite(pairs, f"the gradient of layer {layer}")
+            args, kwargs = self.watch.inputs[self.model.get_submodule(layer.name)]
+            number = self.numbers[layer]
+            receive(number, *self._rows(module_input(args, kwargs)[0], pairs, ends, self.windows[number]))
+
+        draws = uniform_draws(window.ids, self.seed)[None] if self.from_samples else None
+        loss = ChunkedLoss.run(self.model, window.ids[None], self.head, draws=draws)
+        with self.watch.override_rules((Full(), Full()), observe):
+            (loss.drawn or loss).backward()
+
+    def _rows(
+        self, hidden: Tensor, pairs: Tensor, ends: Sequence[int], window: int | None
+    ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row group"]]:
+        features, prices = [], []
+        for segment, (start, stop) in enumerate(pairwise(ends), start=1):
+            positions = torch.arange(start, device=hidden.device)
+            ages = start - positions
+            queries = (stop - start) * reader_share(ages.double(), stop - start, window)
+            seen = queries > 0
+            features.append(price_features(hidden[:start], positions, ages)[seen])
+            prices.append((pairs[:, segment, :start] / queries).T[seen])
+        return torch.cat(features), torch.cat(prices)
+
+    def add(self, sums: Accumulator, window: Window) -> None:
+        """Add what the regression needs of a window to sums."""
+
+        def receive(number: int, features: Tensor, prices: Tensor) -> None:
+            layer, logs, features = str(number), (prices + FLOOR).log(), features.double()
+            sums.add((layer, "gram"), (features.mT @ features).cpu())
+            sums.add((layer, "cross"), (features.mT @ logs).cpu())
+            sums.add((layer, "squares"), logs.square().sum(0).cpu())
+            sums.add((layer, "rows"), torch.tensor(len(logs)))
+
+        self.send_rows(window, receive)
+
+    def predict(self, heads: Sequence[PriceHead], window: Window) -> "_Predictions":
+        """Return predicted logarithms and measured prices of all pairs of a window."""
+        predicted, measured = [], []
+
+        def receive(number: int, features: Tensor, prices: Tensor) -> None:
+            head = heads[number].to(features.device)
+            logs = features.to(head.weight.dtype) @ head.weight + head.variance / 2
+            predicted.append(logs.double().flatten().cpu())
+            measured.append(prices.double().flatten().cpu())
+
+        self.send_rows(window, receive)
+        return _Predictions.of(torch.cat(predicted), torch.cat(measured))
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Predicted and measured prices of a window, by bins of the predicted logarithm."""
+
+    correlation: float
+    count: Float[Tensor, " bin"]
+    measured: Float[Tensor, " bin"]  # sums
+
+    @classmethod
+    def of(cls, predicted: Float[Tensor, " pair"], measured: Float[Tensor, " pair"]) -> "_Predictions":
+        """Sort pairs into bins."""
+        bins = torch.bucketize(predicted, BIN_EDGES)
+        sums = torch.zeros(2, len(BIN_EDGES) + 1, dtype=torch.float64)
+        sums[0].index_add_(0, bins, torch.ones_like(measured))
+        sums[1].index_add_(0, bins, measured)
+        return cls(rank_correlation(predicted, measured), *sums)
+
+    def cheap_ratio(self, mean: Float[Tensor, " bin"]) -> float:
+        """Return what `mean` says of the sum of the cheapest three quarters, by the sum of their measured prices.
+
+        `mean`: of each bin.
+        """
+        cheap = self.count.cumsum(0) <= 0.75 * self.count.sum()
+        return float((mean * self.count)[cheap].sum() / self.measured[cheap].sum())
+
+
+def calibrate(trials: Sequence[_Predictions]) -> Float[Tensor, "two point"]:
+    """Return what predicted logarithms of prices stand for, from windows that were held out.
+
+    Of each bin of predictions with enough pairs the mean of the measured prices, made to grow with the prediction.
+    Without any window predictions stand for themselves.
+    """
+    if not trials:
+        return torch.stack((BIN_CENTRES, BIN_CENTRES))[:, [0, -1]]
+    count, measured = (torch.stack([getattr(x, name) for x in trials]).sum(0)[1:-1] for name in ("count", "measured"))
+    known = (count >= ENOUGH) & (measured > 0)
+    if not known.any():
+        return torch.stack((BIN_CENTRES, BIN_CENTRES))[:, [0, -1]]
+    growing = _grow((measured / count)[known], count[known])
+    return torch.stack((BIN_CENTRES[known], growing.log()))
+
+
+def apply_calibration(calibration: Float[Tensor, "two point"], logs: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    """Return logarithms of prices that predictions stand for; beyond the points they grow as the predictions do."""
+    predictions, prices = calibration.to(logs)
+    if len(predictions) == 1:
+        return logs - predictions[0] + prices[0]
+    inner = logs.clamp(predictions[0], predictions[-1])
+    right = torch.bucketize(inner, predictions).clamp(1, len(predictions) - 1)
+    left = right - 1
+    slope = (prices[right] - prices[left]) / (predictions[right] - predictions[left])
+    return prices[left] + slope * (inner - predictions[left]) + (logs - inner)
+
+
+def _grow(values: Float[Tensor, " bin"], weights: Float[Tensor, " bin"]) -> Float[Tensor, " bin"]:
+    """Return the growing sequence nearest to a sequence, by weighted squares (pool adjacent violators)."""
+    pools: list[list[float]] = []  # mean, weight, length
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        pools.append([value, weight, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (mean, heavy, length), (other, light, more) = pools[-2], pools.pop()
+            pools[-1] = [(mean * heavy + other * light) / (heavy + light), heavy + light, length + more]
+    return torch.tensor([mean for mean, _, length in pools for _ in range(int(length))], dtype=torch.float64)
+
+
+def judge_predictions(trials: Sequence[_Predictions]) -> Judgement | None:
+    """Return how well prices are predicted; each window by what the others say of its bins."""
+    if not trials:
+        return None
+    ratios = []
+    for trial in trials:
+        others = calibrate([other for other in trials if other is not trial])
+        mean = torch.zeros_like(trial.count)
+        mean[1:-1] = apply_calibration(others, BIN_CENTRES).exp()
+        ratios.append(trial.cheap_ratio(mean) if len(trials) > 1 else math.nan)
+    means, errors = mean_and_error([(trial.correlation, ratio) for trial, ratio in zip(trials, ratios, strict=True)])
+    return Judgement(len(trials), float(means[0]), float(errors[0]), float(means[1]), float(errors[1]))
+
+
+def rank_correlation(x: Float[Tensor, " pair"], y: Float[Tensor, " pair"]) -> float:
+    """Return Spearman's rank correlation; equal numbers have the mean of their ranks."""
+    return float(np.corrcoef(_ranks(x.numpy()), _ranks(y.numpy()))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _solve(sums: Accumulator, number: int, window: int | None) -> PriceHead:
+    gram, cross, squares, rows = (sums.total[str(number), name] for name in ("gram", "cross", "squares", "rows"))
+    return solve_heads(gram, cross, squares, int(rows), PENALTY, window)

@@ -1,0 +1,125 @@
+"""Prices of cached keys and values, predicted when they are cached: a linear map from the layer's input.
+
+The logarithm of what a pair is worth to one later query is predicted for each key/value head of a layer from the
+input of its attention module, scaled to a root mean square of 1; from its position; and from its age, the number of
+tokens that came after it. Only the age changes while a pair is cached. How the map is fitted: `measurement.price_fit`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+OTHERS = 4  # features beside the input: logarithms of age and position, whether the position is the first, and 1
+AGE = -4  # the feature of them that changes
+
+
+@dataclass(frozen=True, eq=False)
+class PriceHead:
+    """The map of one layer.
+
+    Attributes:
+        weight: For the input's features and the others, one column for each key/value head.
+        variance: Of what the map leaves unexplained of the logarithm, so that sums of prices are right on average.
+        window: Tokens that a query of the layer sees; None for all.
+    """
+
+    weight: Float[Tensor, "feature group"]
+    variance: Float[Tensor, " group"]
+    window: int | None
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.weight.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Width of the input."""
+        return len(self.weight) - OTHERS
+
+    def to(self, device: torch.device) -> "PriceHead":
+        """Return the map on a device."""
+        return PriceHead(self.weight.to(device), self.variance.to(device), self.window)
+
+    def newborn(
+        self, hidden: Float[Tensor, "batch position width"], positions: Int[Tensor, "batch position"]
+    ) -> Float[Tensor, "batch group position"]:
+        """Return the logarithm of what a pair is worth to one query at an age of 1."""
+        weight = self.weight
+        logs = scale_input(hidden).to(weight.dtype) @ weight[:-OTHERS]
+        others = position_features(positions).to(weight.dtype) @ weight[-OTHERS + 1 :]
+        return (logs + others + self.variance / 2).mT
+
+    def log_prices(
+        self, group: int, newborn: Float[Tensor, " pair"], ages: Int[Tensor, " pair"], horizon: int
+    ) -> Float[Tensor, " pair"]:
+        """Return the logarithm of the mean worth of pairs to each of the next queries; -inf where none sees them.
+
+        Args:
+            group: The key/value head of the pairs.
+            newborn: Of `newborn`.
+            ages: Tokens from the pair to the next query, 1 for the latest.
+            horizon: Queries.
+        """
+        ages = ages.to(newborn.dtype)
+        return newborn + self.weight[AGE, group] * ages.log() + torch.log(reader_share(ages, horizon, self.window))
+
+
+def price_features(
+    hidden: Float[Tensor, "position width"], positions: Int[Tensor, " position"], ages: Int[Tensor, " position"]
+) -> Float[Tensor, "position feature"]:
+    """Return the features of pairs: their layer's input, logarithms of age and position, the first position, and 1."""
+    scaled = scale_input(hidden)
+    return torch.cat((scaled, ages.to(scaled).log()[:, None], position_features(positions).to(scaled)), -1)
+
+
+def scale_input(hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    """Return a layer's input with a root mean square of 1, in float32 at least."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True).clamp(min=torch.finfo(hidden.dtype).tiny))
+
+
+def position_features(positions: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch three"]:
+    """Return what is said of positions: log(1 + position), whether it is the first, and 1."""
+    numbers = positions.to(torch.float32)
+    return torch.stack((numbers.log1p(), (positions == 0).float(), torch.ones_like(numbers)), -1)
+
+
+def reader_share(ages: Tensor, horizon: int, window: int | None) -> Tensor:
+    """Return the share of the next `horizon` queries that see pairs of these ages under a window."""
+    return torch.ones_like(ages) if window is None else ((window - ages) / horizon).clamp(0, 1)
+
+
+def module_input(args: tuple, kwargs: dict) -> Float[Tensor, "batch position width"]:
+    """Return the hidden states among the arguments of an attention module."""
+    hidden = kwargs.get("hidden_states")
+    return hidden if hidden is not None else next(x for x in args if isinstance(x, Tensor))
+
+
+def solve_heads(
+    gram: Float[Tensor, "feature feature"],
+    cross: Float[Tensor, "feature group"],
+    squares: Float[Tensor, " group"],
+    rows: int,
+    penalty: float,
+    window: int | None,
+) -> PriceHead:
+    """Return the ridge regression of logarithms of prices on features, from sums over pairs in float64.
+
+    Args:
+        gram: Sums of products of features, of which the last is 1.
+        cross: Sums of products of features and logarithms.
+        squares: Sums of squares of logarithms.
+        rows: Pairs in the sums.
+        penalty: On squares of weights of features that have a variance of 1, for each pair.
+        window: Of the layer.
+    """
+    mean = gram[-1] / rows
+    variance = (gram.diagonal() / rows - mean.square()).clamp(min=torch.finfo(gram.dtype).eps)
+    ridge = penalty * rows * variance
+    ridge[-1] = 0  # a mean is no weight
+    weight = torch.linalg.solve(gram + torch.diag(ridge), cross)
+    residual = squares - 2 * (weight * cross).sum(0) + (weight * (gram @ weight)).sum(0)
+    return PriceHead(weight.float(), (residual / rows).float(), window)
