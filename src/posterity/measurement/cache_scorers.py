@@ -176,7 +176,7 @@ class SnapKV:
         before = prompt.attention(slice(prompt.length - window, prompt.length)).mean(1)[:, :-window]
         smooth = avg_pool1d(before, self.kernel, stride=1, padding=self.kernel // 2)
         scores = prompt.by_group(smooth).mean(1)
-        return pad(scores, (0, window), value=float(scores.max()))
+        return pad(scores, (0, window), value=float(scores.max()) + 1)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class TOVA:
     def __call__(self, prompt: PromptLayer, share: float) -> Scores:
         """Return the same score in all heads."""
         last = prompt.attention(slice(prompt.length - 1, prompt.length))[:, 0, :-1].mean(0)
-        return pad(last, (0, 1), value=float(last.max())).expand(len(prompt.key), -1)
+        return pad(last, (0, 1), value=float(last.max()) + 1).expand(len(prompt.key), -1)
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class ExpectedAttention:
             scores = scores + scale**2 / 2 * ((key @ covariance) * key).sum(-1)
         scores = prompt.by_group(scores.softmax(-1)).mean(1)
         scores = (scores + self.epsilon) * prompt.value[:, sinks:].float().norm(dim=-1)
-        return pad(scores, (sinks, 0), value=float(scores.max()))
+        return pad(scores, (sinks, 0), value=float(scores.max()) + 1)
 
 
 @dataclass(frozen=True)

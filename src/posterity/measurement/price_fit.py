@@ -266,8 +266,8 @@ class Prices:
         """Say what the prices are of, and how well they predict, in lines."""
         groups, attrs = sum(head.groups for head in self.heads), self.attrs
         lines = [
-            f"Prices of {groups} key/value heads in {len(self.heads)} layers of {attrs.get('model') or 'a model'}, from "
-            f"{attrs.get('windows')} windows of {attrs.get('context')} tokens",
+            f"Prices of {groups} key/value heads in {len(self.heads)} layers of {attrs.get('model') or 'a model'}, "
+            f"from {attrs.get('windows')} windows of {attrs.get('context')} tokens",
         ]
         if self.judgement is None:
             return "\n".join([*lines, "Too few windows to hold one out: no word on how well they predict"])
