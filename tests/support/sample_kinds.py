@@ -1,4 +1,4 @@
-"""A synthetic audit, a synthetic comparison, and a result as a file of an earlier version gives it."""
+"""A synthetic audit, comparison and eviction, and a result as a file of an earlier version gives it."""
 
 import numpy as np
 import xarray as xr
@@ -51,6 +51,27 @@ def sample_comparison(seeds=2, documents=3, positions=5) -> xr.Dataset:
         },
         {"document": np.arange(documents), "position": np.arange(positions)},
         {"kind": "comparison", "data": "text", "steps": 1},
+    )  # fmt: skip
+
+
+def sample_eviction(documents=4) -> xr.Dataset:
+    """Build an eviction by two scores, under two budgets, at two shares."""
+    random = np.random.default_rng(0)
+    dims = ("document", "scorer", "budget", "kept")
+    numbers = random.random((2, documents, 2, 2, 2)) / 10
+    return xr.Dataset(
+        {
+            "divergence": (dims, numbers[0], {"units": "nats per token"}),
+            "loss_change": (dims, numbers[1] - 0.02, {"units": "nats per token"}),
+            "correlation": (dims[:2], random.random((documents, 2)), {"units": "1"}),
+            "loss": ("document", 2 + random.random(documents), {"units": "nats per token"}),
+        },
+        {
+            "document": np.arange(documents), "text": ("document", [f"text {index}" for index in range(documents)]),
+            "scorer": ["predicted price", "SnapKV"], "budget": ["one threshold", "equal"], "kept": [0.5, 0.25],
+        },
+        {"kind": "eviction", "prefix": 32, "continuation": 16, "task": "copy", "model": "tiny/sample",
+         "posterity_version": "0"},
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ def table_command(
     kind: Annotated[
         str,
         typer.Option(
-            help="shares, profile, reach, sinks, losses, horizons, weights, prices, windows; audit; comparison."
+            help="shares, profile, reach, sinks, losses, horizons, weights, prices, windows; audit; comparison; "
+            "eviction."
         ),
     ] = "shares",
     by: Annotated[

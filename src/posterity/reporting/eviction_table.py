@@ -12,25 +12,34 @@ from posterity.results.eviction_schema import EVICTION
 from posterity.results.formatting import error_words, value_with_error
 from posterity.results.ratios import mean_and_error
 
+NAME_WIDTH, CELL_WIDTH = 20, 18
+
 
 def print_eviction(eviction: xr.Dataset, console: Console) -> None:
-    """Print the divergence of every scorer, for each budget the shares side by side, and its rank correlation."""
+    """Print the divergence of every scorer, for each budget the shares side by side, and its rank correlation.
+
+    A narrow terminal shows means without their errors.
+    """
     EVICTION.check(eviction)
-    windows = eviction.sizes["document"]
-    for line in eviction_heading(eviction):
-        console.print(Text(line, style="bold" if line == eviction_heading(eviction)[0] else ""))
+    title, *details = eviction_heading(eviction)
+    console.print(Text(title, style="bold"), *map(Text, details), sep="\n")
+    wide = console.width >= NAME_WIDTH + CELL_WIDTH * (eviction.sizes["kept"] + 1)
     for budget in eviction.budget.values:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=Text(budget_words(str(budget))), title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
         table.add_column("score", overflow="fold")
         for share in eviction.kept.values:
-            table.add_column(kept_text(float(share)), justify="right")
-        table.add_column("rank corr.", justify="right")
+            table.add_column(kept_text(float(share)), justify="right", no_wrap=True)
+        table.add_column("rank corr.", justify="right", no_wrap=True)
         for scorer in eviction.scorer.values:
-            table.add_row(*map(Text, scorer_cells(eviction.sel(scorer=scorer, budget=budget))))
+            name, *cells = scorer_cells(eviction.sel(scorer=scorer, budget=budget))
+            table.add_row(name, *(cell if wide else cell.partition(" ± ")[0] for cell in cells))
+        console.print()
+        console.print(Text(budget_words(str(budget))))
         console.print(table)
-    console.print(
-        Text(f"Divergence in nats per token, by share of the pairs kept. {error_words(windows)}", style="dim")
+    errors = (
+        error_words(eviction.sizes["document"]) if wide else "A wider terminal, or the page (--report), shows errors."
     )
+    console.print(Text(f"Divergence in nats per token, by share of the pairs kept. {errors}", style="dim"))
 
 
 def eviction_heading(eviction: xr.Dataset) -> list[str]:
