@@ -1,5 +1,7 @@
 """Laws of the page of results in a browser: everything is drawn, nothing fails, and names show as text."""
 
+import time
+
 import numpy as np
 import pytest
 from support.page_results import CHARTS, HOSTILE, LOSS_CHARTS, PARAMETERS
@@ -172,6 +174,21 @@ def test_a_chart_can_be_saved_as_a_picture_with_its_title_in_light_colours(tmp_p
         assert 'width="1100"' in picture
         assert "rgb(255, 255, 255)" in picture
         assert "rgb(26, 32, 39)" not in picture
+        assert heard == []
+
+
+@pytest.mark.slow
+def test_a_page_of_five_thousand_heads_is_small_and_soon_drawn_and_has_no_sign_that_covers_others(tmp_path):
+    result = sample(layers=80, heads=64, context=16, documents=3, losses=True, horizons=(1, 2, 4, 8))
+    path = report(result, tmp_path / "report.html")
+    assert path.stat().st_size < 4e6
+    with browser() as (tab, heard):
+        start = time.monotonic()
+        opened(tab, path)
+        assert time.monotonic() - start < 20
+        for figure in ("map", "head_horizons"):
+            assert tab.locator(f"#{figure} .heatmaplayer image").count() >= 3
+            assert tab.locator(f"#{figure} .heatmap-label").count() == 0
         assert heard == []
 
 

@@ -1,5 +1,7 @@
 """Pages in a browser, and their tables and figures as data."""
 
+import base64
+import gzip
 import html
 import json
 import re
@@ -58,8 +60,8 @@ class Reader(HTMLParser):
     @property
     def json(self) -> str:
         """The text of the page's data."""
-        kinds = [attrs.get("type") for tag, attrs in self.tags if tag == "script"]
-        return self.scripts[kinds.index("application/json")]
+        names = [attrs.get("id") for tag, attrs in self.tags if tag == "script"]
+        return gzip.decompress(base64.b64decode(self.scripts[names.index("data")])).decode()
 
 
 def tables(text) -> dict[str, list[list[str]]]:

@@ -21,6 +21,7 @@ from posterity.results.formatting import first_positions_text, json_numbers
 from posterity.results.ratios import has_fine_lags
 
 UNKNOWN_I2 = -(2**15)
+VERY_MANY = 2048  # heads from which on a page has fewer points of their curves, to stay small
 CURVES = {"attention": (ATTENTION, "dot"), "query": (SERIES[3], "solid"), "key": (SERIES[2], "solid"),
           "value": (SERIES[5], "solid")}  # fmt: skip
 
@@ -79,11 +80,15 @@ def _describe(member: NamedResult, title: str, readers: Sequence[str]) -> dict[s
 
 
 def _octave_ends(result: xr.Dataset) -> np.ndarray:
-    """Return the bins of lags that end an octave of lag + 1, and the last bin; lag 0 alone where no other is known."""
+    """Return the bins of lags that end an octave of lag + 1, every second one for very many heads, and the last bin.
+
+    Lag 0 alone where no other is known.
+    """
     if not has_fine_lags(result):
         return np.array([0])
     octave = np.floor(np.log2(result.lag.values + 1))
-    return np.append(np.flatnonzero(np.diff(octave)), len(octave) - 1)
+    step = 2 if result.sizes["layer"] * result.sizes["head"] > VERY_MANY else 1
+    return np.append(np.flatnonzero(np.diff(octave))[::step], len(octave) - 1)
 
 
 def _curves(result: xr.Dataset, ends: np.ndarray, reader_of: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from posterity.reporting.traces import TICK, grid_by_result, spaced
 from posterity.results.formatting import json_numbers, percent
 from posterity.results.stats import counts, effective_horizon, existing_heads, shares, weak_heads
 
-MANY = 32  # heads from which cells have no gaps
+MANY = 32  # heads of a layer above which cells have neither gaps nor signs
 
 
 def draw_heads(group: ResultGroup, reader_of: str) -> PanelGrid:
@@ -112,11 +112,14 @@ def _panel(
 
 
 def _beyond(mask: np.ndarray) -> go.Heatmap:
-    """Draw the heads whose effective horizon is beyond the largest one that was measured."""
+    """Draw the heads whose effective horizon is beyond the largest measured one, signed where there is room."""
+    sign = {
+        "text": [["&gt;" if cell else "" for cell in row] for row in mask], "texttemplate": "%{text}",
+        "textfont": {"color": PAPER, "size": 11}, "xgap": 1, "ygap": 1,
+    }  # fmt: skip
     return go.Heatmap(
         z=json_numbers(np.where(mask, 1, np.nan)), showscale=False, colorscale=[[0, MEAN], [1, MEAN]],
-        text=[["&gt;" if cell else "" for cell in row] for row in mask], texttemplate="%{text}",
-        textfont={"color": PAPER, "size": 11}, hoverinfo="skip", xgap=1, ygap=1,
+        hoverinfo="skip", **(sign if mask.shape[1] <= MANY else {}),
     )  # fmt: skip
 
 

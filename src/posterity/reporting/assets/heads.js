@@ -1,6 +1,6 @@
 "use strict";
 // One head at a time, that of a cell of the map or of the fields under it: its numbers, and its shares up to each lag.
-(() => {
+page.onReady(() => {
   const { heads: members, streams } = page.data;
   const form = document.getElementById("head-choice");
   const table = document.getElementById("head-numbers");
@@ -152,4 +152,4 @@
   });
   [layerField.value, headField.value] = members[0].begin;
   show();
-})();
+});

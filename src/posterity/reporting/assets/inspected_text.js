@@ -1,6 +1,6 @@
 "use strict";
 // One text under the glass: which losses pay for the key and value of a token, and what the loss at a token pays for.
-(() => {
+page.onReady(() => {
   const { WRITTEN, layerMatrix, matrix, shares, exists, share, pairWith, partners, largest, mostDistant } =
     inspectedNumbers;
   const { percent, brief, number, short } = inspectedWords;
@@ -351,4 +351,4 @@
     if (event.key !== "Escape") return;
     for (const view of views) if (view.held !== null) hold(view, null);
   });
-})();
+});

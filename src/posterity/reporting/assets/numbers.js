@@ -1,6 +1,6 @@
 "use strict";
 // Under every figure: buttons that save it, and its numbers as a table that can be copied.
-(() => {
+page.onReady(() => {
   const DIGITS = 4; // of a number without a label of its own
 
   function element(name, text, attributes = {}) {
@@ -166,4 +166,4 @@
     }
     numbers.querySelector("summary").after(button("Copy", `Copy the numbers: ${title}`, copyTables));
   }
-})();
+});

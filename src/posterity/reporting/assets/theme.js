@@ -2,7 +2,8 @@
 // Draws the figures of a page: each in the layout for its width and in the colours of the reader's scheme, in light
 // colours for print; the view and the edges that the page's choosers ask for. Nothing is fetched.
 const page = (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+  let data; // what the page shows, once it is unpacked; until then nothing is drawn
+  let names = []; // of the figures
   const PRINTED = 680; // pixels of a figure on paper
   const scheme = matchMedia("(prefers-color-scheme: dark)");
   const listeners = { scheme: [], choice: [], drawn: [], redraw: [] };
@@ -79,7 +80,6 @@ const page = (() => {
   }
 
   // ---- drawing again when the width, the colours or a choice change
-  const names = Object.keys(data.figures).filter(place);
   const drawAll = () => Promise.all(names.map(draw));
   const tell = (kind) => listeners[kind].forEach((listener) => listener());
 
@@ -139,13 +139,27 @@ const page = (() => {
     });
   }
 
-  function start() {
+  async function start() {
+    await loaded;
+    await ready;
     drawAll().then(() => {
       document.documentElement.dataset.drawn = names.length;
       for (const name of names) widths.observe(place(name));
       tell("drawn");
     });
   }
+
+  // ---- unpacking: gzip in base64
+  function unpack(text) {
+    const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).text();
+  }
+  const loaded = new Promise((done) => addEventListener("DOMContentLoaded", done));
+  const ready = unpack(document.getElementById("data").textContent).then((text) => {
+    data = JSON.parse(text);
+    names = Object.keys(data.figures).filter(place);
+  });
 
   // ---- plotly's script: packed in the page, or, in a notebook, in the first of its reports, which the others ask
   const QUESTION = "posterity: which script draws the figures?";
@@ -154,10 +168,8 @@ const page = (() => {
 
   // Unpack the script and run it; the page's policy allows that for the very same script only.
   async function run(text) {
-    const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
-    script.textContent = await new Response(stream).text();
+    script.textContent = await unpack(text);
     if (window.Plotly) return;
     document.head.append(script);
     document.getElementById("waiting").hidden = true;
@@ -185,7 +197,10 @@ const page = (() => {
   else ask();
 
   return {
-    data, colour, chosen, choice, names, place, save, redraw,
+    get data() { return data; },
+    get names() { return names; },
+    colour, chosen, choice, place, save, redraw,
+    onReady: (listener) => ready.then(listener),
     onSchemeChange: (listener) => listeners.scheme.push(listener),
     onChoice: (listener) => listeners.choice.push(listener),
     onRedraw: (listener) => listeners.redraw.push(listener),
