@@ -7,6 +7,7 @@ import pytest
 from support.page_results import CHARTS, HOSTILE, LOSS_CHARTS, PARAMETERS
 from support.pages import DRAWN, browser, data, opened, page, tables
 from support.sample import sample
+from support.sample_kinds import sample_comparison
 
 from posterity.reporting.key_numbers import key_numbers
 from posterity.reporting.report import report
@@ -215,6 +216,24 @@ def test_the_switch_of_edges_changes_sentence_numbers_tables_and_rankings(tmp_pa
             largest = rank_heads(paid, "query", reader_of)[-1]
             (rankings,) = shown("#heads .streams")
             assert f"\nlayer {largest.layer}, head {largest.head}\t" in rankings[:60]
+        assert heard == []
+
+
+@pytest.mark.slow
+def test_tables_of_two_results_and_long_names_of_compared_runs_fit_a_telephone(tmp_path):
+    results = [sample(losses=True, horizons=(1, 4), seed=seed, model="a/model") for seed in (0, 1)]
+    results[1]["credit_by_document"].loc[{"layer": 2, "stream": "key", "side": "other"}] *= -0.1  # a † in the table
+    compared = sample_comparison()
+    compared["folder"] = ("run", [f"/home/someone/experiments/a-run-with-a-long-name-{run}" for run in range(4)])
+    overflow = (
+        "[...document.querySelectorAll('.summary')].map(table => table.scrollWidth - table.parentNode.clientWidth)"
+    )
+    with browser(viewport={"width": 390, "height": 900}) as (tab, heard):
+        for source in (results, compared):
+            opened(tab, report(source, tmp_path / "report.html"))
+            tab.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+            assert max(tab.evaluate(overflow)) <= 0
         assert heard == []
 
 

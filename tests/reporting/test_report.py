@@ -145,6 +145,26 @@ def test_the_map_of_heads_holds_their_shares_and_marks_the_weak_ones(plain):
         np.testing.assert_array_equal(np.array(grey["z"], dtype=float) == 1, weak)
 
 
+def test_a_page_of_one_window_speaks_of_no_error_and_of_no_mean():
+    text = page(sample(documents=1))
+    assert "agreement" not in data(text)["figures"]
+    assert {trace["name"] for trace in traces(text, "weights").values()} == {"one window"}
+    read = Reader(text).text
+    assert not re.search("greement|mean gradient|standard error of|Student|The band", read)
+    assert "±" not in read
+    assert "<dt>Standard error</dt>" not in text
+    assert "In the\ngradient of the one window." in read
+    assert "<dt>Standard error</dt>" in page(sample())
+
+
+def test_the_page_says_that_counting_is_marked_on_the_colours_only_where_results_agree_in_it(plain):
+    for results, marked in (([plain], True), ([plain, sample(seed=1)], True), ([plain, sample(context=32)], False)):
+        text = page(*results)
+        ticks = data(text)["figures"]["map"]["layout"]["coloraxis"]["colorbar"]["ticktext"]
+        assert any("counting" in tick for tick in ticks) == marked
+        assert ("is marked on it" in Reader(text).text) == marked
+
+
 def test_the_page_defines_what_its_numbers_are_called(paid):
     text = page(paid)
     definitions = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index('<section id="how">') :], re.DOTALL))

@@ -144,12 +144,13 @@ def draw_weights(group: ResultGroup) -> PanelGrid:
     """Draw the self share in the gradients of the projection weights: of single windows, and of their mean."""
 
     def draw(member: NamedResult, shares: xr.Dataset, x: np.ndarray) -> list[go.Scatter]:
-        error = member.uncertainty(shares.error)
-        return [
-            *band("single windows", x, shares.share, error, ATTENTION),
-            line("single windows", x, shares.share, ATTENTION, **share_labels(shares.share, error), **points(x)),
-            line("mean gradient", x, shares.share_mean, MEAN, "dash", **points(x)),
-        ]
+        error, windows = member.uncertainty(shares.error), member.result.sizes["document"]
+        name = "single windows" if windows > 1 else "one window"
+        single = line(name, x, shares.share, ATTENTION, **share_labels(shares.share, error), **points(x))
+        if windows == 1:
+            return [single]  # which is the mean
+        mean = line("mean gradient", x, shares.share_mean, MEAN, "dash", **points(x))
+        return [*band(name, x, shares.share, error, ATTENTION), single, mean]
 
     title = "What the weights learn from: self share in the gradients of W_Q, W_K and W_V"
     return _weight_grid(group, draw, title, {"title": "self share of the squared norm", **PERCENT})

@@ -37,10 +37,15 @@ def draw_heads(group: ResultGroup, reader_of: str) -> PanelGrid:
     )  # fmt: skip
 
 
+def share_by_counting(members: list[NamedResult], reader_of: str) -> float:
+    """Return the self share that counting edges alone would give; NaN where results differ in it."""
+    counted = [float(counts(member.result, (), reader_of).isel(lag=0)) for member in members]
+    return counted[0] if len(set(map(percent, counted))) == 1 else math.nan
+
+
 def _share_colours(members: list[NamedResult], reader_of: str) -> Callable[[float], dict[str, Any]]:
     """Return the colours of self shares, with the share by counting edges where all results have the same."""
-    counted = {percent(float(counts(member.result, (), reader_of).isel(lag=0))) for member in members}
-    baseline = float(counts(members[0].result, (), reader_of).isel(lag=0)) if len(counted) == 1 else math.nan
+    baseline = share_by_counting(members, reader_of)
 
     def colours(length: float) -> dict[str, Any]:
         chosen = {} if math.isnan(baseline) else {float(share_place(baseline)): f"{percent(baseline)}<br>counting"}

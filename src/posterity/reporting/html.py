@@ -61,13 +61,18 @@ def page_environment() -> Environment:
         finalize=lambda value: displayable(value) if type(value) is str else value,
     )
     environment.filters["signed"] = signed
-    environment.filters["tied"] = lambda text: signed(text).replace("± ", "±\u00a0").replace(" %", "\u00a0%")
+    environment.filters["tied"] = tied
     return environment
 
 
 def signed(text: str) -> str:
     """Return a text whose numbers below zero have a minus and no hyphen."""
     return HYPHEN.sub("\u2212", text)
+
+
+def tied(text: str) -> str:
+    """Return such a text whose numbers are not parted from their signs at the end of a line."""
+    return re.sub("(?<=±) | (?=[%†])", "\u00a0", signed(text))
 
 
 def figure_text(text: str) -> str:

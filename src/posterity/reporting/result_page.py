@@ -1,5 +1,6 @@
 """Results as a page: sentence, five numbers, pictures, table, rankings, provenance, side by side."""
 
+import math
 from collections.abc import Container, Sequence
 
 import xarray as xr
@@ -7,6 +8,7 @@ import xarray as xr
 from posterity.axes import STREAMS
 from posterity.reporting.charts import draw_charts
 from posterity.reporting.head_details import head_details
+from posterity.reporting.head_maps import share_by_counting
 from posterity.reporting.html import render_page
 from posterity.reporting.inspected_text import pack_inspected_text
 from posterity.reporting.key_numbers import key_numbers
@@ -49,7 +51,8 @@ def render_results(results: Sequence[xr.Dataset], names: Sequence[str] = (), fil
         styles=["inspected_text.css"] if inspected else [],
         scripts=[*(["heads.js"] if "map" in titles else []), *(INSPECTED_SCRIPTS if inspected else [])],
         results=members, streams=STREAMS, titles=titles, has=has, inspected=bool(inspected),
-        without_lags=without_lags, weak=WEAK_WORDS,
+        same_counts=not math.isnan(share_by_counting(group.members, group.readers[0])), without_lags=without_lags,
+        weak=WEAK_WORDS,
         min_windows=MIN_WINDOWS, enough_windows=ENOUGH_WINDOWS,
         readers=group.readers if len(group.readers) > 1 else (), first_positions=group.first_positions,
         several_windows=windows >= MIN_WINDOWS,

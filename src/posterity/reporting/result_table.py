@@ -186,8 +186,11 @@ def _weight_rows(result: xr.Dataset) -> list[SummaryRow]:
     part = "Gradient of the weights" + (", all edges" if edges_words(result, "all") else "")
     shares = stats.weight_shares(result)
     agreement = shares.agreement.sel(part="whole")
+    single = SummaryRow(part, "self share, one window", _cells(lambda s: _percent(shares.sel(stream=s), result)))
+    if result.sizes["document"] == 1:
+        return [single]  # which is the mean
     return [
-        SummaryRow(part, "self share, one window", _cells(lambda stream: _percent(shares.sel(stream=stream), result))),
+        single,
         SummaryRow(part, "self share, mean", _cells(lambda s: share_text(float(shares.share_mean.sel(stream=s))))),
         SummaryRow(part, "agreement of windows", _cells(lambda s: number_text(float(agreement.sel(stream=s))))),
     ]
