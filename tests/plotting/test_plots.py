@@ -101,7 +101,7 @@ def test_the_share_by_counting_is_marked_on_the_colours_of_a_map(result, reader_
     ax = plot.heads(result, reader_of=reader_of)
     counted = float(stats.counts(result, (), reader_of or "rest").isel(lag=0))
     (bar,) = ax.child_axes
-    (mark,) = [line for line in bar.lines if line.get_linestyle() == "--"]
+    (mark,) = [line for line in bar.lines if line.get_marker() == ">"]
     np.testing.assert_allclose(mark.get_ydata(), counted)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert f"edges, counted: {percent(counted)}" in labels

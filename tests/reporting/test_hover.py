@@ -6,6 +6,7 @@ from support.pages import browser, opened
 from support.sample import sample
 
 from posterity.axes import STREAMS
+from posterity.reporting.html import tied
 from posterity.reporting.report import report
 from posterity.reporting.result_table import credit_portions
 from posterity.results import stats
@@ -138,4 +139,4 @@ def assert_head(tab, result, layer, head, reader_of="rest"):
 def words(shares):
     """Return shares with their errors as the page writes them."""
     pairs = zip(shares.share.values.tolist(), shares.error.values.tolist(), strict=True)
-    return [percent(*pair, 5).replace("-", "−").replace(" %", "\u00a0%") for pair in pairs]
+    return [tied(percent(*pair, 5)) for pair in pairs]

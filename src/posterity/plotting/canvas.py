@@ -109,14 +109,14 @@ def colour_map(scale: Scale) -> LinearSegmentedColormap:
 def draw_colour_bar(
     ax: Axes, cells: Any, label: str, ticks: Sequence[float] | None = None, baseline: float | None = None
 ) -> None:
-    """Draw the colours of shares beside the axes, with a line at a baseline."""
+    """Draw the colours of shares beside the axes, with a mark at a baseline."""
     place = ax.inset_axes((1.04, 0, 0.05, 1))  # as high as the axes, whatever their aspect
     bar = ax.figure.colorbar(cells, cax=place, format=_percents(), ticks=ticks)
     bar.set_label(label)
     bar.outline.set_linewidth(0.6)
     bar.ax.minorticks_off()
     if baseline is not None:
-        bar.ax.axhline(baseline, **COUNTED)
+        bar.ax.plot([0], [baseline], clip_on=False, **BASELINE)
 
 
 def share_scale() -> FuncNorm:
@@ -159,5 +159,6 @@ def draw_level(ax: Axes, level: float, **style: Any) -> None:
     ax.axhline(level, color=AXIS, linewidth=0.6, zorder=0, **style)
 
 
-COUNTED: dict[str, Any] = {"color": COUNT, "linestyle": (0, (4, 2))}  # what counting edges alone predicts
+COUNTED = {"color": COUNT, "linestyle": (0, (4, 2))}  # what counting edges alone predicts
 ATTENTION = {"color": INK, "linestyle": (0, (1, 1.5))}
+BASELINE: dict[str, Any] = {"color": COUNT, "marker": ">", "markersize": 5, "linestyle": "none"}  # on a bar of colours

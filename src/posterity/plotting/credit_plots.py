@@ -10,6 +10,7 @@ from posterity.axes import STREAMS, WRITTEN
 from posterity.palette import DIVERGING, EMPTY, SHARE_TICKS, STREAM
 from posterity.plotting.canvas import (
     ATTENTION,
+    BASELINE,
     COUNTED,
     axes_to_draw,
     check_choice,
@@ -38,7 +39,7 @@ def plot_heads(
     """Draw the self share of every head as a map: heads across, layers upwards (`stats.shares`).
 
     Grey: credit too small or too uncertain (`stats.weak_heads`). Blank: a head that the layer lacks. The scale of
-    colours is that of the report's map; a dashed line on it marks the share that counting edges alone would give.
+    colours is that of the report's map; a mark on it is the share that counting edges alone would give.
 
     Args:
         result: A result of `posterity.measure`.
@@ -63,7 +64,7 @@ def plot_heads(
         draw_colour_bar(axes, cells, f"self share of the {stream} credit", sorted(SHARE_TICKS), counted)
         show_whole_numbers(axes.xaxis, axes.yaxis)
         axes.set(xlabel=f"head{words}", ylabel="layer")
-        handles: list[Artist] = [Line2D([], [], **COUNTED, label=f"edges, counted: {percent(counted)}")]
+        handles: list[Artist] = [Line2D([], [], label=f"edges, counted: {percent(counted)}", **BASELINE)]
         if grey.notnull().any():
             handles.append(Patch(color=EMPTY, label="too small or too uncertain"))
         draw_legend(axes, 1, handles=handles)

@@ -37,7 +37,7 @@ page.onReady(() => {
   function percent(share, error) {
     if (Number.isNaN(share)) return "–";
     const digits = (Math.abs(share) > 0 && Math.abs(share) < 0.01) || (error > 0 && error < 0.0005) ? 2 : 1;
-    const more = Number.isNaN(error ?? NaN) ? "" : ` ± ${(100 * error).toFixed(digits)}`;
+    const more = Number.isNaN(error ?? NaN) ? "" : ` ±\u00a0${(100 * error).toFixed(digits)}`;
     return signed(`${decimals(100 * share, digits)}${more}\u00a0%`);
   }
   function tokens(length, [smallest, largest]) {
