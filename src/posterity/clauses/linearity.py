@@ -1,6 +1,7 @@
 """Clause 8: attention that may look only at itself is a linear layer; and which heads a model could spare as such."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,15 @@ from posterity.measurement.head_folding import (
     LossChange,
     PrefixLosses,
     Windows,
-    head_costs,
     largest_within_budget,
     split_windows,
 )
 from posterity.models.attach import watch_model
 from posterity.models.folded_heads import HeadIndex, foldable_head_counts
 from posterity.models.interception import AttentionCall
-from posterity.models.language_model import freeze_parameters, input_device, rounding
+from posterity.models.language_model import freeze_parameters, input_device, language_model, rounding
 from posterity.models.linear import as_linear
+from posterity.models.patching import SELF_ONLY, Patch, patched_losses
 from posterity.models.watch import Layer
 from posterity.ops.attention import attention
 from posterity.ops.mask import Mask
@@ -121,6 +122,30 @@ def _self_only_output(_layer: Layer, call: AttentionCall) -> Tensor:
     """Run the attention call with a mask that leaves the self edge only; scores and softmax are still computed."""
     mask = Mask(lambda query, key: query == key)
     return attention(call.query, call.key, call.value, call.scale, mask=mask, softcap=call.softcap)
+
+
+def head_costs(
+    model: nn.Module, windows: Windows, *, batch: int = 8, advance: Callable[[int, int], None] | None = None
+) -> HeadCosts:
+    """Measure how much the mean loss grows when one head alone is folded, for every head.
+
+    Args:
+        model: A causal language model of transformers.
+        windows: Token ids of windows of text.
+        batch: Heads that are tried at once.
+        advance: Is told the heads that are done, and their tokens.
+    """
+    counts = foldable_head_counts(model)
+    heads = [(layer, head) for layer, count in enumerate(counts) for head in range(count)]
+    patches = [None, *(Patch(SELF_ONLY, layer, head) for layer, head in heads)]
+    layers, numbers = torch.tensor(heads).unbind(1)
+    by_window = []
+    for ids in windows:
+        losses = patched_losses(language_model(model), ids, patches, batch=batch, advance=advance)
+        table = torch.full((len(counts), max(counts)), math.nan, dtype=torch.float64)
+        table[layers, numbers] = losses[1:].mean(1) - losses[0].mean()
+        by_window.append(table)
+    return HeadCosts.of(by_window)
 
 
 def _difference_figure(differences: np.ndarray) -> Figure:

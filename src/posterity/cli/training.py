@@ -129,10 +129,9 @@ def fold_command(
             "--limit",
             "--documents",
             min=1,
-            help="Windows on which every head is tried; four times as many judge.  [default: 4]",
+            help="Windows on which every head is priced; four times as many judge.  [default: 4]",
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Heads tried in one pass.  [default: 8]")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write the model even if the loss on held-out windows exceeds the budget.")
     ] = False,
@@ -141,13 +140,14 @@ def fold_command(
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
+    seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Let heads look only at themselves.
 
-    Finds the heads for which that costs least, folds as many as the budget allows, and writes the model with the list
-    of its folded heads, which `measure` and the other commands then run folded. Where that costs more than the budget
-    on held-out windows, nothing is written and the exit code is 1, unless --force is given.
+    Finds the heads for which that costs least by their prices, folds as many as the budget allows, and writes the model
+    with the list of its folded heads, which `measure` and the other commands then run folded. Where that costs more
+    than the budget on held-out windows, nothing is written and the exit code is 1, unless --force is given.
     """
     require_one_process()
     from posterity.inputs.limits_folder import check_folder, save_folded
@@ -161,7 +161,7 @@ def fold_command(
     loaded = load_model(model, dtype, device, revision, trust_remote_code)
     result = posterity.fold(
         loaded.model, loaded.tokenizer, open_documents(text or [], field, skipped),
-        **drop_unset(budget=budget, context=context, limit=limit, batch=batch),
+        **drop_unset(budget=budget, context=context, limit=limit, seed=seed),
     )  # fmt: skip
     attrs = {**result.record(), **run_attrs(loaded), **print_skipped_lines(skipped)}
     typer.echo(str(result))

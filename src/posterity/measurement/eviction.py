@@ -217,7 +217,7 @@ class _Trial:
             for scorer in self.scorers:
                 by_share = [[scorer(x, float(share)).float().cpu() for x in prompt_layers] for share in self.shares]
                 scores.append(by_share)
-                correlation.append(rank_correlation(self._pool(by_share[0]), prices))
+                correlation.append(round(rank_correlation(self._pool(by_share[0]), prices), 9))  # 1, not 1 - 1e-14
         self.scores.append(scores)
         self.correlation.append(correlation)
 

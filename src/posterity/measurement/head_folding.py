@@ -13,15 +13,22 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
+from posterity.decomposition.accumulator import stack_layers
+from posterity.decomposition.first_keys import FirstKeys
+from posterity.decomposition.prices import pass_prices
+from posterity.decomposition.sweep import Scratch
 from posterity.errors import InputError
 from posterity.inputs.arguments import open_model, split_arguments
 from posterity.inputs.named_documents import name_texts, open_files
 from posterity.inputs.windows import read_corpus, token_digest
+from posterity.measurement.window_batch import uniform_draws
 from posterity.models.attach import watch_model
-from posterity.models.chunked_loss import window_losses
+from posterity.models.chunked_loss import ChunkedLoss, LMHead, window_losses
 from posterity.models.folded_heads import HeadIndex, fold_heads, foldable_head_counts, heads_by_layer
 from posterity.models.language_model import freeze_parameters, language_model
-from posterity.models.patching import SELF_ONLY, Patch, patched_losses
+from posterity.models.watch import Layer
+from posterity.ops.attention import Backward
+from posterity.ops.horizon_rules import Full
 from posterity.progress import progress_bar
 
 Windows = Sequence[Int64[Tensor, " position"]]
@@ -55,10 +62,18 @@ class LossChange:
 
 @dataclass(frozen=True, eq=False)
 class HeadCosts:
-    """The cost of folding each head alone, in nats per token; NaN where a layer has fewer heads."""
+    """What folding each head alone costs, in nats per token; NaN where a layer has fewer heads."""
 
     cost: Float64[Tensor, "layer head"]
     error: Float64[Tensor, "layer head"]  # standard error over windows
+
+    @classmethod
+    def of(cls, by_window: Sequence[Float64[Tensor, "layer head"]]) -> "HeadCosts":
+        """Average over windows."""
+        stacked = torch.stack([*by_window])
+        number = len(stacked)
+        error = stacked.std(0) / math.sqrt(number) if number > 1 else torch.full_like(stacked[0], math.nan)
+        return cls(stacked.mean(0), error)
 
     @property
     def order(self) -> list[HeadIndex]:
@@ -76,7 +91,7 @@ class FoldedHeads:
     budget: float
     selection: LossChange  # on the windows that decided how many heads
     held_out: LossChange  # on windows that decided nothing
-    costs: HeadCosts
+    prices: HeadCosts  # predicted, of each head alone
     joint: dict[int, float]  # change of the loss by the number of folded heads, where it was measured
     text_digest: str  # of all windows
     windows: Windows = field(repr=False, default=())  # those of `selection`
@@ -94,7 +109,7 @@ class FoldedHeads:
 
     def __str__(self) -> str:
         """How many heads are folded in which layers, and what that costs, in lines."""
-        lines = [f"{len(self.heads)} of {len(self.costs.order)} heads look only at themselves"]
+        lines = [f"{len(self.heads)} of {len(self.prices.order)} heads look only at themselves"]
         lines += [f"  layer {layer}: heads {', '.join(map(str, heads))}" for layer, heads in self.by_layer.items()]
         lines.append(f"loss on the windows that chose how many: {self.selection}")
         lines.append(f"loss on held-out windows: {self.held_out}")
@@ -135,15 +150,16 @@ def fold(
     budget: float = 0.01,
     context: int = 128,
     limit: int = 4,
-    batch: int = 8,
+    seed: int = 0,
     progress: bool = True,
 ) -> FoldedHeads:
     """Find heads that may look only at themselves while the mean loss grows by a budget at most.
 
-    Every head is folded alone first. In the order of what that costs, as many as possible are then folded together,
-    by bisection: their joint cost is measured, not summed, on windows of its own. Where it does not grow with every
-    head, a longer prefix of the order might hold too. The loss on the held-out windows, which decided nothing, is the
-    one to trust. The model is not changed.
+    Every head is priced first: what a window of one token would cost it, to second order, with labels that the model
+    draws; one forward and one backward pass for each window (docs/method.md, Prices). In the order of these prices, as
+    many as possible are then folded together, by bisection: their joint cost is measured, not summed, on windows of its
+    own. Where it does not grow with every head, a longer prefix of the order might hold too. The loss on the held-out
+    windows, which decided nothing, is the one to trust. The model is not changed.
 
     Args:
         model: As in `posterity.measure`: a model, or the name of one.
@@ -151,9 +167,9 @@ def fold(
         documents: As in `posterity.measure`.
         budget: Nats per token, on the windows that decide how many heads.
         context: Tokens of a window.
-        limit: Windows on which every head is tried, at most a third of the text's; twice as many again decide how many
-            heads, and twice as many again are held out, if the text has them.
-        batch: Heads that are tried at once.
+        limit: Windows on which every head is priced, at most a third of the text's; twice as many again decide how
+            many heads, and twice as many again are held out, if the text has them.
+        seed: Of the drawn labels.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
@@ -176,16 +192,16 @@ def fold(
     with watch_model(inner) as watch:
         if watch.replacement is not None:
             raise InputError("expected a model whose attention is its own; got one inside a `with`: fold it outside")
-        total = (1 + sum(foldable_head_counts(inner))) * len(pricing)  # and the model as it is
-        with progress_bar(total, progress, "folding", "heads") as advance:
-            costs = head_costs(inner, pricing, batch=batch, advance=advance)
-        losses = PrefixLosses(inner, selection, costs.order)
-        number = largest_within_budget(losses.change, len(costs.order), budget)
-        heads = tuple(costs.order[:number])
+        foldable_head_counts(inner)
+        with progress_bar(len(pricing), progress, "pricing") as advance:
+            prices = price_heads(inner, pricing, seed, advance)
+        losses = PrefixLosses(inner, selection, prices.order)
+        number = largest_within_budget(losses.change, len(prices.order), budget)
+        heads = tuple(prices.order[:number])
         held_out_change = LossChange.of(mean_losses(inner, held_out), mean_losses(inner, held_out, heads))
     selection_change = LossChange.of(losses.before, losses.after(number))
     return FoldedHeads(
-        heads, budget, selection_change, held_out_change, costs, losses.joint, token_digest(windows), selection,
+        heads, budget, selection_change, held_out_change, prices, losses.joint, token_digest(windows), selection,
         str(corpus.coverage),
     )  # fmt: skip
 
@@ -197,23 +213,27 @@ def split_windows(windows: Windows, limit: int) -> tuple[Windows, Windows, Windo
     return windows[:pricing], windows[pricing:selection], windows[selection:]
 
 
-def head_costs(
-    model: nn.Module, windows: Windows, *, batch: int = 8, advance: Callable[[int, int], None] | None = None
+def price_heads(
+    model: nn.Module, windows: Windows, seed: int = 0, advance: Callable[[int, int], None] | None = None
 ) -> HeadCosts:
-    """Measure how much the mean loss grows when one head alone is folded, for every head."""
-    counts = foldable_head_counts(model)
-    heads = [(layer, head) for layer, count in enumerate(counts) for head in range(count)]
-    patches = [None, *(Patch(SELF_ONLY, layer, head) for layer, head in heads)]
-    changes = []
-    for ids in windows:
-        losses = patched_losses(language_model(model), ids, patches, batch=batch, advance=advance)
-        changes.append(losses[1:].mean(1) - losses[0].mean())
-    change = torch.stack(changes)
-    error = change.std(0) / math.sqrt(len(change)) if len(change) > 1 else torch.full_like(change[0], math.nan)
-    table = torch.full((2, len(counts), max(counts)), math.nan, dtype=torch.float64)
-    layers, numbers = torch.tensor(heads).unbind(1)
-    table[:, layers, numbers] = torch.stack((change.mean(0), error))
-    return HeadCosts(*table)
+    """Predict what it costs when one head alone is folded, for every head: the price of a window of one token."""
+    inner = language_model(model)
+    head, scratch, by_window = LMHead.probe(inner), Scratch(), []
+    with watch_model(inner) as watch, freeze_parameters(inner):
+        for ids in windows:
+            prices: dict[Layer, Tensor] = {}
+
+            def observe(layer: Layer, back: Backward, project: object, prices: dict[Layer, Tensor] = prices) -> None:
+                prices[layer] = pass_prices(back, FirstKeys.of(back, 0), scratch=scratch).windows[0, :, 0].cpu()
+
+            loss = ChunkedLoss.run(inner, ids[None], head, draws=uniform_draws(ids, seed)[None])
+            assert loss.drawn is not None
+            with watch.override_rules((Full(), Full()), observe):
+                loss.drawn.backward()
+            by_window.append(stack_layers([prices[layer] for layer in watch.layers], 0) / (len(ids) - 1))
+            if advance is not None:
+                advance(1, len(ids))
+    return HeadCosts.of(by_window)
 
 
 def mean_losses(model: nn.Module, windows: Windows, heads: Iterable[HeadIndex] = ()) -> Float64[Tensor, " window"]:
