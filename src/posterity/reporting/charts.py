@@ -21,6 +21,7 @@ from posterity.reporting.loss_charts import (
     draw_modules,
 )
 from posterity.reporting.panel_grid import PanelGrid
+from posterity.reporting.price_charts import draw_pair_prices, draw_price_positions, draw_window_prices
 from posterity.reporting.reach_chart import draw_reach
 from posterity.reporting.result_group import ResultGroup
 from posterity.reporting.training_charts import draw_loss_angles, draw_own_shares, draw_self_shares
@@ -46,6 +47,9 @@ CHARTS: dict[str, tuple[str, Draw]] = {
     "inputs": ("loss_credit", draw_layer_inputs),
     "loss_positions": ("loss_credit", draw_loss_positions),
     "modules": ("parameter_by_document", draw_modules),
+    "window_prices": ("window_price_by_document", draw_window_prices),
+    "pair_prices": ("price_by_document", draw_pair_prices),
+    "price_positions": ("price", draw_price_positions),
 }
 TRAINING_CHARTS: dict[str, tuple[str, Draw]] = {  # of results at several steps
     "training": ("credit", draw_self_shares),

@@ -68,6 +68,7 @@ def _index(titles: Container[str], has: set[str], inspected: bool) -> list[tuple
         "lags": ("By lag", "lags" in titles),
         "map": ("Heads", "map" in titles),
         "who": ("Who pays", bool(has & {"loss_parts", "modules", "rest", "horizons"})),
+        "prices": ("Prices", "pair_prices" in titles),
         "inspected": ("One text", inspected),
         "over-training": ("Over training", "training" in has),
         "more": ("Layers, positions, weights", True),

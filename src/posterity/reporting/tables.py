@@ -10,6 +10,7 @@ import xarray as xr
 from posterity.axes import STREAMS, WRITTEN
 from posterity.reporting.bins import bin_names, position_bins, sum_positions
 from posterity.reporting.module_kinds import shares_by_kind
+from posterity.reporting.price_charts import known_window_prices, price_by_position
 from posterity.reporting.result_table import LOSS_PARTS
 from posterity.reporting.result_words import edges_title, edges_words
 from posterity.results import stats
@@ -50,6 +51,11 @@ def chart_tables(result: xr.Dataset, readers: Sequence[str]) -> dict[str, list[N
         tables["loss_parts"] = [_loss_parts(result, written, reader) for reader in readers for written in WRITTEN]
         tables["inputs"] = [_inputs(result)]
         tables["loss_positions"] = [_loss_positions(result)]
+    if "window_price_by_document" in result:
+        tables["window_prices"] = [_window_prices(result)]
+    if "price_by_document" in result:
+        tables["pair_prices"] = [_pair_prices(result)]
+        tables["price_positions"] = [_price_positions(result)]
     if "adapter_mean" in result:
         tables["adapters"] = [_adapters(result)]
     if "parameter_by_document" in result:
@@ -145,6 +151,31 @@ def _loss_positions(result: xr.Dataset) -> NumberTable:
     names = bin_names(first, last)
     rows = [(name, "", [percent(cell) for cell in row]) for name, row in zip(names, own_and_later, strict=True)]
     return NumberTable("Share of the whole credit by position", head, rows)
+
+
+def _window_prices(result: xr.Dataset) -> NumberTable:
+    prices = known_window_prices(result)
+    head = ("layer", *(f"{size:,}" for size in prices.window.values))
+    return NumberTable("Price of a window, nats per token", head, _by_layer(result, _price_cells(result, prices)))
+
+
+def _pair_prices(result: xr.Dataset) -> NumberTable:
+    """Return the prices of each layer and of each of its key/value heads."""
+    layers, heads = (_price_cells(result, stats.prices(result, by)) for by in (("layer",), ("layer", "kv_head")))
+    rows = _by_layer(result, np.concatenate([layers[:, None], heads], 1).tolist())
+    head = ("layer", "all heads", *(f"head {number}" for number in range(heads.shape[1])))
+    return NumberTable("Price of cached keys and values, nats per token", head, rows)
+
+
+def _price_positions(result: xr.Dataset) -> NumberTable:
+    names, shares = bin_names(*position_bins(result)), price_by_position(result)
+    rows = [(name, "", [percent(float(share))]) for name, share in zip(names, shares, strict=True)]
+    return NumberTable("Share of all prices by position", ("position", "share"), rows)
+
+
+def _price_cells(result: xr.Dataset, prices: xr.Dataset) -> np.ndarray:
+    windows = result.sizes["document"]
+    return format_cells(partial(value_with_error, windows=windows), prices.price.values, prices.error.values)
 
 
 def _modules(result: xr.Dataset) -> dict[str, list[NumberTable]]:
