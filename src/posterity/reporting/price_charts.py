@@ -12,12 +12,13 @@ from posterity.palette import INK, SEQUENTIAL
 from posterity.reporting.bins import position_bins, sum_positions
 from posterity.reporting.panel_grid import Axis, Panel, PanelGrid
 from posterity.reporting.result_group import NamedResult, ResultGroup
-from posterity.reporting.traces import TICK, by_position, grid_by_result, line, position_axes, position_points
+from posterity.reporting.traces import by_position, grid_by_result, line, position_axes, position_points
 from posterity.results import stats
 from posterity.results.formatting import json_numbers, value_with_error
 from posterity.results.window_plan import reaches_beyond
 
 DECADES = 6  # of the colours, below the largest price
+LABEL = 56  # pixels of "0.00001"
 
 
 def draw_window_prices(group: ResultGroup) -> PanelGrid:
@@ -102,7 +103,7 @@ def _colours(prices: list[xr.Dataset]) -> Callable[[float], dict[str, Any]]:
     lowest = max(highest - DECADES, math.floor(known.min())) if len(known) else -1
 
     def colours(length: float) -> dict[str, Any]:
-        every = max(1, math.ceil((highest - lowest + 1) * TICK / length))
+        every = max(1, math.ceil((highest - lowest + 1) * LABEL / length))
         places = list(range(highest, lowest - 1, -every))[::-1]
         bar = {"tickvals": places, "ticktext": [f"{10.0**place:.{max(0, -place)}f}" for place in places]}
         return {"colorscale": SEQUENTIAL, "cmin": lowest, "cmax": max(highest, lowest + 1), "colorbar": bar}
