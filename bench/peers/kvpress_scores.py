@@ -1,10 +1,14 @@
 """Scores of cached keys and values by NVIDIA's kvpress, for `posterity evict --scores`; it imports nothing of ours.
 
-python bench/peers/kvpress_scores.py MODEL_FOLDER WINDOWS.safetensors OUTPUT_FOLDER [--windows N]
+python bench/peers/kvpress_scores.py MODEL_FOLDER WINDOWS.safetensors OUTPUT_FOLDER [--windows N] [--kvzap TEXT_WINDOWS]
 
 WINDOWS is what `posterity evict --save-windows` wrote. For each press one file: `scores`, (window, layer, group, key),
 higher is kept. A press sees the prompt alone. Its environment: bench/peers/requirements-kvpress.txt (kvpress needs
 transformers < 5.3).
+
+KVzap (arXiv 2601.07891) predicts the logarithm of KVzip+ scores from hidden states; its weights are published for other
+models, so with --kvzap TEXT_WINDOWS its linear form is fitted here, on the whole windows of another such file, by ridge
+regression for each layer.
 
 KVzip repeats the context; it is told that there is no chat template around it, as there is none in the windows. The
 scores of CriticalKV depend on the share that is kept: here 1/4.
@@ -79,6 +83,37 @@ def zip_scores(press, model, ids, newline):
     return scores[0]
 
 
+def attention_inputs(model, ids):
+    """Return the inputs of all attention modules: (layer, position, width)."""
+    inputs = {}
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: inputs.update({module.layer_idx: kwargs["hidden_states"][0].double()}),
+            with_kwargs=True,
+        )
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    hidden = torch.stack([inputs[layer] for layer in sorted(inputs)])
+    return torch.cat((hidden, torch.ones_like(hidden[..., :1])), -1)
+
+
+def fit_zap(model, windows, newline):
+    """Return the linear form of KVzap: weights from hidden states to logarithms of KVzip+ scores, by layer."""
+    gram = cross = 0
+    for window in windows:
+        hidden = attention_inputs(model, window[None])
+        logs = zip_scores(ZIPS["KVzip+"](), model, window[None], newline).double().clamp(min=1e-12).log()
+        hidden, logs = hidden[:, 4:], logs[:, :, 4:]  # attention sinks have the largest score by decree
+        gram, cross = gram + hidden.mT @ hidden, cross + hidden.mT @ logs.mT
+    rows = len(windows) * (windows.shape[1] - 4)
+    variance = gram.diagonal(dim1=-2, dim2=-1) / rows - (gram[:, -1] / rows) ** 2
+    return torch.linalg.solve(gram + torch.diag_embed(3e-3 * rows * variance.clamp(min=0)), cross)
+
+
 def main():
     """Score all windows by all presses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,6 +122,7 @@ def main():
     parser.add_argument("output", type=Path)
     parser.add_argument("--windows", dest="count", type=int, help="only the first so many")
     parser.add_argument("--presses", nargs="+", default=[*PRESSES, *ZIPS])
+    parser.add_argument("--kvzap", type=Path, metavar="TEXT_WINDOWS")
     options = parser.parse_args()
     with safe_open(options.windows, "pt") as file:
         tokens, prefix = file.get_tensor("tokens")[: options.count], int(file.metadata()["prefix"])
@@ -107,6 +143,15 @@ def main():
         metadata = {"scorer": f"kvpress {name}", "source": f"kvpress {version('kvpress')}"}
         save_file({"scores": torch.stack(scores).contiguous()}, options.output / f"{name}.safetensors", metadata)
         print(json.dumps({"press": name, "windows": len(scores), "finite": bool(torch.stack(scores).isfinite().all())}))
+    if options.kvzap:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        with safe_open(options.kvzap, "pt") as file:
+            weights = fit_zap(model, file.get_tensor("tokens"), newline)
+        scores = torch.stack(
+            [(attention_inputs(model, window[None, :prefix]) @ weights).mT.float() for window in tokens]
+        )
+        metadata = {"scorer": "KVzap, fitted here", "source": f"kvpress {version('kvpress')}"}
+        save_file({"scores": scores.contiguous()}, options.output / "KVzap.safetensors", metadata)
 
 
 if __name__ == "__main__":
