@@ -9,7 +9,7 @@ from posterity.reporting.price_charts import draw_pair_prices, draw_price_positi
 from posterity.reporting.result_group import ResultGroup
 from posterity.reporting.tables import chart_tables
 from posterity.results import stats
-from posterity.results.formatting import value_with_error
+from posterity.results.formatting import UNKNOWN, value_with_error
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def test_tables_have_the_same_numbers(priced):
     (table,) = tables["window_prices"]
     assert table.head == ("layer", "1", "2", "4", "8")
     assert table.rows[2][2][1] == value_with_error(float(prices.price[2, 1]), float(prices.error[2, 1]), windows=8)
+    assert all(row[2][3] == UNKNOWN for row in table.rows)  # no layer looks back further than 5
     (table,) = tables["pair_prices"]
     whole = stats.prices(priced, ("layer",))
     assert table.rows[0][2][0] == value_with_error(float(whole.price[0]), float(whole.error[0]), windows=8)
