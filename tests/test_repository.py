@@ -213,6 +213,7 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     small = "context=12, limit=2, contexts=(4, 8), span=12, short=6, pass_tokens=12, prefix=6, future=4, prefixes=2, "
     small += "draws=2"
     assert "quick=True" in code
+    code = code.replace("horizon=256", "horizon=6, limit=2").replace("max_new_tokens=32", "max_new_tokens=2")
     exec(code.replace("context=512", "context=12").replace("quick=True", small), known)
     assert known["linear"].in_features == 24
     assert (tmp_path / "report.html").exists()

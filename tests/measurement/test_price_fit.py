@@ -15,7 +15,14 @@ from support.tiny import summed_loss, tiny, tokens
 import posterity
 from posterity.errors import InputError
 from posterity.measurement import price_fit, run_state
-from posterity.measurement.price_fit import Prices, apply_calibration, calibrate, model_digest, rank_correlation
+from posterity.measurement.price_calibration import (
+    Predictions,
+    apply_calibration,
+    calibrate,
+    judge_predictions,
+    rank_correlation,
+)
+from posterity.measurement.price_fit import Prices, model_digest
 
 OPTIONS = {"context": 12, "horizon": 4, "prices": "text", "progress": False}
 
@@ -78,7 +85,7 @@ def test_calibrated_prices_are_means_of_measured_ones():
     generator = torch.Generator().manual_seed(0)
     predicted = torch.empty(20_000, dtype=torch.double).uniform_(-12, -4, generator=generator)
     measured = 3 * (predicted / 2).exp() * torch.rand(20_000, dtype=torch.double, generator=generator)
-    trial = price_fit._Predictions.of(predicted, measured)
+    trial = Predictions.of(predicted, measured)
     points = calibrate([trial])
     assert (points.diff() >= 0).all()
     prices = apply_calibration(points, predicted).exp()
@@ -86,7 +93,7 @@ def test_calibrated_prices_are_means_of_measured_ones():
         part = (predicted > low) & (predicted < low + 1)
         assert float(prices[part].mean()) == pytest.approx(float(measured[part].mean()), rel=0.05)
     assert apply_calibration(points, torch.tensor([-100.0, -50.0])).diff().item() == pytest.approx(50.0)
-    twice = price_fit.judge_predictions([trial, price_fit._Predictions.of(predicted, 2 * measured)])
+    twice = judge_predictions([trial, Predictions.of(predicted, 2 * measured)])
     assert twice.cheap_ratio == pytest.approx((2 + 0.5) / 2, rel=1e-3)
     same = torch.tensor([-9.0, -3.0])
     assert torch.equal(apply_calibration(calibrate([]), same), same)

@@ -9,7 +9,8 @@ from functools import partial
 from torch import nn
 
 from posterity.errors import InputError
-from posterity.measurement.price_fit import Prices, apply_calibration
+from posterity.measurement.price_calibration import apply_calibration
+from posterity.measurement.price_fit import Prices
 from posterity.models.compressed_cache import INTERVAL, CompressedCache, open_cache
 from posterity.models.language_model import language_model
 

@@ -34,7 +34,8 @@ from posterity.measurement.cache_scorers import (
 from posterity.measurement.eviction_texts import TEXT, counted_targets, task_windows
 from posterity.measurement.measure import check_tokens
 from posterity.measurement.predictions import compare_predictions
-from posterity.measurement.price_fit import Prices, rank_correlation
+from posterity.measurement.price_calibration import rank_correlation
+from posterity.measurement.price_fit import Prices
 from posterity.measurement.provenance import provenance
 from posterity.measurement.window_batch import uniform_draws
 from posterity.models.attach import refuse_other_paths, watch_model
