@@ -1,6 +1,5 @@
 """Rows 1 to 5 of the audit against dense autograd, and what all rows share: verdicts, Dataset, file, table, page."""
 
-import json
 import math
 import re
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import xarray as xr
 from rich.console import Console
+from support import pages
 from support.loss_oracles import exact
 from support.spy import spy_on
 from support.tiny import summed_loss, tiny, tokens
@@ -362,7 +362,7 @@ def test_table_and_page_show_every_clause_and_escape_what_comes_from_outside(tmp
         assert clause.name in text
         assert clause.name in page
     assert "<script>alert" not in page
-    figures = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["figures"]
+    figures = pages.data(page)["figures"]
     assert len(figures) == page.count('class="chart"') > 5
     assert all(figure["data"] for figure in figures.values())
 
