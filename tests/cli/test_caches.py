@@ -35,7 +35,7 @@ def test_prices_are_fitted_and_evictions_tried(saved_model, text, tmp_path):  # 
     assert not folder.with_name("prices.state").exists()
     fitted = posterity.Prices.load(folder)
     assert fitted.horizon == 8
-    assert fitted.attrs["command"].startswith("posterity ")
+    assert fitted.attrs["command"].startswith("posterity")
     output, page = tmp_path / "e.nc", tmp_path / "e.html"
     answer = run("evict", saved_model, text, "--prices", folder, "--keep", "1/2,0.25", "--budget", "model", *EVICT,
                  "-o", output, "-r", page)  # fmt: skip

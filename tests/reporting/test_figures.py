@@ -27,12 +27,15 @@ def stepped():
 @pytest.fixture(scope="module")
 def figures(paid, stepped):
     """Every figure, of one result and of three."""
-    groups = ResultGroup.of([paid]), ResultGroup.of([stepped]), ResultGroup.of([paid, stepped, sample(layers=2)])
-    return [grid for group in groups for grid in draw_charts(group).values()]
+    priced = sample(prices="text")
+    results = [paid], [stepped], [priced], [paid, stepped, sample(layers=2), priced]
+    return [grid for group in map(ResultGroup.of, results) for grid in draw_charts(group).values()]
 
 
 def test_every_chart_is_drawn_and_named(paid, stepped):
-    assert set(draw_charts(ResultGroup.of([paid]))) == {*CHARTS, *LOSS_CHARTS} == {*DRAWERS, *READER_CHARTS}
+    prices = {name for name in DRAWERS if "price" in name}
+    assert set(draw_charts(ResultGroup.of([paid]))) == {*CHARTS, *LOSS_CHARTS} == {*DRAWERS, *READER_CHARTS} - prices
+    assert set(draw_charts(ResultGroup.of([sample(prices="text")]))) == {*CHARTS} | prices
     assert set(TRAINING_CHARTS) < set(draw_charts(ResultGroup.of([stepped])))
     assert set(draw_charts(ResultGroup.of([sample()]))) == set(CHARTS)
 
