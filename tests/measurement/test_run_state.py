@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,3 +421,22 @@ def test_a_mistake_is_said_once_by_all_processes(tmp_path):
     _, message = run.communicate(timeout=120)
     assert run.returncode != 0
     assert len([line for line in message.splitlines() if line.startswith("posterity: ")]) == 1
+
+
+@pytest.mark.parametrize("calls_before", [0, 1, 2, 3])
+def test_a_state_may_vanish_while_it_is_removed(tmp_path, monkeypatch, calls_before):
+    folder, scandir, calls = tmp_path / "run.nc.state", os.scandir, []
+    (folder / "step-1").mkdir(parents=True)
+    for file in (folder / "0.safetensors", folder / "step-1" / "0.safetensors"):
+        file.write_bytes(b"")
+
+    def vanish(path):  # another process removes it just before it is listed
+        calls.append(path)
+        if len(calls) == calls_before + 1:
+            monkeypatch.setattr(os, "scandir", scandir)
+            shutil.rmtree(folder)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanish)
+    remove_state(folder)
+    assert not folder.exists()

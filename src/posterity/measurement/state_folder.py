@@ -90,9 +90,16 @@ def check_settings(folder: Path | None, saved: Mapping[str, object], current: Ma
 
 
 def remove_state(folder: Path) -> None:
-    """Delete the state files in a folder and in its subfolders, then those of these folders that are empty."""
-    for place in (*folder.glob("*/"), folder):
-        for file in (file for suffix in _SUFFIXES for file in place.glob(f"[0-9]*.{suffix}")):
-            file.unlink(missing_ok=True)
+    """Delete the state files in a folder and in its subfolders, then those of these folders that are empty.
+
+    Other processes may do the same at the same time.
+    """
+    places = [folder]
+    with suppress(FileNotFoundError):  # another process was first
+        places = [*folder.glob("*/"), folder]
+    for place in places:
+        with suppress(FileNotFoundError):
+            for file in [file for suffix in _SUFFIXES for file in place.glob(f"[0-9]*.{suffix}")]:
+                file.unlink(missing_ok=True)
         with suppress(OSError):  # not empty, or another process was first
             place.rmdir()
