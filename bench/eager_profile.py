@@ -47,7 +47,7 @@ def lag_profile(name, context):
                 started = time.perf_counter()
                 window_losses(model, ids).sum().backward()
                 seconds = time.perf_counter() - started
-            credit = torch.from_numpy(ledger.result().credit.sum("head").values)
+            credit = torch.from_numpy(ledger.result().credit.sum(["head", "reader_of"]).values)
         else:
             started = time.perf_counter()
             credit = eager_credit(model, ids)
