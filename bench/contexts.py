@@ -14,7 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from posterity import attention
-from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import pass_credit, self_edge_gradients
 from posterity.measurement.account import account
 from posterity.measurement.estimate import estimate
 from posterity.models.checkpointing import checkpoint_layers

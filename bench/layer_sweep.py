@@ -8,7 +8,8 @@ from rich.table import Table
 from timing import console, median_ratio, processor, seconds
 
 from posterity import attention
-from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import pass_credit, self_edge_gradients
 from posterity.decomposition.sweep import Scratch
 from posterity.ops.fused_kernels import CPU
 

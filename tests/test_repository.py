@@ -12,12 +12,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "posterity"
 # One line; a folder imports only folders to its left. `results` and `ops` do not know each other.
-LAYERS = ["ops", "decomposition", "models", "inputs", "measurement", "clauses", "reporting", "training", "cli"]
+LAYERS = [
+    "kernels",
+    "ops",
+    "decomposition",
+    "models",
+    "inputs",
+    "measurement",
+    "clauses",
+    "reporting",
+    "training",
+    "cli",
+]
 BASE = {"errors", "axes", "palette", "progress", "atomic_files", "_version"}
 MAY = {name: {*LAYERS[:index], "results", *BASE} for index, name in enumerate(LAYERS)}
 MAY |= {
-    "ops": {"errors"},
-    "decomposition": {"ops", "errors", "axes"},
+    "kernels": set(),
+    "ops": {"kernels", "errors"},
+    "decomposition": {"kernels", "ops", "errors", "axes"},
     "results": {"errors", "axes", "atomic_files", "_version"},
     "plotting": {"results", "errors", "axes", "palette"},  # a plot is a function of a Dataset
 }
@@ -26,6 +38,7 @@ MAY["cli"] |= {FACE}
 TORCH = {"torch", "jaxtyping"}  # jaxtyping: shapes in the signatures, nothing at run time
 HUGGING_FACE = {"transformers", "huggingface_hub"}
 OUTSIDE = {
+    "kernels": {"triton"},
     "ops": TORCH,
     "decomposition": TORCH,
     "models": TORCH | HUGGING_FACE,

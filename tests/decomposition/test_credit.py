@@ -5,7 +5,8 @@ import torch
 from support.attention_cases import BIASES, DIM, DIM_V, HEADS, LENGTHS, MASKS, leaves, mask_case, run_backward
 from support.reference import allowed_pairs, by_lag, dense_account
 
-from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import pass_credit, self_edge_gradients
 from posterity.decomposition.lag_sums import sum_by_lag
 from posterity.decomposition.participation import participation_ratio
 from posterity.errors import InputError

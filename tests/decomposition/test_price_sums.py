@@ -7,7 +7,8 @@ import torch
 from support.attention_cases import BIASES, DIM_V, HEADS, MASKS, leaves, mask_case, run_backward
 from support.price_reference import dense_pair_prices, dense_window_prices
 
-from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import pass_credit, self_edge_gradients
 from posterity.decomposition.first_keys import FirstKeys
 from posterity.decomposition.prices import pass_prices
 

@@ -10,7 +10,8 @@ from support.tiny import summed_loss, tiny, tokens
 
 import posterity
 from posterity import Discount, InputError
-from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import pass_credit, self_edge_gradients
 from posterity.models.attach import observe_model
 from posterity.ops.attention import attention
 from posterity.results import stats

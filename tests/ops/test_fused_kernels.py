@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posterity.decomposition.credit import Bins, pass_credit, self_edge_gradients
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import pass_credit, self_edge_gradients
 from posterity.ops import fused_kernels as fused
 from posterity.ops.attention import _Attention, _Options, attention
 from posterity.ops.horizon_rules import Discount, EdgeWindow, Full, Myopic
@@ -131,7 +132,8 @@ def dense(leaves, grad, **options):
     wide = [x.detach().cpu().double().requires_grad_() for x in leaves]
     passes = []
     out = attention(*wide, observe=passes.append, **options)
-    return passes[0], out, torch.autograd.grad(out, wide, grad.cpu().double())
+    grads = torch.autograd.grad(out, wide, grad.cpu().double())
+    return passes[0], out, grads
 
 
 CASES = [(torch.float32, 64, 64, 6), (torch.float32, 64, 32, 2), (torch.float32, 15, 15, 2), (HALF, 64, 64, 2)]

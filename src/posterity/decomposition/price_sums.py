@@ -28,12 +28,11 @@ class PriceSums:
     whole_groups: bool = True
 
     @classmethod
-    def of(cls, back: Backward, ends: Sequence[int] | None = None) -> "PriceSums":
-        """Start with zeros for all heads of a backward pass; readers in one segment unless `ends` are given."""
+    def of(cls, back: Backward, ends: Sequence[int]) -> "PriceSums":
+        """Start with zeros for all heads of a backward pass."""
         batch, heads, length = back.lse.shape
-        ends = (length,) if ends is None else tuple(ends)
         squares = torch.zeros(batch, back.key.shape[1], len(ends), length, dtype=torch.float64, device=back.lse.device)
-        return cls(squares, back.lse.new_zeros(2, batch, heads, octaves(length), length), ends)
+        return cls(squares, back.lse.new_zeros(2, batch, heads, octaves(length), length), tuple(ends))
 
     def start_part(self, heads: int) -> "PriceSums":
         """Return sums over no edges, of so many heads of a document."""

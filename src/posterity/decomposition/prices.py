@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from posterity.decomposition.edge_sums import sum_edges
 from posterity.decomposition.first_keys import FirstKeys
 from posterity.decomposition.price_sums import PriceSums
-from posterity.decomposition.sweep import Scratch, sweep
+from posterity.decomposition.sweep import Scratch
 from posterity.ops.attention import Backward
 
 
@@ -53,6 +54,6 @@ def pass_prices(
         ends: Of segments of readers, whose prices are kept apart; one segment by default.
         scratch: Keeps memory between calls.
     """
-    sums = PriceSums.of(back, ends)
-    sweep(back, (sums,), scratch, first_keys.columns())
+    _, sums = sum_edges(back, None, (back.lse.shape[2],) if ends is None else ends, first_keys.columns(), scratch)
+    assert sums is not None
     return PassPrices.of(sums, first_keys, back)

@@ -14,14 +14,9 @@ from torch.nn.functional import pad
 from posterity.axes import SIDES, STREAMS
 from posterity.decomposition.accumulator import Accumulator, stack_layers
 from posterity.decomposition.adapter_gradients import AdapterSplit, merge_passes
-from posterity.decomposition.credit import (
-    EXACT_LAGS,
-    EXACT_POSITIONS,
-    Bins,
-    check_finite,
-    pass_credit,
-    self_edge_gradients,
-)
+from posterity.decomposition.bins import EXACT_LAGS, Bins
+from posterity.decomposition.credit import EXACT_POSITIONS, check_finite, pass_credit, self_edge_gradients
+from posterity.decomposition.edge_sums import sweep_path
 from posterity.decomposition.first_keys import SINKS, Spans
 from posterity.decomposition.projections import find_projections
 from posterity.decomposition.sweep import Scratch
@@ -241,6 +236,8 @@ class Ledger:
         }
         for variable, x in totals.items():
             entries.add((name, variable), x.sum(0))
+        by_kernel = sweep_path(back, Bins.of(self.lags, length)) == "triton"
+        entries.add((name, "sweeps"), torch.tensor([by_kernel, not by_kernel]).long())
         entries.add((name, "tail_moment"), tail_moments(credit, back.key.shape[1]))
         entries.append_rows((name, "length"), torch.full((len(by_position),), length))
         entries.append_rows((name, "credit_by_document"), credit.credit_by_side)
@@ -293,6 +290,7 @@ class Ledger:
             "sinks": self.sinks,
             "prices": self.prices or "",
             "left_out_passes": self.left_out,
+            "sweep": self._sweep(),
             "other_paths": "; ".join(self.watch.other_paths),
             "wrong_gradients": "; ".join(self.watch.wrong_gradients),
             "uncut_paths": "; ".join(self.watch.uncut_paths),
@@ -311,6 +309,13 @@ class Ledger:
             attrs=provenance(self.model) | ledger_attrs | attrs,
             **coordinates,
         )
+
+    def _sweep(self) -> str:
+        """Return what summed the edges by lag, where anything did."""
+        if not Bins.of(self.lags, 2).needs_sweep:
+            return ""
+        counts = torch.stack([self.sums.total[str(layer), "sweeps"] for layer in self.watch.layers]).sum(0)
+        return " and ".join(name for name, count in zip(("Triton kernels", "blocks"), counts, strict=True) if count)
 
     def _documents_by_layer(self) -> dict[Layer, int]:
         return {layer: self.sums.count((str(layer), "credit_by_document")) for layer in self.watch.layers}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from posterity.decomposition.accumulator import Accumulator
-from posterity.decomposition.credit import Bins, check_finite, restart_positions
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import check_finite, restart_positions
 from posterity.decomposition.first_keys import Spans
 from posterity.models.language_model import enclosing_layer
 from posterity.models.watch import Layer, Watch

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity.decomposition.accumulator import Accumulator, stack_layers
-from posterity.decomposition.credit import Bins, check_finite, restart_positions, self_edge_gradients
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import check_finite, restart_positions, self_edge_gradients
 from posterity.decomposition.first_keys import FirstKeys, Spans
 from posterity.decomposition.gram import gram_terms
 from posterity.decomposition.projections import is_packed

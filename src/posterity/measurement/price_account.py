@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from posterity.decomposition.accumulator import Accumulator, stack_layers
-from posterity.decomposition.credit import Bins, check_finite, count_positions
+from posterity.decomposition.bins import Bins
+from posterity.decomposition.credit import check_finite, count_positions
 from posterity.decomposition.first_keys import FirstKeys, Spans
 from posterity.decomposition.prices import PassPrices, pass_prices
 from posterity.decomposition.sweep import Scratch

@@ -13,7 +13,7 @@ and backward, with do_i the gradient at o_i and D_i = do_i.o_i:
 
 Nothing of size N x N is ever held: the forward pass keeps the log-sum-exp `lse`, the backward pass recomputes one block
 of scores at a time (blockwise.py; Dao 2023, arXiv 2307.08691). Plain causal attention goes to torch's fused kernels
-(fused_kernels.py).
+(fused_kernels.py), all other on CUDA to kernels of our own (block_kernels.py).
 
 Under a horizon (horizon_rules.py) every edge's part of dk and dv carries a factor that depends on its lag; dq never
 does.
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posterity.errors import InputError
+from posterity.ops.block_kernels import kernel_table, triton_attention
 from posterity.ops.blockwise import block_backward, block_forward
 from posterity.ops.fused_kernels import Kernel, select_kernel
 from posterity.ops.heads import repeat_heads, sum_heads
@@ -219,7 +220,11 @@ class _Attention(torch.autograd.Function):
             kernel = _fused_kernel(query, key, value, sinks, options)
             if kernel is not None:
                 return kernel.forward(query, key, value, options.scale)
-            output, lse = block_forward(query, key, value, sinks, options)
+            table = kernel_table(query, key, value, options)
+            if table is None or triton_attention is None:
+                output, lse = block_forward(query, key, value, sinks, options)
+            else:
+                output, lse = triton_attention.forward(query, key, value, sinks, options, table)
             return output, (lse, None, None)
 
         output, state = attend() if options.tape is None else options.tape.output(attend)
@@ -243,9 +248,16 @@ class _Attention(torch.autograd.Function):
         key_per_head, value_per_head = (repeat_heads(x, query.shape[1]) for x in (key, value))
         tensors = grad_output, query, key_per_head, value_per_head, output, lse
         grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[4] else None
+
+        def by_blocks(factors: Sequence[Tensor | None] = (None, None), grad_bias: Tensor | None = None):
+            table = kernel_table(query, key, value, options)
+            if table is None or triton_attention is None:
+                return block_backward(*tensors, options, factors, grad_bias)
+            return triton_attention.backward(grad_output, query, key, value, output, lse, options, table, factors)
+
         kernel = _fused_kernel(query, key, value, sinks, options)
         if kernel is None:
-            compute_total = partial(block_backward, *tensors, options, grad_bias=grad_bias)
+            compute_total = partial(by_blocks, grad_bias=grad_bias)
         else:
             compute_total = partial(kernel.backward, *tensors[:5], state, options.scale)
         # With cut="hidden" the projections hand over keys and values twice, attached to the hidden state and detached
@@ -253,7 +265,7 @@ class _Attention(torch.autograd.Function):
         # W_V learn from the total gradient, while the hidden state gets only the part that is kept.
         detached = ctx.detached if limited else (False, False)
         (grad_query, *kept_grads), (_, *total_grads) = _gradients(
-            tensors, options, factors, compute_total, any(detached), grad_bias
+            tensors, options, factors, compute_total, by_blocks, any(detached), grad_bias
         )
         cut_grads = [
             total - grad if stream else None
@@ -302,12 +314,14 @@ def _gradients(
     scoring: Scoring,
     factors: list[Tensor | None],
     compute_total: Callable[[], Sequence[Tensor]],
+    by_blocks: Callable[[Sequence[Tensor | None], Tensor | None], Sequence[Tensor]],
     with_total: bool,
     grad_bias: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return dq and each query head's own dk and dv under the factors of a horizon; and, if `with_total`, without them.
 
-    `compute_total` returns the latter, and adds the gradient of the bias, which has no factor, to `grad_bias`.
+    `compute_total` returns the latter, and adds the gradient of the bias, which has no factor, to `grad_bias`;
+    `by_blocks` returns the former, and does likewise.
     """
     grad_output, query, key = tensors[:3]
     limited = any(factor is not None for factor in factors)
@@ -317,7 +331,7 @@ def _gradients(
     if with_total or not blockwise:
         totals = list(compute_total())
     if blockwise:
-        grads = block_backward(*tensors, scoring, factors=factors, grad_bias=None if totals else grad_bias)
+        grads = list(by_blocks(factors, None if totals else grad_bias))
         return grads, totals if with_total else grads
     if not limited:
         return totals, totals

@@ -39,13 +39,14 @@ def select_kernel(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
     if query.device.type != _GPU or torch.version.hip or not query.numel():
         return None
     widths, half = (query.shape[3], value.shape[3]), query.dtype in HALF
-    if half and widths[0] == widths[1] <= 192 and widths[0] % 8 == 0 and _ampere(query.device):
+    if half and widths[0] == widths[1] <= 192 and widths[0] % 8 == 0 and is_ampere(query.device):
         return FLASH
     aligned = all(width % (8 if half else 4) == 0 for width in widths)  # 16 bytes
-    return EFFICIENT if aligned and (half or query.dtype == torch.float32) and _ampere(query.device) else None
+    return EFFICIENT if aligned and (half or query.dtype == torch.float32) and is_ampere(query.device) else None
 
 
-def _ampere(device: torch.device) -> bool:
+def is_ampere(device: torch.device) -> bool:
+    """Return whether a CUDA device has compute capability 8.0 at least."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 

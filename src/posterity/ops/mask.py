@@ -66,6 +66,7 @@ class Mask:
             allowed = padding_mask_mod(padding)
         self.allowed = allowed
         self.padding = padding
+        self.tables: dict[tuple, Any] = {}  # of block_table.py
         self._edges: Tensor | None = None
         self._counted: Mask | None = None  # whose edges are counted, where they are not those of `allowed`
         self._tiles: dict[tuple, list[TileRow]] = {}
