@@ -162,8 +162,7 @@ def test_sums_over_edges_are_those_of_the_dense_reference(length, name, softcap,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize("name", ["plain", "window", "left padding"])
-@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("name", "softcap"), [("plain", None), ("window", 1.5), ("left padding", None)])
 def test_sums_in_lower_precision_are_those_of_the_blocks_in_float64_of_the_same_tensors(dtype, name, softcap):
     """Products of half precision are exact in float32: only the sums round."""
     tensors, _ = inputs(33, False, torch.float32)
@@ -193,6 +192,20 @@ def converted(back, dtype, mask):
     tensors = {name: getattr(back, name).to(DEVICE, dtype) for name in fields}
     lse = back.lse.to(DEVICE, torch.float64 if dtype == torch.float64 else torch.float32)
     return dataclasses.replace(back, **tensors, lse=lse, mask=mask)
+
+
+def test_heads_with_masks_of_their_own_have_the_numbers_of_the_blocks(monkeypatch):
+    tensors, _ = inputs(33, False, torch.float32)
+    grad, bins = torch.randn(2, HEADS, 33, DIM_V).to(DEVICE), Bins.of("octaves", 33)
+    results = []
+    for device in (DEVICE, "none"):
+        monkeypatch.setattr(block_kernels, "DEVICE", device)
+        mask = on_device(mask_case("left padding", 33)[0]).restrict_to_self([1, 2], HEADS)
+        out, grads, back = run(tensors, grad, mask=mask)
+        entry = pass_credit(back, self_edge_gradients(back), bins, prices=True)
+        results.append((out, *grads, entry.credit, entry.mass, entry.attention, entry.prices.pairs))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected.cpu(), torch.float32, 64)
 
 
 @pytest.mark.parametrize("window", [None, 200])
