@@ -55,7 +55,9 @@ def _kernels_everywhere(monkeypatch):
 
 def inputs(length, sinks, dtype):
     query, key, value, sinks = leaves(length, sinks=sinks)
-    tensors = [x.detach().to(DEVICE, dtype).requires_grad_() for x in (query, key, value)]
+    # Laid out by position and then head, as models hand them over.
+    views = (x.detach().to(DEVICE, dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
+    tensors = [x.requires_grad_() for x in views]
     return tensors, None if sinks is None else sinks.detach().to(DEVICE).float()
 
 
@@ -92,6 +94,10 @@ def test_output_and_gradients_are_those_of_the_dense_reference(dtype, length, na
     close(out, expected, bound)
     for actual, wanted in zip(grads, torch.autograd.grad(expected, wide, grad.cpu().double()), strict=True):
         close(actual, wanted, bound)
+    empty = (
+        (~allowed.any(-1)).expand(2, HEADS, -1) if logits is None else torch.zeros(2, HEADS, length, dtype=torch.bool)
+    )
+    assert torch.equal(back.lse.isposinf().cpu(), empty)
     assert sweep_path(back, Bins.of("octaves", length)) == "triton"
 
 
@@ -107,19 +113,15 @@ def on_device(mask):
 def test_a_horizon_has_the_gradients_of_the_blocks(rules, name, monkeypatch):
     tensors, _ = inputs(40, False, torch.float32)
     grad = torch.randn(2, HEADS, 40, DIM_V).to(DEVICE)
-    results = []
-    for kernels in (True, False):
-        if not kernels:
-            monkeypatch.setattr(block_kernels, "DEVICE", "none")
-        results.append(run(tensors, grad, mask=on_device(mask_case(name, 40)[0]), horizon=lambda: rules))
-    for actual, expected in zip(results[0][1], results[1][1], strict=True):
-        close(actual, expected.cpu(), torch.float32)
-    bins = Bins.of("octaves", 40)
-    entries = [pass_credit(back, self_edge_gradients(back), bins) for _, _, back in results[:1]]
-    monkeypatch.setattr(block_kernels, "DEVICE", "none")
-    entries.append(pass_credit(results[0][2], self_edge_gradients(results[0][2]), bins))
-    for field in ("credit", "mass", "attention"):
-        close(getattr(entries[0], field), getattr(entries[1], field).cpu(), torch.float32)
+    results, bins = [], Bins.of("octaves", 40)
+    for device in (DEVICE, "none"):
+        monkeypatch.setattr(block_kernels, "DEVICE", device)
+        _, grads, back = run(tensors, grad, mask=on_device(mask_case(name, 40)[0]), horizon=lambda: rules)
+        assert sweep_path(back, bins) == ("blocks" if results else "triton")
+        entry = pass_credit(back, self_edge_gradients(back), bins)
+        results.append((*grads, entry.credit, entry.mass, entry.attention))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected.cpu(), torch.float32, 64)
 
 
 EXACT = torch.float64 if INTERPRETED else torch.float32

@@ -46,7 +46,7 @@ class _Operands:
         """Return q, k, v, do, lse and D."""
         back = self.back
         delta = dot(back.grad_output, back.output)
-        return *(x.contiguous() for x in (back.query, back.key, back.value, back.grad_output, back.lse)), delta
+        return tuple(x.contiguous() for x in (back.query, back.key, back.value, back.grad_output, back.lse, delta))
 
     def blocks(self, by_column: bool = False) -> tuple:
         """Return the blocks of a table, their edges and what forms scores."""
@@ -82,7 +82,7 @@ def sum_bins(
     operands, device = _Operands.of(back, table, left_out), back.lse.device
     batch, heads, length = back.lse.shape
     grads = (back.stream_gradient(stream).contiguous() for stream in range(3))
-    norms = (x.to(working_dtype(x.dtype)).norm(dim=-1) for x in (back.query, back.key, back.grad_output))
+    operand_norms = (x.to(working_dtype(x.dtype)).norm(dim=-1) for x in (back.query, back.key, back.grad_output))
     readers = back.mask.readers(length)
     reader = back.lse.new_ones(batch, length) if readers is None else readers.to(back.lse.dtype).expand(batch, -1)
     bin_first = torch.tensor([*first, length], dtype=torch.int32, device=device)
@@ -92,7 +92,7 @@ def sum_bins(
     factors = back.key_factor, back.value_factor
     *blocks, scale, softcap = operands.blocks()
     lag_kernel[parts, batch * heads](
-        *operands.tensors(), *grads, *norms, reader.contiguous(), operands.counted,
+        *operands.tensors(), *grads, *(x.contiguous() for x in operand_norms), reader.contiguous(), operands.counted,
         *(reader if x is None else x.contiguous() for x in factors),
         *blocks, _far_end(table, _far_lag(first, sum(table.shape))), bin_first, bin_of, sums, scale, softcap,
         *operands.sizes(), *operands.tile(), bins, back.softcap is not None, *(x is not None for x in factors),

@@ -68,7 +68,7 @@ def backward(
 
     Keys and values are those of the groups, not repeated.
     """
-    delta = dot(grad_output, output)
+    delta = dot(grad_output, output).contiguous()
     grad_output, query, key, value, lse = (x.contiguous() for x in (grad_output, query, key, value, lse))
     batch, heads, length, dim = query.shape
     grad_query = torch.empty_like(query)
