@@ -138,7 +138,7 @@ def test_the_reach_shows_attention_mass_and_credit(result, stream, level):
         half = stats.uncertainty(error, WINDOWS)
         for bound in (lag - half, lag + half):
             assert {*zip(x.values.astype(float), bound.values, strict=True)} <= {*map(tuple, points)}
-    assert ax.get_ylabel() == f"{100 * level:g} % within this lag (tokens)"
+    assert ax.get_ylabel() == f"lag of {100 * level:g} % (tokens)"
 
 
 def test_sinks_show_credit_and_attention_at_the_first_positions(result):

@@ -96,7 +96,7 @@ def sum_bins(
         *(reader if x is None else x.contiguous() for x in factors),
         *blocks, _far_end(table, _far_lag(first, sum(table.shape))), bin_first, bin_of, sums, scale, softcap,
         *operands.sizes(), *operands.tile(), bins, back.softcap is not None, *(x is not None for x in factors),
-        precision(back.query.dtype), num_warps=_WARPS,
+        precision(back.query.dtype), num_warps=_WARPS, num_stages=1,  # more would spill registers
     )  # fmt: skip
     by_bin = sums.sum(1)[:, :_SUMS, : len(first)].unflatten(0, (batch, heads)).movedim(2, 0)
     by_bin[[0, 1, 3, 4]] *= back.scale

@@ -136,7 +136,7 @@ def plot_reach(result: xr.Dataset, ax: Axes | None = None, *, stream: str = "val
         show_whole_numbers(axes.xaxis)
         show_powers(axes, "y", int(result.lag_end[-1]))
         _, words = choose_readers(result, "rest")
-        axes.set(xlabel=f"layer{words}", ylabel=f"{100 * level:g} % within this lag (tokens)")
+        axes.set(xlabel=f"layer{words}", ylabel=f"lag of {100 * level:g} % (tokens)")
         draw_legend(axes)
     return axes
 
