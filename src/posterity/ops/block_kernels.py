@@ -7,6 +7,7 @@ and the factors of a horizon. Elsewhere the operator goes block by block (blockw
 import torch
 from torch import Tensor
 
+from posterity.errors import warn_once
 from posterity.ops.block_table import BlockTable, block_table
 from posterity.ops.fused_kernels import HALF, is_ampere
 from posterity.ops.scores import Scoring
@@ -23,7 +24,7 @@ _WIDEST = 256  # heads; the operands of wider ones do not fit a program
 def kernel_table(
     query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, shape: tuple[int, int] | None = None
 ) -> BlockTable | None:
-    """Return the blocks of the mask for kernels; None where none applies (`refusal` says why).
+    """Return the blocks of the mask for kernels; None where none applies, which is logged once with the reason on CUDA.
 
     Args:
         query: Queries, (batch, head, position, dim).
@@ -32,9 +33,16 @@ def kernel_table(
         scoring: How scores are formed.
         shape: Of a block; that of the operator's kernels by default.
     """
-    if refusal(query, key, value, scoring) is not None or triton_attention is None:
-        return None
-    return block_table(scoring.mask, query.shape[2], shape or triton_attention.tile_shape(query, value), query.device)
+    reason = refusal(query, key, value, scoring)
+    if reason is None and triton_attention is not None:
+        shape = shape or triton_attention.tile_shape(query, value)
+        table = block_table(scoring.mask, query.shape[2], shape, query.device)
+        if table is not None:
+            return table
+        reason = "the edges of its mask form too many blocks that are neither empty nor full"
+    if query.device.type == DEVICE and query.shape[2] == key.shape[2]:
+        warn_once(f"attention, or sums over its edges, go block by block in plain PyTorch, which is slower: {reason}")
+    return None
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> str | None:
