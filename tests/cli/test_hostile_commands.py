@@ -36,6 +36,13 @@ def test_paths_that_cannot_be_are_refused(arguments):
     assert run_command(arguments) is False
 
 
+@pytest.mark.parametrize("command", ["prices", "fold", "evict", "measure"])
+@pytest.mark.parametrize("output", ["", ".", "..", "/", NUL])
+def test_an_output_without_a_name_is_refused_in_an_empty_folder_too(command, output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_command([command, "./none", "--output", output]) is False
+
+
 @pytest.mark.parametrize(
     "text",
     [

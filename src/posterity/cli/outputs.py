@@ -107,7 +107,10 @@ class ResumableRun:
     @property
     def folder(self) -> Path | None:
         """The folder of the state; None for a run without an output."""
-        return None if self.output is None else self.output.with_name(f"{self.output.name}.state")
+        if self.output is None:
+            return None
+        output = self.output.resolve() if self.output.name in ("", "..") else self.output
+        return output.parent / f"{output.name}.state"
 
     def subfolder(self, name: str) -> Path | None:
         """Return the folder for one of several models."""
