@@ -13,6 +13,7 @@ from posterity.decomposition.price_sums import PriceSums, octaves
 from posterity.decomposition.sweep import Scratch, sweep
 from posterity.ops.attention import Backward
 from posterity.ops.block_kernels import kernel_table
+from posterity.ops.block_table import BlockTable
 
 try:
     from posterity.decomposition import triton_sums
@@ -39,7 +40,7 @@ def sum_edges(
         left_out: Keys whose edges are not counted, for each document of the batch.
         scratch: Keeps memory between calls.
     """
-    by_bin = None if bins is None or not _takes_kernel(back, bins) else _kernel_bins(back, bins, left_out)
+    by_bin = None if bins is None else _kernel_bins(back, bins, left_out)
     priced = None if ends is None else _kernel_prices(back, ends, left_out)
     prices = PriceSums.of(back, ends) if ends is not None and priced is None else None
     diagonals = DiagonalSums.of(back) if bins is not None and by_bin is None else None
@@ -56,21 +57,18 @@ def sweep_path(back: Backward, bins: Bins) -> str:
     """Return what sums the edges of a pass by lag: "none", "triton" or "blocks"."""
     if not bins.needs_sweep:
         return "none"
-    return "triton" if _takes_kernel(back, bins) and _table(back) is not None else "blocks"
+    return "blocks" if _table(back, bins) is None else "triton"
 
 
-def _takes_kernel(back: Backward, bins: Bins) -> bool:
-    return triton_sums is not None and len(bins.first) <= _MOST_BINS
-
-
-def _table(back: Backward):
-    if triton_sums is None:
+def _table(back: Backward, bins: Bins | None = None) -> BlockTable | None:
+    """Return the blocks of a mask for the kernels; None where they do not apply, or not to so many bins."""
+    if triton_sums is None or (bins is not None and len(bins.first) > _MOST_BINS):
         return None
     return kernel_table(back.query, back.key, back.value, back, triton_sums.sweep_tile_shape(back.query, back.value))
 
 
 def _kernel_bins(back: Backward, bins: Bins, left_out: Sequence[Sequence[slice]]) -> BinSums | None:
-    table = _table(back)
+    table = _table(back, bins)
     if table is None or triton_sums is None:
         return None
     sums = triton_sums.sum_bins(back, table, bins.first, left_out)

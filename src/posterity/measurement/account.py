@@ -215,9 +215,8 @@ class Ledger:
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
             )
         self_edge, length = self_edge_gradients(back), back.lse.shape[2]
-        credit = pass_credit(
-            back, self_edge, Bins.of(self.lags, length), self._scratch, self._spans, self.sinks, self.prices == TEXT
-        )
+        bins = Bins.of(self.lags, length)
+        credit = pass_credit(back, self_edge, bins, self._scratch, self._spans, self.sinks, self.prices == TEXT)
         by_position = credit.credit_by_position
         check_finite(by_position, f"the gradient of layer {layer}")
         entries, name = self._entries, str(layer)
@@ -236,7 +235,7 @@ class Ledger:
         }
         for variable, x in totals.items():
             entries.add((name, variable), x.sum(0))
-        by_kernel = sweep_path(back, Bins.of(self.lags, length)) == "triton"
+        by_kernel = sweep_path(back, bins) == "triton"
         entries.add((name, "sweeps"), torch.tensor([by_kernel, not by_kernel]).long())
         entries.add((name, "tail_moment"), tail_moments(credit, back.key.shape[1]))
         entries.append_rows((name, "length"), torch.full((len(by_position),), length))
