@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from posterity.models.linear import as_linear
     from posterity.models.probe import check
     from posterity.ops.attention import attention
+    from posterity.ops.block_kernels import choose_kernels
     from posterity.ops.horizon_rules import Discount, EdgeWindow, Full, Leak, Myopic
     from posterity.ops.mask import Mask
     from posterity.plotting import plot
@@ -56,6 +57,7 @@ _HOMES = {
     "models.horizon": ("horizon",),
     "models.probe": ("check",),
     "ops.attention": ("attention",),
+    "ops.block_kernels": ("choose_kernels",),
     "ops.horizon_rules": ("Discount", "EdgeWindow", "Full", "Leak", "Myopic"),
     "ops.mask": ("Mask",),
     "reporting.report": ("report",),
@@ -87,6 +89,7 @@ __all__ = [
     "attention",
     "audit",
     "check",
+    "choose_kernels",
     "compare",
     "compress",
     "evict",

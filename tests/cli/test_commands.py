@@ -20,6 +20,7 @@ from posterity.errors import InputError
 from posterity.inputs.documents import default_text
 from posterity.inputs.model import LoadedModel
 from posterity.measurement.distributed import Processes
+from posterity.ops import block_kernels
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -107,6 +108,16 @@ def test_measure_checks_the_outputs_and_texts_before_it_loads_the_model(calls, t
     assert [name for name, _ in calls[3][1][2]] == [str(text)]
     assert calls[4][1] == ("the result", Path("run.nc"))
     assert calls[5][1] == ("the result", Path("page.html"))
+
+
+def test_a_choice_of_kernels_holds_while_a_model_is_measured(calls, monkeypatch):
+    choices = []
+    monkeypatch.setattr(posterity, "measure", lambda *args, **options: choices.append(block_kernels._choice[0]))
+    for words in ((), ("--kernels", "triton"), ("--kernels", "blocks")):
+        assert run("measure", "org/model", *words).exit_code == 0
+    assert choices == ["auto", "triton", "blocks"]
+    assert block_kernels._choice == ["auto"]
+    assert run("measure", "org/model", "--kernels", "flash").exit_code == 2
 
 
 def test_who_pays_is_passed_on(calls):
@@ -238,6 +249,9 @@ def test_check_answers_in_one_line_and_by_its_exit_code(calls, monkeypatch, ok, 
         def __str__(self):
             return "its name: the verdict"
 
+        def describe_kernels(self):
+            return "what runs"
+
     def forecast(model, **options):
         assert (model, options) == ("the model", {"limit": 3})
         return "its size and what it takes"
@@ -246,7 +260,7 @@ def test_check_answers_in_one_line_and_by_its_exit_code(calls, monkeypatch, ok, 
     monkeypatch.setattr("posterity.measurement.forecast.forecast", forecast)
     result = run("check", "its name", "--limit", 3)
     assert result.exit_code == code
-    assert result.stdout == "its name: the verdict\n" + ok * "its size and what it takes\n"
+    assert result.stdout == "its name: the verdict\n" + ok * "what runs\nits size and what it takes\n"
 
 
 def test_every_command_says_its_question_and_examples_that_its_options_take():

@@ -266,3 +266,15 @@ def test_what_no_kernel_takes_says_why(monkeypatch):
     monkeypatch.setattr(block_kernels, "triton_attention", None)
     assert "not installed" in block_kernels.refusal(query, key, value, scoring)
     assert key.shape[1] == GROUPS
+
+
+def test_chosen_kernels_say_what_they_do_not_take():
+    tensors, _ = inputs(16, False, torch.float32)
+    grad = torch.randn(2, HEADS, 16, DIM_V, device=DEVICE)
+    with block_kernels.choose_kernels("triton"):
+        back = run(tensors, grad)[2]
+        assert sweep_path(back, Bins.of("octaves", 16)) == "triton"
+        with pytest.raises(InputError, match="at most 256 bins of lags, not 300"):
+            sweep_path(back, Bins.of("all", 300))
+    with block_kernels.choose_kernels("blocks"):
+        assert sweep_path(back, Bins.of("octaves", 16)) == "blocks"

@@ -1,11 +1,12 @@
 """Where the Triton kernels do not apply: the reason is logged once."""
 
+import pytest
 import torch
 from support.attention_cases import DIM_V, HEADS, leaves, run_backward
 
 from posterity.decomposition.bins import Bins
 from posterity.decomposition.edge_sums import sweep_path
-from posterity.errors import warn_once
+from posterity.errors import InputError, warn_once
 from posterity.ops import block_kernels
 from posterity.ops.mask import Mask
 
@@ -31,4 +32,32 @@ def test_on_the_device_of_the_kernels_the_reason_is_logged_once(monkeypatch, cap
 def test_elsewhere_nothing_is_said(caplog):
     warn_once.cache_clear()
     run()
+    assert not caplog.text
+
+
+def test_a_choice_of_kernels_never_falls_back(monkeypatch):
+    monkeypatch.setattr(block_kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(block_kernels, "triton_attention", None)
+    with block_kernels.choose_kernels("triton"), pytest.raises(InputError, match=r"do not apply: Triton is not"):
+        run()
+    back = run()
+    with block_kernels.choose_kernels("triton"):
+        with pytest.raises(InputError, match=r"Triton is not installed: choose auto or blocks \(--kernels\)"):
+            sweep_path(back, Bins.of("octaves", 9))
+        with block_kernels.choose_kernels("blocks"):
+            assert sweep_path(back, Bins.of("octaves", 9)) == "blocks"
+        assert sweep_path(back, Bins.of("self", 9)) == "none"
+    assert sweep_path(back, Bins.of("octaves", 9)) == "blocks"
+    with (
+        pytest.raises(InputError, match=r"among auto, triton, blocks; got 'flash'"),
+        block_kernels.choose_kernels("flash"),
+    ):
+        pass
+
+
+def test_plain_pytorch_is_chosen_without_a_warning(monkeypatch, caplog):
+    warn_once.cache_clear()
+    monkeypatch.setattr(block_kernels, "DEVICE", "cpu")
+    with block_kernels.choose_kernels("blocks"):
+        run()
     assert not caplog.text

@@ -103,6 +103,10 @@ def measure_command(
     skip_broken: SkipBroken = False,
     dtype: Dtype = None,
     device: Device = None,
+    kernels: Annotated[
+        Literal["auto", "triton", "blocks"],
+        typer.Option(help="What sums over edges on a GPU: Triton kernels or an error, or plain PyTorch by blocks."),
+    ] = "auto",
     revision: Revision = None,
     losses: Annotated[
         bool | None, typer.Option("--losses", help="Who pays: own or later losses; one more backward pass.")
@@ -145,10 +149,11 @@ def measure_command(
 
     def measure_model(name: str | None, texts: Any, part: str = "") -> Any:
         loaded = load_model(name, dtype, device, revision, trust_remote_code)
-        return posterity.measure(
-            loaded.model, loaded.tokenizer, texts, attrs=run_attrs(loaded), state=run.subfolder(part),
-            processes=run.processes, **options,
-        )  # fmt: skip
+        with posterity.choose_kernels(kernels):
+            return posterity.measure(
+                loaded.model, loaded.tokenizer, texts, attrs=run_attrs(loaded), state=run.subfolder(part),
+                processes=run.processes, **options,
+            )  # fmt: skip
 
     if checkpoints:
         result = join_steps(
@@ -316,6 +321,7 @@ def check_command(
     typer.echo(str(result))
     if not result.ok:
         raise typer.Exit(2)
+    typer.echo(result.describe_kernels())
     typer.echo(forecast(loaded.model, **drop_unset(context=context, limit=limit)))
 
 

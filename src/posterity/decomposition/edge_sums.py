@@ -12,7 +12,7 @@ from posterity.decomposition.lag_sums import DiagonalSums
 from posterity.decomposition.price_sums import PriceSums, octaves
 from posterity.decomposition.sweep import Scratch, sweep
 from posterity.ops.attention import Backward
-from posterity.ops.block_kernels import kernel_table
+from posterity.ops.block_kernels import kernel_table, report_refusal
 from posterity.ops.block_table import BlockTable
 
 try:
@@ -62,9 +62,12 @@ def sweep_path(back: Backward, bins: Bins) -> str:
 
 def _table(back: Backward, bins: Bins | None = None) -> BlockTable | None:
     """Return the blocks of a mask for the kernels; None where they do not apply, or not to so many bins."""
-    if triton_sums is None or (bins is not None and len(bins.first) > _MOST_BINS):
+    shape = None if triton_sums is None else triton_sums.sweep_tile_shape(back.query, back.value)
+    table = kernel_table(back.query, back.key, back.value, back, shape)
+    if table is not None and bins is not None and len(bins.first) > _MOST_BINS:
+        report_refusal(back.query, f"they sum at most {_MOST_BINS} bins of lags, not {len(bins.first)}")
         return None
-    return kernel_table(back.query, back.key, back.value, back, triton_sums.sweep_tile_shape(back.query, back.value))
+    return table
 
 
 def _kernel_bins(back: Backward, bins: Bins, left_out: Sequence[Sequence[slice]]) -> BinSums | None:
@@ -77,7 +80,10 @@ def _kernel_bins(back: Backward, bins: Bins, left_out: Sequence[Sequence[slice]]
 
 def _kernel_prices(back: Backward, ends: Sequence[int], left_out: Sequence[Sequence[slice]]) -> PriceSums | None:
     table = _table(back)
-    if table is None or triton_sums is None or table.heads > 1:
+    if table is None or triton_sums is None:
+        return None
+    if table.heads > 1:
+        report_refusal(back.query, "the heads of a layer have masks of their own, under which kernels price no pairs")
         return None
     squares = triton_sums.square_changes(back, table, ends, left_out)
     return PriceSums(squares, triton_sums.sum_octaves(back, table, octaves(back.lse.shape[2]), left_out), tuple(ends))

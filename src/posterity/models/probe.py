@@ -46,6 +46,22 @@ class Check:
     entries: Mapping[str, int] = field(default_factory=dict)
     right_only: bool = False  # padding on the left reaches the tokens after it
     wrong_gradients: tuple[str, ...] = ()  # modules whose backward pass is not the derivative of their forward pass
+    # Layers whose masks and sums over edges go block by block in plain PyTorch, by the reason; the others by kernels.
+    without_kernels: Mapping[str, tuple[Layer, ...]] = field(default_factory=dict)
+
+    def describe_kernels(self) -> str:
+        """Say what computes masks and sums over edges on the device where the model is, in one line."""
+        parts = [
+            f"block by block in plain PyTorch{self._count(layers)} ({reason})"
+            for reason, layers in self.without_kernels.items()
+        ]
+        number = len(self.layers) - sum(map(len, self.without_kernels.values()))
+        if number:
+            parts.insert(0, "Triton kernels" + (f" in {number} of {len(self.layers)} layers" if parts else ""))
+        return f"sums over edges: {'; '.join(parts)}"
+
+    def _count(self, layers: tuple[Layer, ...]) -> str:
+        return "" if len(layers) == len(self.layers) else f" in {len(layers)} of {len(self.layers)} layers"
 
     def __str__(self) -> str:
         """Return the answer in one line."""
@@ -108,7 +124,12 @@ def _probe(model: PreTrainedModel) -> Check:
         with watch.install(), switch_attention(model, name):
             uncut_paths = () if horizons_hold(watch, ids) else other_paths
     reason = _describe(len(layers), name, other_paths, uncut_paths, wrong_gradients)
-    return Check(True, reason, layers, other_paths, uncut_paths, name, entries, right_only, wrong_gradients)
+    without_kernels = {
+        reason: tuple(layer for layer in refused if layer in layers) for reason, refused in recorder.refusals.items()
+    }
+    return Check(
+        True, reason, layers, other_paths, uncut_paths, name, entries, right_only, wrong_gradients, without_kernels
+    )
 
 
 def _random_rows(model: PreTrainedModel, count: int) -> list[Tensor]:

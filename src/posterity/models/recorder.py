@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from posterity.errors import InputError
 from posterity.models.interception import AttentionCall, intercept
 from posterity.models.watch import Layer
+from posterity.ops.block_kernels import refusal
+from posterity.ops.scores import Scoring
 
 
 class Recorder:
@@ -21,6 +23,7 @@ class Recorder:
         self.silence = silence
         self.layers: list[Layer] = []  # all calls
         self.differentiable: list[Layer] = []  # those that are not under the model's own torch.no_grad()
+        self.refusals: dict[str, list[Layer]] = {}  # of calls that go block by block, by the reason
         self.entries: Counter[str] = Counter()  # how often each module was entered
         # With `silence`, what depends on the first token here reaches later positions past attention:
         self.streams: list[Tensor] = []  # queries, keys and values of all calls, the first position left out
@@ -54,6 +57,9 @@ class Recorder:
                 "only attention among the positions of one sequence is measured"
             )
         self.layers.append(Layer(name, sum(layer.name == name for layer in self.layers)))
+        scoring = Scoring(scale=call.scale, softcap=call.softcap, mask=call.mask, bias=call.bias)
+        if reason := refusal(call.query, call.key, call.value, scoring):
+            self.refusals.setdefault(reason, []).append(self.layers[-1])
         if torch.is_grad_enabled():
             self.differentiable.append(self.layers[-1])
         return call.output()
