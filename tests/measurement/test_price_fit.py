@@ -23,6 +23,7 @@ from posterity.measurement.price_calibration import (
     rank_correlation,
 )
 from posterity.measurement.price_fit import Prices, model_digest
+from posterity.models import observed_attention
 
 OPTIONS = {"context": 12, "horizon": 4, "prices": "text", "progress": False}
 
@@ -35,7 +36,7 @@ def measured_rows(model, ids, layer):
         lambda _, args, kwargs: inputs.append(kwargs["hidden_states"].detach().numpy()), with_kwargs=True
     )
     window = getattr(model.config, "sliding_window", None)
-    features, logs = [], []
+    features, observed, logs = [], [], []
     for row in ids:
         with spy_on(model) as spy:
             summed_loss(model, row[None]).backward()
@@ -47,29 +48,64 @@ def measured_rows(model, ids, layer):
                 readers = sum(1 for i in range(start, start + 4) if window is None or i - j < window)
                 if readers:
                     x = hidden[j] / np.sqrt((hidden[j] ** 2).mean())
-                    features.append([*x, math.log(start - j), math.log1p(j), float(j == 0), 1.0])
+                    others = [math.log(start - j), math.log1p(j), float(j == 0), 1.0]
+                    features.append([*x, *others])
+                    observed.append([[*group, *others] for group in dense_observations(spy.calls[layer], start, j)])
                     logs.append(np.log(prices[:, segment, j].numpy() / readers + 1e-10))
     hook.remove()
-    return np.array(features), np.array(logs)
+    return np.array(features), np.array(observed), np.array(logs)
+
+
+def dense_observations(call, start, j):
+    """Return what the 3 queries before `start` show of the pair of key j, by key/value head, from dense attention."""
+    query, key, value, _, scale, allowed, softcap, _ = call
+    heads, groups = query.shape[1], key.shape[1]
+    score = scale * query[0].detach() @ key[0].detach().repeat_interleave(heads // groups, 0).mT
+    score = softcap * torch.tanh(score / softcap) if softcap else score
+    allowed = torch.as_tensor(allowed).expand(1, heads, *score.shape[-2:])[0]
+    weight = score.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+    rows = []
+    for group in range(groups):
+        members = range(group * (heads // groups), (group + 1) * (heads // groups))
+        paid = [[float(weight[m, i, j]) for i in range(start - 3, start) if allowed[m, i, j]] for m in members]
+        means = [sum(x) / len(x) for x in paid]
+        numbers = (
+            sum(means) / len(means), max(means), max(map(max, paid)),
+            sum(float(weight[m, start - 1, j]) for m in members) / len(means),
+            float(key[0, group, j].detach().norm()), float(value[0, group, j].detach().norm()),
+        )  # fmt: skip
+        rows.append([math.log(max(x, 1e-7)) for x in numbers])
+    return rows
+
+
+def ridge(features, logs):
+    """Return the regression with a penalty on weights of scaled features, and its mean squared error."""
+    spread = features.std(0)
+    spread[-1] = 0.0
+    scaled = np.concatenate((features, np.diag(np.sqrt(3e-3 * len(features)) * spread)))
+    target = np.concatenate((logs, np.zeros((len(spread), *logs.shape[1:]))))
+    weight = np.linalg.lstsq(scaled, target, rcond=None)[0]
+    return weight, ((logs - features @ weight) ** 2).mean(0)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_the_regression_is_that_of_dense_prices(name):
+def test_the_regression_is_that_of_dense_prices(name, monkeypatch):
+    monkeypatch.setattr(observed_attention, "OBSERVED_QUERIES", 3)
     model, ids = tiny(name), tokens(5)
     fitted = Prices.fit(model, None, ids, limit=5, **OPTIONS)
     fit_windows = ids[[0, 1, 2, 4]]  # every fourth is held out
     for layer in (0, 2):
         if name == "gemma2" and layer == 2:
             continue
-        features, logs = measured_rows(model, fit_windows, layer)
-        spread = features.std(0)
-        spread[-1] = 0.0
-        scaled = np.concatenate((features, np.diag(np.sqrt(3e-3 * len(features)) * spread)))
-        target = np.concatenate((logs, np.zeros((len(spread), logs.shape[1]))))
-        expected = np.linalg.lstsq(scaled, target, rcond=None)[0]
-        np.testing.assert_allclose(fitted.heads[layer].weight, expected, rtol=2e-4, atol=2e-4)
-        residual = ((logs - features @ expected) ** 2).mean(0)
-        np.testing.assert_allclose(fitted.heads[layer].variance, residual, rtol=1e-3)
+        head = fitted.heads[layer]
+        features, observed, logs = measured_rows(model, fit_windows, layer)
+        expected, residual = ridge(features, logs)
+        np.testing.assert_allclose(head.weight, expected, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(head.variance, residual, rtol=1e-3)
+        for group in range(logs.shape[1]):
+            expected, residual = ridge(observed[:, group], logs[:, group])
+            np.testing.assert_allclose(head.observed[:, group], expected, rtol=2e-4, atol=2e-4)
+            np.testing.assert_allclose(head.observed_variance[group], residual, rtol=1e-3)
     assert fitted.judgement.windows == 1
     assert -1 <= fitted.judgement.correlation <= 1
 
@@ -130,7 +166,7 @@ def test_prices_of_samples_are_of_drawn_labels():
 def test_an_interrupted_fit_goes_on_without_counting_twice(tmp_path, monkeypatch):
     model, ids, state = tiny("llama"), tokens(6), tmp_path / "state"
     whole = Prices.fit(model, None, ids, limit=6, **OPTIONS)
-    add = price_fit._PriceMeasurement.add
+    add = price_fit.PriceMeasurement.add
     calls = []
 
     def interrupt(self, sums, window):
@@ -140,10 +176,10 @@ def test_an_interrupted_fit_goes_on_without_counting_twice(tmp_path, monkeypatch
         add(self, sums, window)
 
     monkeypatch.setattr(run_state, "WRITE_SHARE", math.inf)  # after every window
-    monkeypatch.setattr(price_fit._PriceMeasurement, "add", interrupt)
+    monkeypatch.setattr(price_fit.PriceMeasurement, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         Prices.fit(model, None, ids, limit=6, state=state, **OPTIONS)
-    monkeypatch.setattr(price_fit._PriceMeasurement, "add", lambda self, *a: (calls.append(""), add(self, *a)))
+    monkeypatch.setattr(price_fit.PriceMeasurement, "add", lambda self, *a: (calls.append(""), add(self, *a)))
     resumed = Prices.fit(model, None, ids, limit=6, state=state, **OPTIONS)
     assert len(calls) == 3 + 3  # five windows are fitted, one is held out
     for ours, theirs in zip(whole.heads, resumed.heads, strict=True):
@@ -181,7 +217,7 @@ def test_damaged_folders_and_wrong_arguments_end_in_one_line(tmp_path):
             Prices.load(folder)
     description = json.loads(metadata["posterity"])
     save_file(tensors, file, {"posterity": json.dumps(description | {"version": 9})})
-    with pytest.raises(InputError, match="is of version 9; this is posterity for version 1"):
+    with pytest.raises(InputError, match="is of version 9; this is posterity for version 2"):
         Prices.load(folder)
     save_file(tensors, file)
     with pytest.raises(InputError, match="damaged"):

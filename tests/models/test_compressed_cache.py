@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from posterity.errors import InputError
 from posterity.models.compressed_cache import cache_windows, open_cache
+from posterity.models.observed_attention import OBSERVATIONS
 from posterity.models.price_heads import OTHERS, PriceHead
 
 PROMPT = 14
@@ -23,7 +24,9 @@ def random_heads(model, seed=0):
     for layer, window in zip(own.layers, cache_windows(model), strict=True):
         groups = layer.keys.shape[1]
         weight = torch.randn(model.config.hidden_size + OTHERS, groups, generator=generator) / 3
-        heads.append(PriceHead(weight, torch.rand(groups, generator=generator), window))
+        observed = torch.randn(OBSERVATIONS + OTHERS, groups, generator=generator) / 3
+        variances = torch.rand(2, groups, generator=generator)
+        heads.append(PriceHead(weight, variances[0], window, observed, variances[1]))
     return heads
 
 
@@ -138,6 +141,7 @@ def test_the_pairs_of_the_highest_predicted_prices_are_left(name):
         hook.remove()
     scores = {}
     for layer, head in enumerate(heads):
+        assert head.observed is None
         x = inputs[layer] / np.sqrt((inputs[layer] ** 2).mean(-1, keepdims=True))
         for j in range(PROMPT):
             age = PROMPT - j
@@ -183,8 +187,8 @@ def test_padding_in_front_changes_nothing():
 
     def run(ids, mask):
         with open_cache(model, random_heads(model), HORIZON, keep=0.5, interval=3) as cache:
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False,
-                                 pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12,
+                                 do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
                                  past_key_values=cache)  # fmt: skip
             return torch.stack(out.logits, 1)[0], cache.pairs_kept[0], cache.pairs_seen[0]
 

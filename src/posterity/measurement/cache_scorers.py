@@ -21,10 +21,9 @@ from torch.nn.functional import avg_pool1d, cosine_similarity, normalize, pad
 from posterity.errors import InputError
 from posterity.measurement.price_fit import Prices
 from posterity.models.interception import AttentionCall, intercept
+from posterity.models.observed_attention import recorded_attention, recorded_features
 from posterity.models.price_heads import reader_share
 from posterity.ops.attention import Backward
-from posterity.ops.mask import Tile
-from posterity.ops.scores import block_scores
 
 ROWS = 256  # of queries whose attention is computed at once
 Scores = Float[Tensor, "group key"]
@@ -67,10 +66,7 @@ class PromptLayer:
 
     def attention(self, rows: slice) -> Float[Tensor, "head query key"]:
         """Return the attention of some queries on the prompt's keys."""
-        back = self.back
-        tile = Tile(rows, slice(0, self.length), 0, back.mask.plain)
-        score, _ = block_scores(back.query, back.repeat(back.key), tile, back)
-        return (score - back.lse[:, :, rows, None]).exp().nan_to_num(0.0)[0]
+        return recorded_attention(self.back, rows, self.length)
 
     def by_group(self, heads: Float[Tensor, "head *rest"]) -> Float[Tensor, "group member *rest"]:
         """Sort query heads by the key/value head that they read."""
@@ -130,7 +126,7 @@ class AttentionOracle:
 
 @dataclass(frozen=True)
 class PredictedPrice:
-    """The price that `posterity.Prices` predict of a pair from its layer's input, its position and its age."""
+    """The price that `posterity.Prices` predict of a pair: from its layer's input and the last queries' attention."""
 
     prices: Prices = field(repr=False)
     name: str = "predicted price"
@@ -140,10 +136,12 @@ class PredictedPrice:
         head = self.prices.heads[prompt.number].to(prompt.hidden.device)
         positions = torch.arange(prompt.length, device=prompt.hidden.device)
         newborn = head.newborn(prompt.hidden[None, : prompt.length], positions[None])[0]
-        ages = prompt.length - positions
-        return torch.stack(
-            [head.log_prices(group, row, ages, self.prices.horizon) for group, row in enumerate(newborn)]
-        )
+        features = recorded_features(prompt.back, prompt.length, prompt.window)
+        ages, rows = prompt.length - positions, []
+        for group, observed in enumerate(features):
+            logs = head.add_observation(group, newborn[group], observed, positions)
+            rows.append(head.log_prices(group, logs, ages, self.prices.horizon))
+        return torch.stack(rows)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,28 @@ from transformers import PreTrainedModel
 from posterity._version import __version__
 from posterity.atomic_files import write_atomically
 from posterity.decomposition.accumulator import Accumulator
-from posterity.decomposition.credit import check_finite
-from posterity.decomposition.first_keys import FirstKeys
-from posterity.decomposition.prices import pass_prices
 from posterity.decomposition.projections import plain_tensors
-from posterity.decomposition.sweep import Scratch
 from posterity.errors import InputError
 from posterity.inputs.arguments import open_model, split_arguments
 from posterity.inputs.named_documents import name_texts, open_files
-from posterity.inputs.windows import Window, read_corpus, token_digest
+from posterity.inputs.windows import read_corpus, token_digest
 from posterity.measurement.distributed import Processes
 from posterity.measurement.price_account import SAMPLES, check_prices
-from posterity.measurement.price_calibration import Judgement, Predictions, calibrate, judge_predictions
+from posterity.measurement.price_calibration import Judgement, calibrate, judge_predictions
+from posterity.measurement.price_measurement import PriceMeasurement, solve_head
 from posterity.measurement.run_state import RunState, fingerprint
-from posterity.measurement.window_batch import uniform_draws
-from posterity.models.attach import refuse_other_paths, watch_model
-from posterity.models.chunked_loss import ChunkedLoss, LMHead
+from posterity.models.attach import watch_model
 from posterity.models.compressed_cache import cache_windows
 from posterity.models.language_model import freeze_parameters, language_model
-from posterity.models.price_heads import PriceHead, module_input, price_features, reader_share, solve_heads
-from posterity.models.watch import Layer, Watch
-from posterity.ops.attention import Backward
-from posterity.ops.horizon_rules import Full
+from posterity.models.observed_attention import OBSERVATIONS
+from posterity.models.price_heads import MAPS, OTHERS, PriceHead
 from posterity.progress import progress_bar
 
 CONTEXT, LIMIT = 1024, 16  # tokens of a window, and windows, unless said
 HORIZON = 256  # queries that prices are for
 HELD_OUT = 4  # every so many windows, one judges
-PENALTY = 3e-3  # of the ridge regression, see `solve_heads`
-FLOOR = 1e-10  # nats per query: what is below is nothing
 WEIGHTS_FILE = "prices.safetensors"
-VERSION = 1  # of this file
+VERSION = 2  # of this file
 SAMPLED = 64  # numbers of each parameter that tell a model from another
 
 
@@ -142,14 +132,14 @@ class Prices:
             freeze_parameters(inner),
             progress_bar(len(remaining) + len(held_out), progress) as advance,
         ):
-            measurement = _PriceMeasurement(inner, watch, windows_of_layers, horizon, prices, seed)
+            measurement = PriceMeasurement(inner, watch, windows_of_layers, horizon, prices, seed)
             run_state.start(sums)
             for number in remaining:
                 measurement.add(sums, windows[number])
                 run_state.add_windows(sums, [number])
                 advance(1, context)
             run_state.finish(sums)
-            heads = tuple(_solve(sums, number, windows_of_layers[number]) for number in range(layers))
+            heads = tuple(solve_head(sums, number, windows_of_layers[number]) for number in range(layers))
             trials = []
             for number in held_out:
                 trials.append(measurement.predict(heads, windows[number]))
@@ -176,7 +166,7 @@ class Prices:
         """
         tensors = {"calibration": self.calibration.cpu()}
         for layer, head in enumerate(self.heads):
-            tensors |= {f"{layer}.weight": head.weight.cpu(), f"{layer}.variance": head.variance.cpu()}
+            tensors |= {f"{layer}.{name}": x.cpu() for name, x in head.tensors().items()}
         description = {
             "version": VERSION, "horizon": self.horizon, "model_digest": self.model_digest,
             "windows": [head.window for head in self.heads],
@@ -220,7 +210,7 @@ class Prices:
     def _restore(cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> "Prices":
         """Return the prices of a file. ValueError, KeyError or TypeError for anything that is none."""
         heads = tuple(
-            _check_head(PriceHead(tensors[f"{layer}.weight"], tensors[f"{layer}.variance"], window))
+            _check_head(PriceHead(window=window, **{name: tensors[f"{layer}.{name}"] for name in MAPS}))
             for layer, window in enumerate(description["windows"])
         )
         judgement = description["judgement"]
@@ -288,7 +278,10 @@ def _check_calibration(calibration: Tensor) -> Tensor:
 
 
 def _check_head(head: PriceHead) -> PriceHead:
-    if head.weight.dim() != 2 or head.variance.shape != head.weight.shape[1:] or not head.weight.isfinite().all():
+    observations = (OBSERVATIONS + OTHERS, head.groups)
+    shapes = [tuple(x.shape) for x in head.tensors().values()]
+    fits = shapes == [(head.width + OTHERS, head.groups), (head.groups,), observations, (head.groups,)]
+    if not fits or not all(x.isfinite().all() for x in head.tensors().values()):
         raise ValueError("no weights of prices")
     return head
 
@@ -306,79 +299,3 @@ def model_digest(model: PreTrainedModel) -> str:
             picked = numbers[:: max(1, len(numbers) // SAMPLED)]
             digest.update(picked.to(torch.bfloat16).float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-class _PriceMeasurement:
-    """Prices of the pairs of a window at each cut, with the features that predict them."""
-
-    def __init__(
-        self, model: PreTrainedModel, watch: Watch, windows: Sequence[int | None], horizon: int, prices: str, seed: int
-    ):
-        refuse_other_paths(watch, "the price of a pair")
-        self.model, self.watch, self.windows, self.horizon, self.seed = model, watch, windows, horizon, seed
-        self.from_samples = prices == SAMPLES
-        self.head = LMHead.probe(model)
-        self.numbers = {layer: number for number, layer in enumerate(watch.layers)}
-        self._scratch = Scratch()
-
-    def send_rows(self, window: Window, receive: Callable[[int, Tensor, Tensor], None]) -> None:
-        """Send `receive` each layer's number, and features and prices per query of its pairs that a later query sees.
-
-        Features have the shape (row, feature), prices (row, group).
-        """
-        ends = [*range(self.horizon, window.size, self.horizon), window.size]
-
-        def observe(layer: Layer, back: Backward, project: object) -> None:
-            pairs = pass_prices(back, FirstKeys.of(back, 0), ends, self._scratch).pairs[0]  # group, segment, key
-            check_finite(pairs, f"the gradient of layer {layer}")
-            args, kwargs = self.watch.inputs[self.model.get_submodule(layer.name)]
-            number = self.numbers[layer]
-            receive(number, *self._rows(module_input(args, kwargs)[0], pairs, ends, self.windows[number]))
-
-        draws = uniform_draws(window.ids, self.seed)[None] if self.from_samples else None
-        loss = ChunkedLoss.run(self.model, window.ids[None], self.head, draws=draws)
-        with self.watch.override_rules((Full(), Full()), observe):
-            (loss.drawn or loss).backward()
-
-    def _rows(
-        self, hidden: Tensor, pairs: Tensor, ends: Sequence[int], window: int | None
-    ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row group"]]:
-        features, prices = [], []
-        for segment, (start, stop) in enumerate(pairwise(ends), start=1):
-            positions = torch.arange(start, device=hidden.device)
-            ages = start - positions
-            queries = (stop - start) * reader_share(ages.double(), stop - start, window)
-            seen = queries > 0
-            features.append(price_features(hidden[:start], positions, ages)[seen])
-            prices.append((pairs[:, segment, :start] / queries).T[seen])
-        return torch.cat(features), torch.cat(prices)
-
-    def add(self, sums: Accumulator, window: Window) -> None:
-        """Add what the regression needs of a window to sums."""
-
-        def receive(number: int, features: Tensor, prices: Tensor) -> None:
-            layer, logs, features = str(number), (prices + FLOOR).log(), features.double()
-            sums.add((layer, "gram"), (features.mT @ features).cpu())
-            sums.add((layer, "cross"), (features.mT @ logs).cpu())
-            sums.add((layer, "squares"), logs.square().sum(0).cpu())
-            sums.add((layer, "rows"), torch.tensor(len(logs)))
-
-        self.send_rows(window, receive)
-
-    def predict(self, heads: Sequence[PriceHead], window: Window) -> "Predictions":
-        """Return predicted logarithms and measured prices of all pairs of a window."""
-        predicted, measured = [], []
-
-        def receive(number: int, features: Tensor, prices: Tensor) -> None:
-            head = heads[number].to(features.device)
-            logs = features.to(head.weight.dtype) @ head.weight + head.variance / 2
-            predicted.append(logs.double().flatten().cpu())
-            measured.append(prices.double().flatten().cpu())
-
-        self.send_rows(window, receive)
-        return Predictions.of(torch.cat(predicted), torch.cat(measured))
-
-
-def _solve(sums: Accumulator, number: int, window: int | None) -> PriceHead:
-    gram, cross, squares, rows = (sums.total[str(number), name] for name in ("gram", "cross", "squares", "rows"))
-    return solve_heads(gram, cross, squares, int(rows), PENALTY, window)

@@ -30,6 +30,7 @@ from posterity.models.language_model import (
     rounding,
 )
 from posterity.models.masks import FOLDED, WINDOWS
+from posterity.models.observed_attention import can_observe, observe_attention
 from posterity.models.permanent_limits import attention_modules
 from posterity.models.price_heads import PriceHead, module_input
 from posterity.models.probe import Check, check
@@ -147,6 +148,7 @@ class CompressedCache(Cache):
         positions = index - self.padding.to(hidden.device)[:, None]
         newborn = layer.head.newborn(hidden.detach(), positions.clamp(min=0))
         layer.newborn.append(newborn.masked_fill((positions < 0)[:, None], -torch.inf))
+        layer.observes_next = True
 
     def evict_if_due(self) -> None:
         """Drop the cheapest pairs if this has not been done for a while."""
@@ -301,6 +303,10 @@ def attach_cache(
             if any(value is cache for value in (*args, *kwargs.values())):
                 cache.observe(by_module[module], module_input(args, kwargs))
 
+        def observe_call(call: AttentionCall) -> None:
+            if cache.padding is not None:
+                by_module[call.module].observe(call, cache.padding)
+
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if kwargs.get("past_key_values") is cache:
                 ids = kwargs.get("input_ids", args[0] if args else None)
@@ -312,6 +318,9 @@ def attach_cache(
                 cache.evict_if_due()
 
         stack.callback(cache.reset)
+        implementation = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
+        if any(head.observed is not None for head in heads) and can_observe(modules, implementation):
+            stack.enter_context(observe_attention(modules, implementation, observe_call))
         hooks = [module.register_forward_pre_hook(observe, with_kwargs=True) for module in modules]
         hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
         hooks.append(model.register_forward_hook(evict, with_kwargs=True))

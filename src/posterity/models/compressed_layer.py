@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from posterity.errors import InputError
 from posterity.models.interception import AttentionCall
+from posterity.models.observed_attention import observe_prompt, visible_keys
 from posterity.models.price_heads import PriceHead
 
 QUERIES = 256  # whose scores are computed at once
@@ -69,6 +70,7 @@ class CompressedLayer(CacheLayerMixin):
         self.oldest: list[list[int]] = []  # smallest index of the pairs of each head
         self.key_width = 0
         self.answers_next = False  # whether the next attention call of the module is over pairs that are in lists
+        self.observes_next = False  # whether it is of a pass that adds to this cache
 
     @property
     def device(self) -> torch.device:
@@ -152,6 +154,27 @@ class CompressedLayer(CacheLayerMixin):
             self.head.log_prices(group, newborn, self.length - index, horizon)
             for group, (index, newborn) in enumerate(self.candidates(row))
         ]
+
+    def observe(self, call: AttentionCall, padding: Int[Tensor, " text"]) -> None:
+        """Correct the prices of the prompt's pairs by the attention that its last queries pay to them.
+
+        Args:
+            call: Of the layer; nothing is corrected unless it is over a whole prompt.
+            padding: Tokens in front of each text.
+        """
+        length, prompt = call.query.shape[2], self.observes_next and self.heads is None
+        self.observes_next = False
+        if not prompt or length != self.length or self.head.observed is None:
+            return
+        device = call.query.device
+        for row, left in enumerate(padding.tolist()):
+            visible = visible_keys(length, self.head.window, device, left)
+            positions = torch.arange(-left, length - left, device=device).clamp(min=0)
+            newborn = self.newborn[-1][row]
+            for group, logs in enumerate(newborn):
+                features = observe_prompt(call, row, group, visible)
+                observed = self.head.add_observation(group, logs, features, positions)
+                newborn[group] = torch.where(logs.isneginf(), logs, observed)  # padding
 
     def keep(self, masks: Sequence[Sequence[Bool[Tensor, " pair"]]]) -> None:
         """Drop the pairs that the masks, by text and head, do not keep."""

@@ -24,34 +24,43 @@ def register(name: str = NAME, function: Callable | None = None) -> None:
 
 @torch.compiler.disable
 def attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    sinks: Tensor | None = None,
-    **kwargs,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0, **kwargs
 ) -> tuple[Tensor, None]:
     """Attention for transformers: (batch, head, position, dim) in, (batch, position, head, dim) out.
 
-    `s_aux` is a sink for each head, (head,); `sinks` one for each query, (batch, head, query, 1).
+    Further arguments: see `attention_call`.
     """
     if dropout:
         raise InputError(
             f"expected no attention dropout, got {dropout} in training mode, which makes the edges random: "
             "set attention_dropout (attn_pdrop in GPT-2) of the config to 0, or call model.eval()"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = s_aux if sinks is None else sinks.squeeze(-1)
-    call = AttentionCall(module, query, key, value, scale, softcap, sinks, attention_mask, is_causal, kwargs)
+    call = attention_call(module, query, key, value, attention_mask, **kwargs)
     interceptor = interceptor_of(module)
     output = call.output() if interceptor is None else interceptor.attend(call)
     return output.transpose(1, 2).contiguous(), None
+
+
+def attention_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **kwargs,
+) -> AttentionCall:
+    """Describe the arguments of transformers' attention functions.
+
+    `s_aux` is a sink for each head, (head,); `sinks` one for each query, (batch, head, query, 1).
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = s_aux if sinks is None else sinks.squeeze(-1)
+    return AttentionCall(module, query, key, value, scale, softcap, sinks, attention_mask, is_causal, kwargs)
 
 
 @contextlib.contextmanager

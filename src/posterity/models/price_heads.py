@@ -1,8 +1,10 @@
-"""Prices of cached keys and values, predicted when they are cached: a linear map from the layer's input.
+"""Prices of cached keys and values, predicted when they are cached: linear maps of two kinds of features.
 
 The logarithm of what a pair is worth to one later query is predicted for each key/value head of a layer from the
 input of its attention module, scaled to a root mean square of 1; from its position; and from its age, the number of
-tokens that came after it. Only the age changes while a pair is cached. How the map is fitted: `measurement.price_fit`.
+tokens that came after it. Only the age changes while a pair is cached. A second map predicts it for the pairs of a
+prompt from the attention of the prompt's last queries (`observed_attention`); the two logarithms are averaged. How the
+maps are fitted: `measurement.price_fit`.
 """
 
 from dataclasses import dataclass
@@ -13,21 +15,27 @@ from torch import Tensor
 
 OTHERS = 4  # features beside the input: logarithms of age and position, whether the position is the first, and 1
 AGE = -4  # the feature of them that changes
+MAPS = ("weight", "variance", "observed", "observed_variance")  # tensors of a `PriceHead`
 
 
 @dataclass(frozen=True, eq=False)
 class PriceHead:
-    """The map of one layer.
+    """The maps of one layer.
 
     Attributes:
         weight: For the input's features and the others, one column for each key/value head.
         variance: Of what the map leaves unexplained of the logarithm, so that sums of prices are right on average.
         window: Tokens that a query of the layer sees; None for all.
+        observed: The second map: for the features of observed attention and the others, one column for each key/value
+            head. None for none.
+        observed_variance: What it leaves unexplained.
     """
 
     weight: Float[Tensor, "feature group"]
     variance: Float[Tensor, " group"]
     window: int | None
+    observed: Float[Tensor, "observation group"] | None = None
+    observed_variance: Float[Tensor, " group"] | None = None
 
     @property
     def groups(self) -> int:
@@ -39,9 +47,13 @@ class PriceHead:
         """Width of the input."""
         return len(self.weight) - OTHERS
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that it has, by name."""
+        return {name: getattr(self, name) for name in MAPS if getattr(self, name) is not None}
+
     def to(self, device: torch.device) -> "PriceHead":
-        """Return the map on a device."""
-        return PriceHead(self.weight.to(device), self.variance.to(device), self.window)
+        """Return the maps on a device."""
+        return PriceHead(window=self.window, **{name: x.to(device) for name, x in self.tensors().items()})
 
     def newborn(
         self, hidden: Float[Tensor, "batch position width"], positions: Int[Tensor, "batch position"]
@@ -51,6 +63,28 @@ class PriceHead:
         logs = scale_input(hidden).to(weight.dtype) @ weight[:-OTHERS]
         others = position_features(positions).to(weight.dtype) @ weight[-OTHERS + 1 :]
         return (logs + others + self.variance / 2).mT
+
+    def add_observation(
+        self,
+        group: int,
+        newborn: Float[Tensor, " position"],
+        features: Float[Tensor, "position observation"],
+        positions: Int[Tensor, " position"],
+    ) -> Float[Tensor, " position"]:
+        """Return `newborn` such that `log_prices`, after the prompt, is the mean of both predictions.
+
+        Args:
+            group: The key/value head of the pairs.
+            newborn: Of `newborn`, for all pairs of a prompt.
+            features: Of `observed_attention`.
+            positions: Of the pairs; the last was cached last.
+        """
+        assert self.observed is not None
+        assert self.observed_variance is not None
+        ages = positions[-1] + 1 - positions
+        features = observation_rows(features, positions, ages)
+        logs = features.to(newborn.dtype) @ self.observed[:, group] + self.observed_variance[group] / 2
+        return (newborn + logs - self.weight[AGE, group] * ages.to(newborn.dtype).log()) / 2
 
     def log_prices(
         self, group: int, newborn: Float[Tensor, " pair"], ages: Int[Tensor, " pair"], horizon: int
@@ -73,6 +107,16 @@ def price_features(
     """Return the features of pairs: their layer's input, logarithms of age and position, the first position, and 1."""
     scaled = scale_input(hidden)
     return torch.cat((scaled, ages.to(scaled).log()[:, None], position_features(positions).to(scaled)), -1)
+
+
+def observation_rows(
+    features: Float[Tensor, "*batch position observation"],
+    positions: Int[Tensor, " position"],
+    ages: Int[Tensor, " position"],
+) -> Float[Tensor, "*batch position feature"]:
+    """Return the features of observed attention, and those beside the input of `price_features`."""
+    others = torch.cat((ages.clamp(min=1).to(features).log()[:, None], position_features(positions).to(features)), -1)
+    return torch.cat((features, others.expand(*features.shape[:-1], -1)), -1)
 
 
 def scale_input(hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
@@ -98,23 +142,21 @@ def module_input(args: tuple, kwargs: dict) -> Float[Tensor, "batch position wid
     return hidden if hidden is not None else next(x for x in args if isinstance(x, Tensor))
 
 
-def solve_heads(
+def solve_ridge(
     gram: Float[Tensor, "feature feature"],
     cross: Float[Tensor, "feature group"],
     squares: Float[Tensor, " group"],
     rows: int,
     penalty: float,
-    window: int | None,
-) -> PriceHead:
-    """Return the ridge regression of logarithms of prices on features, from sums over pairs in float64.
+) -> tuple[Float[Tensor, "feature group"], Float[Tensor, " group"]]:
+    """Return the ridge regression of logarithms of prices on features, and the variance that it leaves unexplained.
 
     Args:
-        gram: Sums of products of features, of which the last is 1.
+        gram: Sums over pairs of products of features, of which the last is 1; in float64, as the other sums.
         cross: Sums of products of features and logarithms.
         squares: Sums of squares of logarithms.
         rows: Pairs in the sums.
         penalty: On squares of weights of features that have a variance of 1, for each pair.
-        window: Of the layer.
     """
     mean = gram[-1] / rows
     variance = (gram.diagonal() / rows - mean.square()).clamp(min=torch.finfo(gram.dtype).eps)
@@ -122,4 +164,4 @@ def solve_heads(
     ridge[-1] = 0  # a mean is no weight
     weight = torch.linalg.solve(gram + torch.diag(ridge), cross)
     residual = squares - 2 * (weight * cross).sum(0) + (weight * (gram @ weight)).sum(0)
-    return PriceHead(weight.float(), (residual / rows).float(), window)
+    return weight.float(), (residual / rows).float()
