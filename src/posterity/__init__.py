@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from posterity.measurement.account import account
     from posterity.measurement.compress import compress
     from posterity.measurement.distributed import Processes
+    from posterity.measurement.document_scores import score
     from posterity.measurement.eviction import evict
     from posterity.measurement.head_folding import fold
     from posterity.measurement.local_layers import windows
@@ -47,6 +48,7 @@ _HOMES = {
     "measurement.account": ("account",),
     "measurement.compress": ("compress",),
     "measurement.distributed": ("Processes",),
+    "measurement.document_scores": ("score",),
     "measurement.eviction": ("evict",),
     "measurement.head_folding": ("fold",),
     "measurement.local_layers": ("windows",),
@@ -104,6 +106,7 @@ __all__ = [
     "reach",
     "report",
     "save",
+    "score",
     "stats",
     "summary",
     "table",

@@ -67,6 +67,13 @@ GUIDE = {
             "posterity evict gpt2 --task retrieval --prices prices",
         ),
     ),
+    "score": Purpose(
+        "Which documents of a corpus train keys and values for far-away readers?",
+        (
+            "posterity score gpt2 corpus.jsonl -o scores.parquet",
+            "posterity score gpt2 a.txt --beyond 256 -o scores.csv",
+        ),
+    ),
 }
 
 

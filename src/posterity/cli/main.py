@@ -33,7 +33,7 @@ from posterity.cli.options import (
     parse_integers,
 )
 from posterity.cli.outputs import ResumableRun, check_outputs, require_one_process, run_attrs, write_outputs
-from posterity.cli.tables import reach_command, table_command
+from posterity.cli.tables import reach_command, score_command, table_command
 from posterity.cli.training import compare_command, fold_command, train_command
 from posterity.cli.windows import windows_command
 from posterity.errors import InputError, one_line
@@ -206,6 +206,7 @@ app.command("fold")(fold_command)
 app.command("windows")(windows_command)
 app.command("prices")(prices_command)
 app.command("evict")(evict_command)
+app.command("score")(score_command)
 
 
 @app.command("audit")

@@ -1,15 +1,29 @@
 """The commands that print and write tables of a run: reach, and table for other programs. `main` registers them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import posterity
 from posterity.atomic_files import check_output_path, write_atomically
-from posterity.cli.options import ResultFile, drop_unset
-from posterity.cli.outputs import check_outputs, require_one_process
-from posterity.errors import InputError
+from posterity.cli.options import (
+    Device,
+    Dtype,
+    Field,
+    Model,
+    ResultFile,
+    Resume,
+    Revision,
+    Seed,
+    SkipBroken,
+    Texts,
+    TrustRemoteCode,
+    drop_unset,
+    parse_integers,
+)
+from posterity.cli.outputs import ResumableRun, check_outputs, print_skipped_lines, require_one_process
+from posterity.errors import InputError, one_line
 
 FORMATS = {".csv": "csv", ".parquet": "parquet", ".tex": "latex"}  # by the suffix of a file
 
@@ -48,7 +62,65 @@ def table_command(
     check_outputs(output, inputs=[run], output_kind=style)
     _check_suffix(output, style, is_chosen=csv or latex or parquet)
     parts = None if by is None else tuple(part.strip() for part in by.split(",") if part.strip())
-    frame = posterity.table(posterity.load(run), kind, **drop_unset(by=parts))
+    _write_table(posterity.table(posterity.load(run), kind, **drop_unset(by=parts)), style, output)
+
+
+def score_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Table to write: .parquet or .csv.")],
+    model: Model = None,
+    text: Texts = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a document that are measured together, at most.  [default: 32768]"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents.  [default: all]")] = None,
+    beyond: Annotated[
+        str | None, typer.Option(metavar="TOKENS,...", help="Distances, powers of two.  [default: 1024,4096,16384]")
+    ] = None,
+    losses: Annotated[
+        bool | None,
+        typer.Option(
+            "--losses/--no-losses",
+            help="By the distance of the losses too: a backward pass for each.  [default: losses]",
+        ),
+    ] = None,
+    field: Field = None,
+    skip_broken: SkipBroken = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
+    resume: Resume = False,
+) -> None:
+    """Score every document of a corpus by how far away its keys and values are used.
+
+    Writes a row for each document: the share of the gradient of its keys and values that arrives over edges of so many
+    tokens and more, and from losses so far away. An interrupted run goes on with --resume.
+    """
+    require_one_process()
+    from posterity.inputs.model import load_model
+    from posterity.inputs.text_sources import SkippedLines, open_documents
+
+    style = _choose_format({}, output)
+    check_outputs(output, inputs=[model or "", *(text or [])], output_kind=style)
+    _check_suffix(output, style, is_chosen=False)
+    run = ResumableRun.open(output, resume)
+    skipped = SkippedLines() if skip_broken else None
+    distances = parse_integers(beyond, "beyond", "1024,4096")
+    loaded = load_model(model, dtype, device, revision, trust_remote_code)
+    frame = posterity.score(
+        loaded, None, open_documents(text or [], field, skipped), state=run.folder,
+        **drop_unset(context=context, limit=limit, beyond=distances, losses=losses, seed=seed),
+    )  # fmt: skip
+    print_skipped_lines(skipped)
+    _write_table(frame, style, output)
+    run.remove_state()
+    typer.echo(one_line(f"written: {output}, {len(frame)} documents"))
+
+
+def _write_table(frame: Any, style: str, output: Path | None) -> None:
+    """Write a table, whole or not at all, or print it."""
     if style == "parquet":
         content = frame.to_parquet(index=False)
     else:

@@ -8,6 +8,7 @@ windows needs.
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,33 @@ def read_corpus(
         raise InputError(left_out.reason(context, pack, advice))
     windows = [Window.pack([window for _, window in row]) for row in rows.rows[:limit]]
     return Corpus(windows, left_out.coverage(rows))
+
+
+def read_whole_documents(
+    documents: Any, tokenizer: Any, context: int, limit: int | None = None
+) -> list[tuple[str, list[Window], int]]:
+    """Cut each document into windows of `context` tokens by itself; a shorter document is one window.
+
+    Args:
+        documents, tokenizer, context: As in `read_corpus`, conversations too.
+        limit: The largest number of documents; None means all.
+
+    Returns:
+        Name, windows, and tokens in no window, of each document that has a window with a loss.
+
+    Raises:
+        InputError: No document has one; a document is neither text nor token ids.
+    """
+    _check_count("context", context, 2)
+    reader, rows = TokenReader(tokenizer), []
+    for name, document in islice(name_documents(documents), limit):
+        tokens = reader.read(name, document)
+        windows = [window for window in _cut(name, tokens, context, pack=True) if window.has_loss]
+        if windows:
+            rows.append((name, windows, len(tokens.ids) - sum(window.size - window.added for window in windows)))
+    if not rows:
+        raise InputError(f"expected a document of at least {SHORTEST} tokens with a loss; got none: give other texts")
+    return rows
 
 
 def token_digest(windows: Iterable[Window]) -> str:

@@ -167,7 +167,7 @@ def measure(
                 numbers = remaining[start : start + batch]
                 torch.manual_seed(seed + numbers[0])  # the same, however the windows are shared out
                 for window_batch in equal_lengths([windows[number] for number in numbers]):
-                    _measure_batch(window_batch, model, head, ledger, seed)
+                    measure_batch(window_batch, model, head, ledger, seed)
                 run_state.add_windows(ledger.sums, numbers)
                 advance(len(numbers), sum(windows[number].size for number in numbers))
         run_state.finish(ledger.sums)
@@ -179,7 +179,7 @@ def measure(
         return processes.broadcast(lambda: ledger.result(texts, **run_attrs))
 
 
-def _measure_batch(batch: WindowBatch, model: nn.Module, head: LMHead, ledger: Ledger, seed: int) -> None:
+def measure_batch(batch: WindowBatch, model: nn.Module, head: LMHead, ledger: Ledger, seed: int) -> None:
     """Run the model on the windows of one batch, and enter their losses and gradients in the ledger."""
     draws = batch.draws(seed) if ledger.prices == SAMPLES else None
     loss = ChunkedLoss.run(model, batch.ids, head, batch.targets, batch.positions, draws)
