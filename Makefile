@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A test process a core; more than four would hold more memory than they save time.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-slow test-kernels check bench bench-peers picture reproduce models audit clean
+.PHONY: help demo test test-slow test-kernels check bench bench-peers picture reproduce models site notebooks audit release clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -49,7 +49,7 @@ check: $(VENV)/tested  ## format, lint, types, tests, docs
 	$(BIN)/pyright
 	$(BIN)/pytest $(PARALLEL)
 
-bench: $(VENV)/tested  ## the table of the README: time and memory beside a plain training step
+bench: $(VENV)/tested  ## the tables of docs/cost.md: time and memory beside a plain training step
 	$(BIN)/python bench/bench.py
 
 bench-peers: $(VENV)/tested  ## docs/peers.md: the same questions to TransformerLens, Captum and plain autograd
@@ -64,8 +64,21 @@ reproduce: $(VENV)/tested  ## what training under a horizon costs, beside the pu
 models: $(VENV)/tested  ## docs/models.md: what happens with every model type of transformers (4 minutes)
 	$(BIN)/python bench/models.py
 
+$(VENV)/documented: $(VENV)/tested requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-docs.txt
+	touch $@
+
+site: $(VENV)/documented  ## the site of docs/, in build/site; a link that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(VENV)/documented  ## run docs/notebooks again, and keep what they print and draw
+	$(BIN)/python bench/notebooks.py
+
 audit: $(VENV)/tested  ## the tables of docs/audit.md: does each clause of the idea hold on the default model?
 	$(BIN)/python bench/audit.py
 
+release:  ## wheel and sdist in dist/, tried in an empty environment
+	bash .ci/check_release
+
 clean:  ## remove what make has made
-	rm -rf $(VENV) demo dist reproduce audits .peers
+	rm -rf $(VENV) build demo dist reproduce audits .peers

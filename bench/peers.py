@@ -93,7 +93,7 @@ PEERS = (
     ),
 )  # fmt: skip
 SHORT_QUESTIONS = {"lags": "credit by lag", "losses": "own and later losses"}
-SHORT = 512  # tokens: the context of the README's lines
+SHORT = 512  # tokens: the context of the lines in docs/cost.md
 OURS = {"lags": PEERS[0], "losses": PEERS[2]}
 INSPECT = PEERS[3]
 
@@ -291,7 +291,7 @@ def table(question, model, cells, disagreements):
 
 
 def summary(cells, disagreements):
-    """Markdown: each peer beside Posterity at one context; the README quotes it."""
+    """Markdown: each peer beside Posterity at one context; docs/cost.md quotes it."""
     yield f"| {MODELS['default']}, {SHORT} tokens | Posterity | the nearest | | largest disagreement |"
     yield "|---|---|---|---|---|"
     for peer in PEERS:

@@ -85,10 +85,10 @@ def test_single_losses_are_compared_at_the_positions_that_were_timed(peers):
     assert peers.arrays_disagreement(theirs, None, None) is None
 
 
-def test_the_readme_quotes_the_page_of_peers():
-    readme, page = ((BENCH.parent / name).read_text().splitlines() for name in ("README.md", "docs/peers.md"))
+def test_the_page_of_costs_quotes_the_page_of_peers():
+    costs, page = ((BENCH.parent / name).read_text().splitlines() for name in ("docs/cost.md", "docs/peers.md"))
     quoted = [
-        line for line in readme if "| TransformerLens |" in line or "| Captum |" in line or "| autograd |" in line
+        line for line in costs if "| TransformerLens |" in line or "| Captum |" in line or "| autograd |" in line
     ]
     assert len(quoted) == 3
     for line in quoted:

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -47,7 +48,7 @@ OUTSIDE = {
     "plotting": {"numpy", "xarray", "matplotlib"},
     "measurement": TORCH
     | HUGGING_FACE
-    | {"numpy", "xarray", "rich", "accelerate", "safetensors", "filelock", "psutil"},
+    | {"numpy", "pandas", "xarray", "rich", "accelerate", "safetensors", "filelock", "psutil"},
     "clauses": TORCH | HUGGING_FACE | {"numpy", "xarray", "rich", "plotly"},
     "reporting": {"numpy", "xarray", "rich", "jinja2", "markupsafe", "plotly"},
     "training": TORCH | HUGGING_FACE | {"numpy", "xarray", "tokenizers"},
@@ -134,11 +135,11 @@ def test_no_two_modules_make_a_circle():
     order.prepare()  # CycleError names the modules of a circle
 
 
-def test_every_folder_says_what_lives_there_and_the_readme_maps_it():
-    readme = (ROOT / "README.md").read_text()
+def test_every_folder_says_what_lives_there_and_the_map_of_contributors_has_it():
+    overview = (ROOT / "CONTRIBUTING.md").read_text()
     for folder in (path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()):
         text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
-        assert f"`{folder.name}/`" in readme, folder.name
+        assert f"`{folder.name}/`" in overview, folder.name
         for path in folder.glob("*.py"):
             assert path.stem == "__init__" or f"`{path.stem}`" in text, path
 
@@ -192,14 +193,25 @@ def test_every_public_name_is_listed_and_documented():
         assert getattr(posterity, name).__doc__, name
 
 
-def test_the_readme_has_no_placeholder():
-    assert not re.findall(r"^[A-Z]+$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_readme_is_short_and_has_no_placeholder():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 120
+    assert not re.findall(r"^[A-Z]+$", readme, re.MULTILINE)
+
+
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\n## {version}, " in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+    assert f"\n  version: {version}\n" in (ROOT / "recipe" / "recipe.yaml").read_text()
 
 
 def test_every_link_between_the_documents_leads_somewhere():
-    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    generated = {"commands.md", "schema.md"}  # by bench/site_pages.py
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+            assert target in generated or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 def test_tests_are_named_where_the_method_cites_them():
@@ -207,7 +219,19 @@ def test_tests_are_named_where_the_method_cites_them():
         assert any((ROOT / "tests").rglob(name)), name
 
 
-def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    exec(code, {})
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "lags.pdf").exists()
+
+
+def test_the_example_of_every_function_runs(tmp_path, monkeypatch):
     import matplotlib
     import torch
     from support.tiny import tiny, tokens
@@ -217,7 +241,7 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
 
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL).group(1)
     assert "context=512" in code
     query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
     known = {"model": tiny("llama"), "tokenizer": None, "documents": tokens(6, 12), "ids": tokens()}
@@ -257,6 +281,7 @@ def test_the_wheel_holds_the_pages_template_style_and_script(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert "posterity/py.typed" in names
     for asset in ("result.html.j2", "style.css", "theme.js"):
         assert f"posterity/reporting/assets/{asset}" in names
     assert not [name for name in names if not name.startswith("posterity")]

@@ -17,9 +17,12 @@ class Trainer(transformers.Trainer):
     """The Trainer of transformers with a horizon in force during `train`; everything else is unchanged.
 
     Args:
-        args, kwargs: As in `transformers.Trainer`, with a model instead of a `model_init`.
+        *args: As in `transformers.Trainer`.
+        **kwargs: As there, with a model instead of a `model_init`.
         horizon: A rule such as `posterity.Discount(0.9)`; `posterity.Full()` by default.
-        cut, streams, layers: As in `posterity.horizon`.
+        cut: As in `posterity.horizon`.
+        streams: As there.
+        layers: As there.
 
     Raises:
         InputError: As `posterity.horizon`; attention dropout in the config; a loss that is not finite.
