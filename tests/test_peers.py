@@ -87,9 +87,7 @@ def test_single_losses_are_compared_at_the_positions_that_were_timed(peers):
 
 def test_the_page_of_costs_quotes_the_page_of_peers():
     costs, page = ((BENCH.parent / name).read_text().splitlines() for name in ("docs/cost.md", "docs/peers.md"))
-    quoted = [
-        line for line in costs if "| TransformerLens |" in line or "| Captum |" in line or "| autograd |" in line
-    ]
+    quoted = [line for line in costs if "| TransformerLens |" in line or "| Captum |" in line or "| autograd |" in line]
     assert len(quoted) == 3
     for line in quoted:
         assert line in page

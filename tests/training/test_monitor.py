@@ -85,6 +85,11 @@ def test_the_model_and_its_extreme_layers_are_logged_and_every_layer_on_request(
         layers = [all_layers[f"posterity/layer{layer:02d}/{name}"] for layer in range(3)]
         assert few[f"posterity/{name}_min"] == min(layers) < few[f"posterity/{name}_max"] == max(layers)
         assert min(layers) < few[f"posterity/{name}"] < max(layers)
+    gradients = result.hidden_by_document.sum("document")
+    own, later, inner = (gradients.sel(loss_term=term).values for term in ("own", "later", "inner"))
+    for layer, cosine in enumerate(inner / np.sqrt(own * later)):
+        assert all_layers[f"posterity/layer{layer:02d}/hidden_own_later_cosine"] == pytest.approx(cosine)
+    assert few["posterity/hidden_own_later_cosine"] < few["posterity/hidden_own_later_cosine_max"]
 
 
 def trainer_of(folder, train=None, evaluation=None, **options):

@@ -167,7 +167,8 @@ def scalars(result: xr.Dataset, layers: bool = False) -> dict[str, float]:
         layers: Whether to return the numbers of every layer too.
 
     Returns:
-        Names such as `posterity/key_self_share`, `posterity/key_self_share_min`, `posterity/key_self_share_max`, and
+        Names such as `posterity/hidden_own_later_cosine` (of the gradients that own and later losses send to the inputs of
+        the layers), `posterity/key_self_share`, `posterity/key_self_share_min`, `posterity/key_self_share_max`, and
         `posterity/layer03/key_self_share`; units 1, and tokens for horizons; no NaN.
     """
     logs: dict[str, float] = {}
@@ -199,5 +200,8 @@ def _log_arrays(result: xr.Dataset) -> Iterator[tuple[str, xr.DataArray, xr.Data
     if "loss_credit" in result:
         yield "own_share", *both(lambda by: stats.loss_shares(result, by).share.sel(part="own"))
         yield "later_share", *both(lambda by: 1 - stats.loss_shares(result, by).share.sel(part="own"))
+    if "hidden_by_document" in result:
+        angles = np.cos(np.radians(stats.angles(result))).expand_dims(gradient=["hidden"])
+        yield "own_later_cosine", angles.hidden, angles.layer_hidden
     if "horizon_by_document" in result:
         yield "effective_horizon", *both(lambda by: stats.effective_horizon(result, by))
