@@ -12,13 +12,12 @@ from typer.testing import CliRunner
 
 import posterity
 from posterity.cli.main import app
-from posterity.reporting.window_table import print_windows
 from posterity.results.window_plan import Estimate, Trial, other_choices, plan_windows, pool_trials
 
 
 def printed(plan):
     console = Console(width=80, highlight=False, file=io.StringIO())
-    print_windows(plan, console)
+    posterity.summary(plan, console)
     return console.file.getvalue()
 
 
