@@ -28,6 +28,7 @@ from posterity.decomposition.lag_sums import sum_by_lag
 from posterity.decomposition.price_sums import PriceSums, octaves
 from posterity.decomposition.prices import pass_prices
 from posterity.decomposition.sweep import sweep
+from posterity.decomposition.triton_sums import KernelOperands
 from posterity.errors import InputError
 from posterity.ops import block_kernels, triton_attention
 from posterity.ops.attention import attention
@@ -147,7 +148,8 @@ def test_sums_over_edges_are_those_of_the_dense_reference(length, name, softcap,
     for row, start in zip(first, starts, strict=True):
         row[..., start : start + 3] = True
     bins, keys = Bins.of("octaves", length), FirstKeys.of(back, 3)
-    ours = triton_sums.sum_bins(back, kernel_table(back.query, back.key, back.value, back), bins.first, keys.columns())
+    table = kernel_table(back.query, back.key, back.value, back)
+    ours = triton_sums.sum_bins(KernelOperands.of(back, table, keys.columns()), bins.first)
     bound = torch.float32 if softcap else EXACT  # the series of tanh has ten digits
     for actual, edges in zip(ours, torch.cat([credit, mass, weight[None]]) * ~first, strict=True):
         error = (actual.cpu() - bins.sum(by_lag(edges))).norm()
@@ -175,17 +177,18 @@ def test_sums_in_lower_precision_are_those_of_the_blocks_in_float64_of_the_same_
     object.__setattr__(wide, "_total", tuple(x.double() for x in back.total_gradients()))
     bins, keys = Bins.of("octaves", 33), FirstKeys.of(wide, 3)
     table = kernel_table(back.query, back.key, back.value, back)
-    ours = triton_sums.sum_bins(back, table, bins.first, keys.columns())
-    assert torch.equal(ours, triton_sums.sum_bins(back, table, bins.first, keys.columns()))  # the same bits again
+    operands = KernelOperands.of(back, table, keys.columns())
+    ours = triton_sums.sum_bins(operands, bins.first)
+    assert torch.equal(ours, triton_sums.sum_bins(operands, bins.first))  # the same bits again
     sums = sum_by_lag(wide, None, keys.columns())
     for actual, by_lags in zip(ours, [*sums.credit, *sums.mass, sums.attention], strict=True):
         close(actual, bins.sum(by_lags).cpu(), torch.float32, 64)
     exact, blocks = PriceSums.of(wide, (20, 33)), PriceSums.of(back, (20, 33))
     sweep(wide, (exact,), None, keys.columns())
     sweep(back, (blocks,), None, keys.columns())  # in float32: how much a quotient by 1 - a_ij loses there
-    kernels = triton_sums.square_changes(back, table, (20, 33), keys.columns())
+    kernels = triton_sums.square_changes(operands, (20, 33))
     assert (kernels - exact.squares).norm() <= 4 * (blocks.squares - exact.squares).norm() + 1e-6 * exact.squares.norm()
-    close(triton_sums.sum_octaves(back, table, octaves(33), keys.columns()), exact.beyond.cpu(), torch.float32, 64)
+    close(triton_sums.sum_octaves(operands, octaves(33)), exact.beyond.cpu(), torch.float32, 64)
 
 
 def converted(back, dtype, mask):

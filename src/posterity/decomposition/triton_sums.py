@@ -7,6 +7,7 @@ Products take the inputs' own precision.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -27,23 +28,31 @@ _WARPS = 4
 
 
 @dataclass(frozen=True)
-class _Operands:
-    """The tensors of a backward pass as the kernels read them, and how they are called."""
+class KernelOperands:
+    """The tensors of a backward pass as the kernels read them, and how they are called.
+
+    Attributes:
+        back: The backward pass.
+        table: The blocks of its mask.
+        counted: 1 for keys whose edges are counted, else 0.
+    """
 
     back: Backward
     table: BlockTable
     counted: Float[Tensor, "batch key"]
 
     @classmethod
-    def of(cls, back: Backward, table: BlockTable, left_out: Sequence[Sequence[slice]]) -> "_Operands":
+    def of(cls, back: Backward, table: BlockTable, left_out: Sequence[Sequence[slice]]) -> "KernelOperands":
+        """Prepare a pass; `left_out`: keys whose edges are not counted, for each document of the batch."""
         counted = back.lse.new_ones(len(back.lse), back.key.shape[2])
         for row, columns in zip(counted, left_out, strict=True):
             for keys in columns:
                 row[keys] = 0.0
         return cls(back, table, counted)
 
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return q, k, v, do, lse and D."""
+        """q, k, v, do, lse and D."""
         back = self.back
         delta = dot(back.grad_output, back.output)
         return tuple(x.contiguous() for x in (back.query, back.key, back.value, back.grad_output, back.lse, delta))
@@ -65,21 +74,12 @@ class _Operands:
 
 
 @torch.no_grad()
-def sum_bins(
-    back: Backward,
-    table: BlockTable,
-    first: Sequence[int],
-    left_out: Sequence[Sequence[slice]],
-) -> Float[Tensor, "sum batch head bin"]:
+def sum_bins(operands: KernelOperands, first: Sequence[int]) -> Float[Tensor, "sum batch head bin"]:
     """Sum all edges by bin of lags, in float64: credit of each stream, mass of each, attention of readers.
 
-    Args:
-        back: A backward pass.
-        table: The blocks of its mask.
-        first: Smallest lag of each bin.
-        left_out: Keys whose edges are not counted, for each document of the batch.
+    `first`: smallest lag of each bin.
     """
-    operands, device = _Operands.of(back, table, left_out), back.lse.device
+    back, table, device = operands.back, operands.table, operands.back.lse.device
     batch, heads, length = back.lse.shape
     grads = (back.stream_gradient(stream).contiguous() for stream in range(3))
     operand_norms = (x.to(working_dtype(x.dtype)).norm(dim=-1) for x in (back.query, back.key, back.grad_output))
@@ -92,7 +92,7 @@ def sum_bins(
     factors = back.key_factor, back.value_factor
     *blocks, scale, softcap = operands.blocks()
     lag_kernel[parts, batch * heads](
-        *operands.tensors(), *grads, *(x.contiguous() for x in operand_norms), reader.contiguous(), operands.counted,
+        *operands.tensors, *grads, *(x.contiguous() for x in operand_norms), reader.contiguous(), operands.counted,
         *(reader if x is None else x.contiguous() for x in factors),
         *blocks, _far_end(table, _far_lag(first, sum(table.shape))), bin_first, bin_of, sums, scale, softcap,
         *operands.sizes(), *operands.tile(), bins, back.softcap is not None, *(x is not None for x in factors),
@@ -125,17 +125,15 @@ def _far_end(table: BlockTable, far_lag: int) -> Tensor:
 
 
 @torch.no_grad()
-def square_changes(
-    back: Backward, table: BlockTable, ends: Sequence[int], left_out: Sequence[Sequence[slice]]
-) -> Float[Tensor, "batch group segment key"]:
+def square_changes(operands: KernelOperands, ends: Sequence[int]) -> Float[Tensor, "batch group segment key"]:
     """Return the `squares` of `PriceSums`: what leaving out a pair costs its later readers, squared, by segment."""
-    operands, device = _Operands.of(back, table, left_out), back.lse.device
+    back, table, device = operands.back, operands.table, operands.back.lse.device
     batch, length = len(back.lse), back.lse.shape[2]
     groups, segments = back.key.shape[1], len(ends)
     squares = torch.empty(batch, groups, segments, length, dtype=torch.float64, device=device)
     bounds = torch.tensor([0, *ends], dtype=torch.int32, device=device)
     pair_kernel[table.count[1], batch * groups](
-        *operands.tensors(), operands.counted, bounds, squares, *operands.blocks(True), *operands.sizes(True), segments,
+        *operands.tensors, operands.counted, bounds, squares, *operands.blocks(True), *operands.sizes(True), segments,
         *operands.tile(), padded(segments), back.softcap is not None,
         1 - torch.finfo(back.lse.dtype).eps, precision(back.query.dtype), num_warps=_WARPS,
     )  # fmt: skip
@@ -143,16 +141,14 @@ def square_changes(
 
 
 @torch.no_grad()
-def sum_octaves(
-    back: Backward, table: BlockTable, octaves: int, left_out: Sequence[Sequence[slice]]
-) -> Float[Tensor, "two batch head octave query"]:
+def sum_octaves(operands: KernelOperands, octaves: int) -> Float[Tensor, "two batch head octave query"]:
     """Return `beyond` of `PriceSums`: attention and ds_ij of each query, by octave of lags."""
-    operands = _Operands.of(back, table, left_out)
+    back, table = operands.back, operands.table
     batch, heads, length = back.lse.shape
     beyond = back.lse.new_zeros(2, batch, heads, octaves, length)
     if octaves:
         window_kernel[table.count[0], batch * heads](
-            *operands.tensors(), operands.counted, beyond[0], beyond[1], *operands.blocks(), *operands.sizes(), octaves,
+            *operands.tensors, operands.counted, beyond[0], beyond[1], *operands.blocks(), *operands.sizes(), octaves,
             *operands.tile(), padded(octaves), back.softcap is not None, precision(back.query.dtype), num_warps=_WARPS,
         )  # fmt: skip
     return beyond

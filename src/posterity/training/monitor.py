@@ -168,7 +168,7 @@ def scalars(result: xr.Dataset, layers: bool = False) -> dict[str, float]:
 
     Returns:
         Names such as `posterity/key_self_share`, `posterity/key_self_share_min`, `posterity/key_self_share_max`, and
-        `posterity/layer03/key_self_share`; units 1, and tokens for horizons; no NaN. `hidden_own_later_cosine` is of the
+        `posterity/layer03/key_self_share`; units 1, and tokens for horizons; no NaN. `hidden_own_later_cosine`: of the
         gradients that own and later losses send to the inputs of the layers.
     """
     logs: dict[str, float] = {}
