@@ -80,11 +80,22 @@ refused(lambda: posterity.measure(model, None, ids, **options), "a module in it 
 same(posterity.measure(model, None, ids, weights=False, **options),
      posterity.measure(tiny("llama"), None, ids, weights=False, **options))
 model = shard(tiny("llama"))
-refused(lambda: posterity.measure(model, None, ids, state="never", **options), "without processes= and state=")
+refused(lambda: posterity.measure(model, None, ids, state="never", **options), "this one is sharded (FSDP2)")
 refused(lambda: posterity.measure(model, None, ids, parameters=True, **options), "leave it out, or measure")
 refused(lambda: posterity.measure(model, None, ids, checkpoint=True, **options), "checkpoint=True expects weights")
-processes = posterity.Processes(rank, 2)
-refused(lambda: posterity.measure(model, None, ids, processes=processes, **options), "without processes= and state=")
+
+# The processes share the windows: 3, 4, and 5 in batches of 2; one of them has a pass less, and helps.
+from posterity.measurement import measure as module
+passes, run = [], module.measure_batch
+module.measure_batch = lambda *args: passes.append(args) or run(*args)
+processes = posterity.Processes.join()
+for rows, more, count in ((3, {"losses": True, "horizons": (2, 4)}, 2), (4, {}, 2), (5, {"batch": 2}, 2)):
+    right = posterity.measure(tiny("llama"), None, tokens(rows), **options, **more)
+    passes.clear()
+    same(posterity.measure(model, None, tokens(rows), processes=processes, **options, **more), right)
+    assert len(passes) == count
+options |= {"processes": processes, "pack": True}
+refused(lambda: posterity.measure(model, None, ids, **options), "pack=True makes others")
 """
 
 MONITOR = """

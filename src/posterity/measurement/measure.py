@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from posterity._version import __version__
+from posterity.decomposition.accumulator import Accumulator
 from posterity.decomposition.first_keys import SINKS
 from posterity.errors import InputError, NotFiniteError
 from posterity.inputs.arguments import open_model, split_arguments
@@ -108,9 +109,8 @@ def measure(
         state: A folder that keeps what has been measured; where it holds some, the run goes on from there. It stays
             when the run is done.
         processes: `posterity.Processes.join()` in each process that torchrun started: they share the windows
-            and all return the same result. `documents` are read by the first of them only. A model that
-            `torch.distributed.fsdp.fully_shard` has split takes none: every process calls `measure` with the same
-            arguments, they run each window together, and all return the same result.
+            and all return the same result. `documents` are read by the first of them only. So do those of a model that
+            `torch.distributed.fsdp.fully_shard` has split; without `processes` they run each window together.
 
     Returns:
         The result; dims and units in `posterity.results.schema.SCHEMA`.
@@ -129,7 +129,7 @@ def measure(
     processes = processes or Processes()
     sharded = is_sharded(inner)
     if sharded:
-        _check_sharded(processes, state, parameters, checkpoint)
+        _check_sharded(processes, state, parameters, checkpoint, pack)
     check_context(inner, context)
     corpus = processes.broadcast(
         lambda: read_corpus(documents, tokenizer, context, limit, pack=pack, conversations=True)
@@ -143,7 +143,8 @@ def measure(
         "text": token_digest(windows), "model": "" if state is None else fingerprint(inner),
     }  # fmt: skip
     run_state = RunState.open(state, settings, processes)
-    remaining = processes.share(run_state.remaining_windows(len(windows)))
+    unmeasured = run_state.remaining_windows(len(windows))
+    remaining = processes.share(unmeasured)
     show_progress = progress and processes.is_first and bool(remaining) and is_first_process()
     activity = "measuring" if processes.count == 1 else f"measuring, process 1 of {processes.count}"
     with (
@@ -170,6 +171,8 @@ def measure(
                     measure_batch(window_batch, model, head, ledger, seed)
                 run_state.add_windows(ledger.sums, numbers)
                 advance(len(numbers), sum(windows[number].size for number in numbers))
+            if sharded and len(remaining[::batch]) < len(unmeasured[:: processes.count * batch]):
+                _help_the_others(windows[0], model, head, ledger, seed)
         run_state.finish(ledger.sums)
         texts = [window.text for window in windows]
         limit = max_tokens(inner)
@@ -190,6 +193,15 @@ def measure_batch(batch: WindowBatch, model: nn.Module, head: LMHead, ledger: Le
     ledger.sums.append_rows((None, "tokens"), batch.predictions)
     with name_windows(batch.windows):
         ledger.backward(loss, batch.spans)
+
+
+def _help_the_others(window: Window, model: nn.Module, head: LMHead, ledger: Ledger, seed: int) -> None:
+    """Run one pass that is not counted, so that the others, which have a window more, can gather the weights."""
+    counted = Accumulator()
+    counted.merge(ledger.sums)
+    measure_batch(WindowBatch.of([window]), model, head, ledger, seed)
+    ledger.sums.clear()
+    ledger.sums.merge(counted)
 
 
 @contextlib.contextmanager
@@ -246,7 +258,7 @@ def _check_batch(batch: int, parameters: bool) -> None:
         raise InputError(f"parameters=True takes one window at a time; got a batch of {batch}: set batch=1 (--batch 1)")
 
 
-def _check_sharded(processes: Processes, state: object, parameters: bool, checkpoint: bool) -> None:
+def _check_sharded(processes: Processes, state: object, parameters: bool, checkpoint: bool, pack: bool) -> None:
     """Raise InputError for what a model does not allow whose weights the processes gather for each pass (FSDP2)."""
     if parameters:
         raise InputError(
@@ -258,10 +270,14 @@ def _check_sharded(processes: Processes, state: object, parameters: bool, checkp
             "checkpoint=True expects weights that are there whenever a layer runs again; the processes gather those of "
             "this model for each pass (FSDP2): leave it out"
         )
-    if processes.count > 1 or state is not None:
+    if state is not None:
         raise InputError(
-            "the processes that hold a part of this model each (FSDP2) run every window together: call measure in all "
-            "of them with the same arguments, without processes= and state="
+            "state expects a model that each process holds whole; this one is sharded (FSDP2): leave it out"
+        )
+    if pack and processes.count > 1:
+        raise InputError(
+            "processes expects windows of one length where they gather the weights for each pass together (FSDP2); "
+            "pack=True makes others: leave one of the two out"
         )
 
 
