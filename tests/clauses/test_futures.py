@@ -312,7 +312,7 @@ def test_a_verdict_on_futures_needs_information_the_law_and_disagreement():
     assert judged(ngrams=0)[0] == HOLDS
     assert "not known" in judged(ngrams=0)[1]
     assert judged(z=np.array([1.0, 4.5])) == (
-        MIXED, "the mean pull of the model's own futures should vanish, but z = 4.5: nothing is said"
+        MIXED, "the mean gradient of continuations that the model draws should vanish, but z = 4.5: nothing is said"
     )  # fmt: skip
     assert judged(z=nothing)[0] == MIXED
     assert judged(information=np.array([0.9, 3.0]))[0] == FAILS

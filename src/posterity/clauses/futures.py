@@ -183,10 +183,13 @@ def _judge(
     """Return verdict and reason, from the consensus of real futures (written,) and by layer (layer, written)."""
     if not (np.abs(z) <= MAX_Z).all():
         worst = z[np.argmax(np.nan_to_num(np.abs(z), nan=math.inf))]
-        return MIXED, f"the mean pull of the model's own futures should vanish, but z = {worst:.1f}: nothing is said"
+        return (
+            MIXED,
+            f"the mean gradient of continuations that the model draws should vanish, but z = {worst:.1f}: nothing is said",
+        )
     if not (information[0] > margin_of_error(information[1], prefixes)).all():
-        return FAILS, "no pull of the future on keys and values is seen beyond the margin of error"
-    law = f"futures pull on keys and values and cancel on average as they must (|z| up to {np.abs(z).max():.1f}); "
+        return FAILS, "no gradient of a continuation at keys and values is seen beyond the margin of error"
+    law = f"the gradients of drawn continuations cancel on average as they must (|z| up to {np.abs(z).max():.1f}); "
     if not ngrams:
         return HOLDS, law + "what real futures have in common is not known: no n-gram recurs with different futures"
     verdicts, words = [], []
@@ -196,7 +199,10 @@ def _judge(
         verdicts.append(verdict)
         layers = f" (above one half in {contradicting})" if contradicting else ""
         words.append(f"{percent(consensus[0][index], consensus[1][index], ngrams)} for {stream}s{layers}")
-    reason = f"{law}real futures of {ngrams} recurring n-grams share of their squared pull {' and '.join(words)}"
+    reason = (
+        f"{law}for {ngrams} n-grams that recur with different continuations, so much of the squared gradient is common "
+        f"to all: {' and '.join(words)}"
+    )
     return common_verdict(verdicts), reason
 
 

@@ -237,7 +237,7 @@ def _draw_linearity(audit: View) -> list[Chart]:
         joint, error = audit["straight_joint"], audit.get("straight_joint_error")
         charts.append(
             Chart(
-                "What it costs when several heads may look only at themselves",
+                "What it costs to replace the attention of several heads by a linear map",
                 "Measured together, the cheapest heads first. The points are those of a bisection that looks for the "
                 "budget of the audit.",
                 [measured_line("together", joint.folded, joint, error)], "heads", "nats per token",

@@ -46,7 +46,7 @@ GUIDE = {
     ),
     "compare": Purpose("What did that cost, by position?", ("posterity compare runs/full runs/myopic -r gap.html",)),
     "fold": Purpose(
-        "Which heads need to look only at themselves?", ("posterity fold gpt2 my.txt --budget 0.01 -o folded",)
+        "Which heads can be replaced by a linear map?", ("posterity fold gpt2 my.txt --budget 0.01 -o folded",)
     ),
     "windows": Purpose(
         "Which layers may look back less far, and what does that cost?",

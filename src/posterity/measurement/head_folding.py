@@ -153,7 +153,7 @@ def fold(
     seed: int = 0,
     progress: bool = True,
 ) -> FoldedHeads:
-    """Find heads that may look only at themselves while the mean loss grows by a budget at most.
+    """Find heads whose attention can be replaced by a linear map while the mean loss grows by a budget at most.
 
     Every head is priced first: what a window of one token would cost it, to second order, with labels that the model
     draws; one forward and one backward pass for each window (docs/method.md, Prices). In the order of these prices, as
