@@ -183,10 +183,8 @@ def _judge(
     """Return verdict and reason, from the consensus of real futures (written,) and by layer (layer, written)."""
     if not (np.abs(z) <= MAX_Z).all():
         worst = z[np.argmax(np.nan_to_num(np.abs(z), nan=math.inf))]
-        return (
-            MIXED,
-            f"the mean gradient of continuations that the model draws should vanish, but z = {worst:.1f}: nothing is said",
-        )
+        expected = "the mean gradient of continuations that the model draws should vanish"
+        return MIXED, f"{expected}, but z = {worst:.1f}: nothing is said"
     if not (information[0] > margin_of_error(information[1], prefixes)).all():
         return FAILS, "no gradient of a continuation at keys and values is seen beyond the margin of error"
     law = f"the gradients of drawn continuations cancel on average as they must (|z| up to {np.abs(z).max():.1f}); "
