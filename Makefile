@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A test process a core; more than four would hold more memory than they save time.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-slow test-kernels check bench bench-peers picture reproduce models site notebooks audit release clean
+.PHONY: help demo test test-slow test-kernels check bench bench-peers picture reproduce models site notebooks notebooks-quick audit release clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -76,6 +76,9 @@ notebooks: $(VENV)/documented  ## run docs/notebooks again, and keep what they p
 
 audit: $(VENV)/tested  ## the tables of docs/audit.md: does each clause of the idea hold on the default model?
 	$(BIN)/python bench/audit.py
+
+notebooks-quick: $(VENV)/documented  ## run docs/notebooks on less text, in CI; what they hold stays as it is
+	$(BIN)/python bench/notebooks.py --quick
 
 release:  ## wheel and sdist in dist/, tried in an empty environment
 	bash .ci/check_release

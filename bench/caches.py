@@ -18,6 +18,7 @@ import posterity
 from posterity.inputs.documents import default_text
 from posterity.inputs.windows import cut_windows
 from posterity.models.compressed_cache import CompressedCache
+from posterity.models.compressed_layer import CompressedLayer
 
 
 class Clock:
@@ -71,7 +72,7 @@ def main():
     model, prices = loaded.model.eval(), posterity.Prices.load(options.prices)
     ids = cut_windows([default_text()], loaded.tokenizer, options.tokens, 1)[0].ids[None].to(model.device)
     predict, drop = Clock(), Clock()
-    observe, evict = CompressedCache.observe, CompressedCache.evict
+    observe, evict, attend = CompressedCache.observe, CompressedCache.evict, CompressedLayer.observe
     rows = []
     for _ in range(options.repeat):
         own = DynamicCache(config=model.config)
@@ -79,6 +80,7 @@ def main():
         with posterity.compress(model, prices, options.keep) as cache:
             predict.seconds = drop.seconds = 0.0
             CompressedCache.observe, CompressedCache.evict = predict.wrap(observe), drop.wrap(evict)
+            CompressedLayer.observe = predict.wrap(attend)
             try:
                 with torch.no_grad():
                     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -87,7 +89,7 @@ def main():
                 cache.reset()
                 times = run(model, ids, cache, options.new)
             finally:
-                CompressedCache.observe, CompressedCache.evict = observe, evict
+                CompressedCache.observe, CompressedCache.evict, CompressedLayer.observe = observe, evict, attend
         own.crop(-options.new)
         rows.append((own_times[0], own_times[1], times[1], *shares, sizes / own_bytes(own)))
     names = ("prompt, s", "token over own cache, s", "token over compressed cache, s", "predicting, s", "dropping, s",

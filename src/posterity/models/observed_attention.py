@@ -72,10 +72,10 @@ def observe_prompt(
         x.detach() for x in (call.query[row, heads, queries], call.key[row, group], call.value[row, group])
     )
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query @ key.mT).to(dtype) * call.scale
+    scores = (query.flatten(0, 1) @ key.mT).unflatten(0, query.shape[:2]).to(dtype) * call.scale
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    scores = scores.masked_fill(~visible, -torch.inf)
+    scores += torch.where(visible, 0.0, -torch.inf)
     if call.sinks is not None:
         sinks = call.sinks.detach()
         sinks = sinks[heads, None] if sinks.dim() == 1 else sinks[row, heads, queries]
