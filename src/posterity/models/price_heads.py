@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 OTHERS = 4  # features beside the input: logarithms of age and position, whether the position is the first, and 1
 AGE = -4  # the feature of them that changes
+_COLUMNS = 16  # a product of fewer takes longer
 MAPS = ("weight", "variance", "observed", "observed_variance")  # tensors of a `PriceHead`
 
 
@@ -60,9 +62,11 @@ class PriceHead:
     ) -> Float[Tensor, "batch group position"]:
         """Return the logarithm of what a pair is worth to one query at an age of 1."""
         weight = self.weight
-        logs = scale_input(hidden).to(weight.dtype) @ weight[:-OTHERS]
+        hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
+        columns = pad(weight[:-OTHERS], (0, -self.groups % _COLUMNS)).to(hidden.dtype)
+        logs = (hidden @ columns)[..., : self.groups] * input_scale(hidden)
         others = position_features(positions).to(weight.dtype) @ weight[-OTHERS + 1 :]
-        return (logs + others + self.variance / 2).mT
+        return (logs.to(weight.dtype) + others + self.variance / 2).mT
 
     def add_observation(
         self,
@@ -122,7 +126,13 @@ def observation_rows(
 def scale_input(hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
     """Return a layer's input with a root mean square of 1, in float32 at least."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True).clamp(min=torch.finfo(hidden.dtype).tiny))
+    return hidden * input_scale(hidden)
+
+
+def input_scale(hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
+    """Return the reciprocal root mean square of a layer's input."""
+    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return hidden.shape[-1] ** 0.5 / norm.clamp(min=torch.finfo(hidden.dtype).tiny ** 0.5)
 
 
 def position_features(positions: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch three"]:
