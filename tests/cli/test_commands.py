@@ -120,6 +120,20 @@ def test_a_choice_of_kernels_holds_while_a_model_is_measured(calls, monkeypatch)
     assert run("measure", "org/model", "--kernels", "flash").exit_code == 2
 
 
+def test_random_weights_take_the_place_of_those_of_the_model(calls, monkeypatch):
+    class Loaded(LoadedModel):
+        def with_random_weights(self, seed):
+            return LoadedModel(f"random {seed}", self.tokenizer, f"{self.name}, random weights", "")
+
+    monkeypatch.setattr(
+        "posterity.inputs.model.load_model", lambda *args: Loaded("the model", "the tokenizer", "its name", "r")
+    )
+    assert run("measure", "org/model", "--random-weights", "--seed", 3).exit_code == 0
+    _, (model, *_), options = next(call for call in calls if call[0] == "measure")
+    assert model == "random 3"
+    assert options["attrs"]["model"] == "its name, random weights"
+
+
 def test_who_pays_is_passed_on(calls):
     assert run("measure", "--losses", "--parameters", "--horizons", "1,2, 4").exit_code == 0
     keywords = dict(calls[1][2])

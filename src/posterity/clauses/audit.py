@@ -10,7 +10,7 @@ from typing import Any
 import xarray as xr
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from posterity._version import __version__
 from posterity.clauses.all_clauses import CLAUSES
@@ -27,7 +27,7 @@ from posterity.measurement.distributed import Processes
 from posterity.measurement.provenance import provenance
 from posterity.measurement.run_state import fingerprint
 from posterity.models.context_length import check_context
-from posterity.models.language_model import evaluation_mode, input_device, language_model, max_tokens, seed_rng
+from posterity.models.language_model import evaluation_mode, language_model, max_tokens, randomize_weights, seed_rng
 from posterity.results.audit_schema import REFUSED, Finding
 
 RANDOM = "random weights"  # name of the control
@@ -90,7 +90,7 @@ def audit(
     processes = processes or Processes()
     texts = processes.broadcast(lambda: _read_texts(documents))
     if control is not None:
-        models[RANDOM] = random_control(next(iter(models.values())), plan.seed)
+        models[RANDOM] = randomize_weights(next(iter(models.values())), plan.seed)
     settings = {
         "version": __version__, "plan": repr(plan), "text": _digest(texts),
         "model": [] if state is None else [fingerprint(named_model) for named_model in models.values()],
@@ -164,13 +164,6 @@ def _name_models(model: nn.Module | Mapping[str, nn.Module], attrs: Mapping[str,
         name or str(attrs.get("model") or module.config._name_or_path or type(module).__name__): module
         for name, module in inner.items()
     }
-
-
-def random_control(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Return a model of the same config with random weights, on the same device and in the same precision."""
-    with seed_rng(seed):
-        control = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-    return control.to(input_device(model)).eval()  # type: ignore[arg-type]
 
 
 def _tokenizer_of(name: str, tokenizer: Any) -> Any:

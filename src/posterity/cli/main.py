@@ -115,6 +115,9 @@ def measure_command(
     parameters: Annotated[
         bool | None, typer.Option("--parameters", help="Who pays for every module's parameters too.")
     ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Measure a model of the same config with random weights instead.")
+    ] = False,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
     output: OutputFile = None,
@@ -149,6 +152,8 @@ def measure_command(
 
     def measure_model(name: str | None, texts: Any, part: str = "") -> Any:
         loaded = load_model(name, dtype, device, revision, trust_remote_code)
+        if random_weights:
+            loaded = loaded.with_random_weights(seed or 0)
         with posterity.choose_kernels(kernels):
             return posterity.measure(
                 loaded.model, loaded.tokenizer, texts, attrs=run_attrs(loaded), state=run.subfolder(part),

@@ -19,6 +19,7 @@ from posterity.inputs.pretrained import (
     load_tokenizer,
     load_weights,
 )
+from posterity.models.language_model import randomize_weights
 from posterity.models.transformers_logging import silence_transformers
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +42,11 @@ class LoadedModel:
     def attrs(self) -> dict[str, str]:
         """Name and revision as attributes of a result; none for a model without a name, whose config has them."""
         return {"model": self.name, "revision": self.revision} if self.name else {}
+
+    def with_random_weights(self, seed: int = 0) -> "LoadedModel":
+        """Return a model of the same config with random weights and the same tokenizer: what did training do?"""
+        name = f"{self.name}, random weights" if self.name else ""
+        return LoadedModel(randomize_weights(self.model, seed), self.tokenizer, name, "")
 
 
 def load_model(

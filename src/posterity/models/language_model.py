@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from posterity.decomposition.projections import is_packed
 from posterity.errors import InputError
@@ -82,6 +82,14 @@ def max_tokens(model: PreTrainedModel) -> int:
     config = model.config.get_text_config(decoder=True)
     limits = (getattr(config, name, None) for name in _LIMITS)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), sys.maxsize)
+
+
+def randomize_weights(model: nn.Module, seed: int) -> PreTrainedModel:
+    """Return a model of the same config with random weights, on the same device and in the same precision."""
+    inner = language_model(model)
+    with seed_rng(seed):
+        control = AutoModelForCausalLM.from_config(inner.config, dtype=inner.dtype)
+    return control.to(input_device(inner)).eval()  # type: ignore[arg-type]
 
 
 def enclosing_layer(model: nn.Module, name: str) -> nn.Module:

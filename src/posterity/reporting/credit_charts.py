@@ -1,6 +1,7 @@
 """Figures of the credit by layer and by position, of the first position, and of the gradients of the weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -29,7 +30,9 @@ from posterity.reporting.traces import (
 )
 from posterity.results import stats
 from posterity.results.formatting import json_numbers
+from posterity.results.uniform_attention import has_every_pair
 
+UNIFORM = "uniform attention in all layers"
 WEIGHTS = {"query": "W_Q", "key": "W_K", "value": "W_V"}
 PARTS = {
     "self": ("self part", SELF, "solid"),
@@ -78,17 +81,20 @@ def draw_layers(group: ResultGroup, reader_of: str) -> PanelGrid:
 def draw_positions(group: ResultGroup) -> PanelGrid:
     """Draw the share of the credit by position: through the self edge, through other edges, and by counting."""
     shares = [share_by_position(member.result) for member in group.members]
+    uniforms = {member.name: stats.uniform_attention(member.result) for member in group.members}
     panels = []
     for stream in STREAMS:
         for member, share in zip(group.members, shares, strict=True):
             bins = position_bins(member.result)
             own, other = (sum_positions(share.sel(stream=stream, side=side).values, member.result) for side in SIDES)
-            counted = count_by_position(member.result, stream)
-            traces = (
-                []
-                if counted is None
-                else [counting_line(EDGES, **by_position(bins, sum_positions(counted, member.result)))]
-            )
+            counted, uniform = count_by_position(member.result, stream), uniforms[member.name]
+            lines = {} if counted is None else {EDGES: counted}
+            if uniform is not None:
+                lines[UNIFORM] = uniform.sel(stream=stream).values
+            traces: list[Any] = [
+                counting_line(name, colour=colour, **by_position(bins, sum_positions(values, member.result)))
+                for (name, values), colour in zip(lines.items(), (COUNT, MEAN), strict=False)
+            ]
             traces += [
                 line("other edges", colour=OTHER, **by_position(bins, other), **position_points(bins, OTHER)),
                 line("self edge", colour=SELF, **by_position(bins, own), **position_points(bins, SELF)),
@@ -110,10 +116,7 @@ def count_by_position(result: xr.Dataset, stream: str) -> np.ndarray | None:
     Every pair is one under a plain causal mask without padding.
     """
     readers = np.arange(int(result.position_end[-1]) + 1, 0, -1)
-    edges = result.edges.sum("reader_of")
-    edges = edges / edges.sum("lag")
-    every_pair = np.add.reduceat(readers, result.lag.values) / readers.sum()
-    if not np.allclose(edges, every_pair, rtol=1e-9, atol=0):
+    if not has_every_pair(result):
         return None
     by_position = readers[::-1] if stream == "query" else readers
     return np.add.reduceat(by_position, result.position.values) / readers.sum()

@@ -38,6 +38,7 @@ from posterity.results.price_stats import prices, window_prices
 from posterity.results.ratios import confidence, existing_heads, has_reader_axis, mean_and_error, ratio, uncertainty
 from posterity.results.reach import reach
 from posterity.results.sink_stats import attention_first, first_attention, first_position, first_share
+from posterity.results.uniform_attention import uniform_attention
 from posterity.results.weight_stats import adapter_shares, weight_shares
 from posterity.results.window_stats import HEAVY as HEAVY
 from posterity.results.window_stats import balance, heavy_windows, window_norms
@@ -76,6 +77,7 @@ __all__ = [
     "reader_lags",
     "shares",
     "uncertainty",
+    "uniform_attention",
     "weak_heads",
     "weight_shares",
     "window_norms",
