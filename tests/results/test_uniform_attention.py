@@ -32,9 +32,21 @@ def test_expected_credit_is_that_of_a_network_of_means():
             energy[layer] += grads[LAYERS + layer].numpy() ** 2
     by_value, energy = by_value * 4, energy * 4  # the half with which an output enters the stream
     np.testing.assert_allclose(expected[:, 2], by_value, rtol=1e-12)
-    np.testing.assert_allclose(expected[:, 0], energy / np.arange(1, LENGTH + 1), rtol=1e-12)
-    weights = mean.numpy() ** 2
-    np.testing.assert_allclose(expected[:, 1], [weights.T @ row for row in energy], rtol=1e-12)
+    for layer in range(LAYERS):
+        query, key = sampled_credit(np.sqrt(energy[layer]))
+        np.testing.assert_allclose(expected[layer, 0], query, rtol=0.05, atol=1e-12)
+        np.testing.assert_allclose(expected[layer, 1], key, rtol=0.05)
+
+
+def sampled_credit(sizes, samples=4000, width=16):
+    """Return mean squared gradients of queries and keys of attention with scores of about zero, over random tensors."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = torch.randn(4, samples, LENGTH, width, generator=generator, dtype=torch.double)
+    query, key = query.requires_grad_(), key.requires_grad_()
+    scale, future = 1e-6, torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    output = (scale * query @ key.mT).masked_fill(future, -torch.inf).softmax(-1) @ value
+    (output * grad * torch.from_numpy(sizes)[:, None]).sum().backward()
+    return [((x.grad / scale) ** 2).sum(-1).mean(0).numpy() / width**2 for x in (query, key)]
 
 
 def test_shares_are_those_of_a_plain_causal_mask_alone():
@@ -63,5 +75,4 @@ def test_the_top_layer_has_no_layer_above(layers):
     top = uniform_credit(layers, 5)[-1]
     mean = np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]
     np.testing.assert_allclose(top[2], (mean**2).sum(0))
-    np.testing.assert_allclose(top[1], (mean**2).sum(0))
-    np.testing.assert_allclose(top[0], 1 / np.arange(1, 6))
+    np.testing.assert_allclose(top[0], [0, 1 / 4, 2 / 9, 3 / 16, 4 / 25])

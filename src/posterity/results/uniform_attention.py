@@ -20,8 +20,9 @@ MIX = 0.5  # of attention in a layer, equal to that of its residual stream
 def uniform_attention(result: xr.Dataset) -> xr.DataArray | None:
     """Return the share of the credit that each position would have under uniform attention through all layers.
 
-    With R^n for the n layers above, a value at j has the credit sum_t ((R^n M)_tj)^2; a key sum_i M_ij^2 e_i, and a
-    query e_i / (i + 1), with e_i = sum_t ((R^n)_ti)^2, as queries and keys of different positions are independent.
+    With R^n for the n layers above, a value at j has the credit sum_t ((R^n M)_tj)^2. Queries, keys and values of
+    different positions are independent: with e_i = sum_t ((R^n)_ti)^2 and i/(i + 1), the variance of v_j - o_i, a query
+    has e_i i/(i + 1)^2 and a key sum_i M_ij^2 e_i i/(i + 1).
 
     Returns:
         Units 1, dims (stream, position); None for a context beyond 1,024 tokens, and unless every pair of positions is
@@ -43,7 +44,7 @@ def uniform_credit(layers: int, context: int, mix: float = MIX) -> np.ndarray:
     step = (1 - mix) * np.eye(context) + mix * mean
     above, rows = np.eye(context), []
     for _ in range(layers):  # from the top
-        energy = (above**2).sum(0)
+        energy = (above**2).sum(0) * (1 - 1 / steps)
         rows.append((energy / steps, (mean**2 * energy[:, None]).sum(0), ((above @ mean) ** 2).sum(0)))
         above = above @ step
     return np.array(rows[::-1])
