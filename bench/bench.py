@@ -1,4 +1,4 @@
-"""`make bench`: the tables of docs/cost.md. Time as ratios of medians taken in turns; memory in a process of its own each.
+"""`make bench`: the tables of docs/cost.md. Time as ratios of medians taken in turns; memory in a process each.
 
 python bench/bench.py            all of it (about 40 minutes on two cores)
 python bench/bench.py steps      ratio to a plain training step on SmolLM2-135M

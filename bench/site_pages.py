@@ -1,10 +1,12 @@
-"""Hook of MkDocs: the pages of the site that are generated from the code (command line, schema).
+"""Hook of MkDocs: the pages of the site that are generated from the code (command line, schema, refusals).
 
 mkdocs.yml names it; `make site` builds the site.
 """
 
+import ast
 import inspect
 import re
+from pathlib import Path
 
 from mkdocs.structure.files import File
 from typer.main import get_command
@@ -13,19 +15,32 @@ from posterity.cli.guide import GUIDE
 from posterity.cli.main import app
 from posterity.results import audit_schema, comparison_schema, eviction_schema, schema
 
+PACKAGE = Path(__file__).parent.parent / "src" / "posterity"
+REFUSALS = {  # folders of the code, as what a user did there
+    "inputs": "Models and texts", "models": "What a model is and does", "ops": "The operator",
+    "decomposition": "Gradients",
+    "measurement": "Measuring", "clauses": "The audit", "training": "Training", "results": "Results and files",
+    "plotting": "Figures", "reporting": "Pages and tables", "cli": "The command line",
+}  # fmt: skip
 OTHER_KINDS = {"An audit": audit_schema, "Compared trainings": comparison_schema, "Evictions": eviction_schema}
 
 
 def on_files(files, config):
     """Add the generated pages."""
-    for name, text in (("commands.md", commands_page()), ("schema.md", schema_page())):
+    pages = {"commands.md": commands_page(), "schema.md": schema_page(), "refusals.md": refusals_page()}
+    for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
 def commands_page() -> str:
     """Return the page of the command line: the question, examples and options of every command."""
-    lines = ["# Command line", "", "Every option has a default that fits a first look. Names do the same in Python.", ""]
+    lines = [
+        "# Command line",
+        "",
+        "Every option has a default that fits a first look. Names do the same in Python.",
+        "",
+    ]
     commands = get_command(app).commands
     for name in GUIDE:
         command, purpose = commands[name], GUIDE[name]
@@ -43,7 +58,12 @@ def _option(parameter) -> str:
 
 def schema_page() -> str:
     """Return the page of all variables: dimensions, units and meaning."""
-    lines = ["# Schema", "", "Every variable of a result, as files hold it. What they mean: [variables](variables.md).", ""]
+    lines = [
+        "# Schema",
+        "",
+        "Every variable of a result, as files hold it. What they mean: [variables](variables.md).",
+        "",
+    ]
     for title, entries in (("Variables", schema.SCHEMA), ("Coordinates", schema.COORDINATES)):
         lines += [f"## {title}", "", "| name | dimensions | units | what |", "|---|---|---|---|"]
         for name, entry in entries.items():
@@ -53,6 +73,32 @@ def schema_page() -> str:
     for title, module in OTHER_KINDS.items():
         lines += [f"## {title}", "", inspect.getdoc(module) or "", ""]
     return "\n".join(lines)
+
+
+def refusals_page() -> str:
+    """Return the page of every message by which something is refused, with what was expected and what to do."""
+    lines = [
+        "# Every refusal", "", "All messages of `posterity.InputError`, from the code: what was expected, what came, "
+        "what to do. … stands for what the message names. Why some models and inputs are refused: "
+        "[limitations](limitations.md).", "",
+    ]  # fmt: skip
+    for folder, title in REFUSALS.items():
+        messages = {text for path in sorted((PACKAGE / folder).glob("*.py")) for text in _messages(path)}
+        lines += [f"## {title}", "", *(f"* {cell(text)}" for text in sorted(messages)), ""]
+    return "\n".join(lines)
+
+
+def _messages(path: Path) -> list[str]:
+    """Return the texts with which a file raises InputError."""
+    calls = (x.exc for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Raise))
+    errors = (x for x in calls if isinstance(x, ast.Call) and isinstance(x.func, ast.Name) and x.args)
+    return [_text(x.args[0]) for x in errors if x.func.id == "InputError" and len(_text(x.args[0])) > 20]
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
+    return str(node.value) if isinstance(node, ast.Constant) else "…"
 
 
 def cell(text: str) -> str:

@@ -208,7 +208,7 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_every_link_between_the_documents_leads_somewhere():
-    generated = {"commands.md", "schema.md"}  # by bench/site_pages.py
+    generated = {"commands.md", "schema.md", "refusals.md"}  # by bench/site_pages.py
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
             assert target in generated or (document.parent / target).exists(), f"{document.name}: {target}"
