@@ -5,9 +5,12 @@ python bench/notebooks.py --quick 06 those that begin so, on less text and with 
 """
 
 import argparse
+import os
 import re
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -44,9 +47,13 @@ def main():
     parser.add_argument("names", nargs="*", help="beginnings of names; all by default")
     parser.add_argument("--quick", action="store_true", help="on less text; write nothing")
     options = parser.parse_args()
-    for path in sorted(FOLDER.glob("*.ipynb")):
-        if not options.names or path.name.startswith(tuple(options.names)):
-            print(f"{path.name}: {run(path, options.quick):.0f} s", flush=True)
+    paths = [x for x in sorted(FOLDER.glob("*.ipynb")) if not options.names or x.name.startswith(tuple(options.names))]
+    processes = max(1, min(4, os.cpu_count() or 1)) if options.quick else 1
+    if processes > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(processes) as pool:
+        for path, seconds in zip(paths, pool.map(partial(run, quick=options.quick), paths), strict=True):
+            print(f"{path.name}: {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

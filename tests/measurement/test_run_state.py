@@ -92,7 +92,7 @@ def measure(state=None, model=None, documents=None, **options):
 
 def test_a_finished_state_gives_the_result_without_a_pass(tmp_path, monkeypatch):
     first = measure(tmp_path / "state")
-    monkeypatch.setattr("posterity.measurement.measure._measure_batch", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("posterity.measurement.measure.measure_batch", lambda *_: pytest.fail("measured again"))
     again = measure(tmp_path / "state")
     assert first.drop_attrs().identical(again.drop_attrs())
 
@@ -265,7 +265,7 @@ def command(tmp_path, monkeypatch):
 
 
 def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkeypatch):
-    original, calls = sys.modules["posterity.measurement.measure"]._measure_batch, []
+    original, calls = sys.modules["posterity.measurement.measure"].measure_batch, []
 
     def interrupted(*args):
         calls.append(1)
@@ -273,7 +273,7 @@ def test_an_unfinished_run_is_kept_until_it_is_resumed(command, tmp_path, monkey
             raise KeyboardInterrupt
         original(*args)
 
-    monkeypatch.setattr("posterity.measurement.measure._measure_batch", interrupted)
+    monkeypatch.setattr("posterity.measurement.measure.measure_batch", interrupted)
     code, _, message = command()
     assert code == 130
     assert re.search(r"interrupted; [12] of 4 windows are kept in run.nc.state: add --resume to go on", message)

@@ -24,7 +24,14 @@ def register(name: str = NAME, function: Callable | None = None) -> None:
 
 @torch.compiler.disable
 def attention_function(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention for transformers: (batch, head, position, dim) in, (batch, position, head, dim) out.
 
@@ -35,7 +42,7 @@ def attention_function(
             f"expected no attention dropout, got {dropout} in training mode, which makes the edges random: "
             "set attention_dropout (attn_pdrop in GPT-2) of the config to 0, or call model.eval()"
         )
-    call = attention_call(module, query, key, value, attention_mask, **kwargs)
+    call = attention_call(module, query, key, value, attention_mask, *args, **kwargs)
     interceptor = interceptor_of(module)
     output = call.output() if interceptor is None else interceptor.attend(call)
     return output.transpose(1, 2).contiguous(), None

@@ -32,7 +32,9 @@ def uniform_attention(result: xr.Dataset) -> xr.DataArray | None:
     if context > LONGEST or not has_every_pair(result):
         return None
     credit = uniform_credit(result.sizes["layer"], context).sum(0)
-    binned = np.add.reduceat(credit / credit.sum(-1, keepdims=True), result.position.values, axis=-1)
+    total = credit.sum(-1, keepdims=True)  # 0 for queries of a single token
+    shares = np.divide(credit, total, out=np.full_like(credit, np.nan), where=total > 0)
+    binned = np.add.reduceat(shares, result.position.values, axis=-1)
     share = xr.DataArray(binned, {"stream": list(STREAMS), "position": result.position}, ("stream", "position"))
     return describe(share, "share of the credit under uniform attention")
 
