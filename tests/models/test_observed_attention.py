@@ -8,6 +8,7 @@ from test_compressed_cache import HORIZON, PROMPT, random_heads
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from posterity.errors import InputError
 from posterity.models import observed_attention
 from posterity.models.compressed_cache import open_cache
 from posterity.models.price_heads import PriceHead
@@ -119,3 +120,43 @@ def test_attention_functions_are_put_back(implementation):
     with pytest.raises(RuntimeError), open_cache(first, random_heads(first), HORIZON, nats=0.0):
         raise RuntimeError
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
+
+
+def test_a_function_that_stood_in_this_place_before_is_put_back():
+    def plain(*args, **kwargs):
+        return sdpa(*args, **kwargs)
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+    try:
+        with observed_attention.observe_attention([], "sdpa", print):
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa
+
+
+@torch.no_grad()
+def test_two_caches_of_one_model_observe_their_own_prompts():
+    model, heads = tiny("llama"), random_heads(tiny("llama"))
+    first, second = tokens(1, PROMPT), tokens(1, PROMPT, seed=5)
+    expected = [log_prices(model, heads, ids) for ids in (first, second)]
+    with open_cache(model, heads, HORIZON, nats=0.0) as outer:
+        with open_cache(model, heads, HORIZON, nats=0.0) as inner:
+            model(input_ids=second, past_key_values=inner, use_cache=True)
+            ours = [x.double().numpy() for x in inner.log_prices(0)]
+        model(input_ids=first, past_key_values=outer, use_cache=True)
+        for actual, right in zip([ours, outer.log_prices(0)], reversed(expected), strict=True):
+            assert all(np.allclose(*pair) for pair in zip(actual, right, strict=True))
+
+
+def test_eager_attention_that_is_not_known_is_refused():
+    class Unknown(torch.nn.Module):
+        def forward(self):
+            return ALL_ATTENTION_FUNCTIONS.get_interface("eager", None)(self, *torch.zeros(3, 1, 1, 2, 4), None)
+
+    assert not observed_attention.can_observe([Unknown()], "eager")
+    match = "the plain attention of Unknown is not known while another"
+    with observed_attention.observe_attention([], "eager", print), pytest.raises(InputError, match=match):
+        Unknown()()

@@ -172,7 +172,7 @@ def measure(
                 run_state.add_windows(ledger.sums, numbers)
                 advance(len(numbers), sum(windows[number].size for number in numbers))
             if sharded and len(remaining[::batch]) < len(unmeasured[:: processes.count * batch]):
-                _help_the_others(windows[0], model, head, ledger, seed)
+                _join_uncounted_pass(windows[0], model, head, ledger, seed)
         run_state.finish(ledger.sums)
         texts = [window.text for window in windows]
         limit = max_tokens(inner)
@@ -195,7 +195,7 @@ def measure_batch(batch: WindowBatch, model: nn.Module, head: LMHead, ledger: Le
         ledger.backward(loss, batch.spans)
 
 
-def _help_the_others(window: Window, model: nn.Module, head: LMHead, ledger: Ledger, seed: int) -> None:
+def _join_uncounted_pass(window: Window, model: nn.Module, head: LMHead, ledger: Ledger, seed: int) -> None:
     """Run one pass that is not counted, so that the others, which have a window more, can gather the weights."""
     counted = Accumulator()
     counted.merge(ledger.sums)

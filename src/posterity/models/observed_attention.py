@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from posterity.errors import InputError
 from posterity.models.interception import AttentionCall
 from posterity.models.interface import attention_call
 from posterity.ops.attention import Backward
@@ -26,9 +27,10 @@ OBSERVATIONS = 6  # features of a pair
 EPSILON = 1e-7  # attention that is nothing
 Observer = Callable[[AttentionCall], None]
 
-_observers: "WeakKeyDictionary[nn.Module, Observer]" = WeakKeyDictionary()
+_observers: "WeakKeyDictionary[nn.Module, list[Observer]]" = WeakKeyDictionary()
 _lock = threading.Lock()
 _uses: dict[str, int] = {}  # blocks that observe calls of an implementation
+_registered: dict[str, Callable | None] = {}  # what was registered for it before
 
 
 def observation_features(
@@ -120,17 +122,19 @@ def observe_attention(modules: Sequence[nn.Module], implementation: str, observe
     with _lock:
         _uses[implementation] = _uses.get(implementation, 0) + 1
         if _uses[implementation] == 1:
-            ALL_ATTENTION_FUNCTIONS[implementation] = _noting(implementation)
-    _observers.update(dict.fromkeys(modules, observer))
+            _registered[implementation] = ALL_ATTENTION_FUNCTIONS.get(implementation)
+            ALL_ATTENTION_FUNCTIONS[implementation] = _wrap_function(_registered[implementation])
+    for module in modules:
+        _observers.setdefault(module, []).append(observer)
     try:
         yield
     finally:
         for module in modules:
-            _observers.pop(module, None)
+            _observers[module].remove(observer)
         with _lock:
             _uses[implementation] -= 1
             if not _uses[implementation]:
-                del ALL_ATTENTION_FUNCTIONS[implementation]
+                _restore_function(implementation)
 
 
 def can_observe(modules: Sequence[nn.Module], implementation: str) -> bool:
@@ -140,19 +144,30 @@ def can_observe(modules: Sequence[nn.Module], implementation: str) -> bool:
     return implementation in ALL_ATTENTION_FUNCTIONS
 
 
-def _noting(implementation: str) -> Callable:
-    """Return a function that calls the observer of a module, then the model's own attention function."""
-    registered = ALL_ATTENTION_FUNCTIONS.get(implementation)
+def _restore_function(implementation: str) -> None:
+    registered = _registered.pop(implementation)
+    del ALL_ATTENTION_FUNCTIONS[implementation]
+    if registered is not None and ALL_ATTENTION_FUNCTIONS.get(implementation) is not registered:
+        ALL_ATTENTION_FUNCTIONS[implementation] = registered  # which was put there as ours was
 
-    def noting(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        observer = _observers.get(module)
-        if observer is not None:
+
+def _wrap_function(registered: Callable | None) -> Callable:
+    """Return a function that calls the observers of a module, then the model's own attention function."""
+
+    def observe_and_attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        for observer in _observers.get(module, ()):
             observer(attention_call(module, query, key, value, *args, **kwargs))
         function = _eager(module) if registered is None else registered
-        assert function is not None
+        if function is None:
+            raise InputError(
+                f"the plain attention of {type(module).__name__} is not known while another model's cache is "
+                "compressed: run this model outside the block, or with sdpa"
+            )
         return function(module, query, key, value, *args, **kwargs)
 
-    return noting
+    return observe_and_attend
 
 
 def _eager(module: nn.Module) -> Callable | None:
