@@ -59,7 +59,8 @@ def test_check_says_whether_and_what_a_measurement_takes():
     command = [*POSTERITY, "check", "--context", "128", "--limit", "2"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    verdict, size, cost = process.stdout.splitlines()
+    verdict, kernels, size, cost = process.stdout.splitlines()
     assert verdict == "can be measured: 30 attention layers"
+    assert kernels.startswith("sums over edges: ")
     assert size == "134,515,008 parameters, 0.54 GB in float32"
     assert cost.startswith("2 windows of 128 tokens: about ")
