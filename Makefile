@@ -26,7 +26,7 @@ demo: $(VENV)/installed  ## measure SmolLM2-135M on 8 windows of 512 tokens: dem
 	mkdir -p demo
 	$(BIN)/posterity measure --context 512 --limit 8 --output demo/run.nc --report demo/report.html
 
-test: $(VENV)/tested  ## the quick tests, on all cores (twelve minutes on two)
+test: $(VENV)/tested  ## the quick tests, on all cores (nine minutes on two)
 	$(BIN)/pytest $(PARALLEL)
 
 test-slow: $(VENV)/tested  ## the tests marked slow: browser, compiler, processes, every model type, the default model

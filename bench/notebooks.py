@@ -18,7 +18,11 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
 TIMEOUT = 900  # seconds of a cell
-LESS = {r"\blimit=\d+": "limit=2", r"\bmax_steps=\d+": "max_steps=50"}  # what --quick puts in place of numbers
+LESS = {  # what --quick puts in place of numbers
+    r"\blimit=\d+": "limit=2",
+    r"\bcontext=512": "context=256",
+    r"\bmax_steps=\d+": "max_steps=50",
+}
 
 
 def run(path, quick):
