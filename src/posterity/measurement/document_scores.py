@@ -138,7 +138,6 @@ def _score_document(
     windows: Sequence[Window], model: Any, head: LMHead, ledger: Ledger, distances: Sequence[int], seed: int
 ) -> Tensor:
     """Measure a document by itself: its loss, then what `_columns` names."""
-    ledger.clear()
     for window in windows:
         measure_batch(WindowBatch.of([window]), model, head, ledger, seed)
     result = ledger.result()
@@ -155,7 +154,9 @@ def _shares(result: xr.Dataset, distances: Sequence[int]) -> list[float]:
         norm = float(credit.sum())
         parts = [float(credit.where(credit.lag >= distance, 0).sum()) for distance in distances]
         if "horizon_by_document" in result:
-            kept = result.horizon_by_document.sel(reader_of="rest", stream=stream).sum(["document", "layer", "head"])
-            parts += [norm - float(x) for x in kept]
+            remaining = result.horizon_by_document.sel(reader_of="rest", stream=stream).sum(
+                ["document", "layer", "head"]
+            )
+            parts += [norm - float(x) for x in remaining]
         numbers += [norm, *(part / norm if norm > 0 else float("nan") for part in parts)]
     return numbers

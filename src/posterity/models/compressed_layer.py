@@ -208,20 +208,11 @@ class CompressedLayer(CacheLayerMixin):
         self, call: AttentionCall, row: int, group: int, heads: slice, queries: slice
     ) -> Float[Tensor, "head query width"]:
         assert self.heads is not None
-        kept, query = self.heads[row][group], call.query[row, heads, queries]
+        kept = self.heads[row][group]
         pairs = kept.pairs[: kept.count]
-        scores = (query.flatten(0, 1) @ pairs[:, : self.key_width].mT).unflatten(0, query.shape[:2])
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * call.scale
-        if call.softcap:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
         visible = self._visible(kept, self.oldest[row][group], call.query.shape[2], queries)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
-        if call.sinks is not None:  # (head,) or (text, head, query)
-            sinks = call.sinks[heads, None] if call.sinks.dim() == 1 else call.sinks[row, heads, queries]
-            scores = torch.cat((scores, sinks.to(scores.dtype)[..., None].expand(*query.shape[:2], 1)), -1)
-        weight = scores.softmax(-1)[..., : len(pairs)].to(pairs.dtype)
-        return (weight.flatten(0, 1) @ pairs[:, self.key_width :]).unflatten(0, query.shape[:2])
+        weight = call.weights(row, heads, queries, pairs[:, : self.key_width], visible).to(pairs.dtype)
+        return (weight.flatten(0, 1) @ pairs[:, self.key_width :]).unflatten(0, weight.shape[:2])
 
     def _visible(self, kept: KeptPairs, oldest: int, new: int, queries: slice) -> Tensor | None:
         """Return which of the pairs of a head some of the newest queries see, (query, pair); None: all."""

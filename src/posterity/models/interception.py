@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity.models.masks import edges_and_bias, self_only_heads
@@ -65,6 +67,30 @@ class AttentionCall:
         return attention(
             self.query, self.key, self.value, self.scale, mask=mask, softcap=self.softcap, sinks=self.sinks, bias=bias
         )
+
+    def weights(
+        self, row: int, heads: slice, queries: slice, key: Float[Tensor, "key dim"], visible: Tensor | None = None
+    ) -> Float[Tensor, "head query key"]:
+        """Return the attention of queries of a text to keys that their heads share, in float32 at least.
+
+        Args:
+            row: The text.
+            heads: Query heads.
+            queries: Of the call.
+            key: Those of the call or others.
+            visible: Which keys each query sees, (query, key); None: all. A query that sees none has weights of NaN.
+        """
+        query = self.query[row, heads, queries]
+        scores = (query.flatten(0, 1) @ key.mT).unflatten(0, query.shape[:2])
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)  # whatever stands at padding
+        if self.sinks is not None:  # (head,) or (text, head, query)
+            sinks = self.sinks[heads, None] if self.sinks.dim() == 1 else self.sinks[row, heads, queries]
+            scores = torch.cat((scores, sinks.to(scores.dtype)[..., None].expand(*query.shape[:2], 1)), -1)
+        return scores.softmax(-1)[..., : len(key)]
 
     def zero_output(self) -> Tensor:
         """Return an output of zeros: (batch, head, query, dim_v)."""

@@ -57,6 +57,7 @@ def observation_features(
     return torch.cat((attention, norms), -1).clamp(min=EPSILON).log()
 
 
+@torch.no_grad()
 def observe_prompt(
     call: AttentionCall, row: int, group: int, visible: Bool[Tensor, "query key"]
 ) -> Float[Tensor, "key observation"]:
@@ -70,19 +71,8 @@ def observe_prompt(
     """
     members = call.query.shape[1] // call.key.shape[1]
     heads, queries = slice(group * members, (group + 1) * members), slice(-len(visible), None)
-    query, key, value = (
-        x.detach() for x in (call.query[row, heads, queries], call.key[row, group], call.value[row, group])
-    )
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.flatten(0, 1) @ key.mT).unflatten(0, query.shape[:2]).to(dtype) * call.scale
-    if call.softcap:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    scores += torch.where(visible, 0.0, -torch.inf)
-    if call.sinks is not None:
-        sinks = call.sinks.detach()
-        sinks = sinks[heads, None] if sinks.dim() == 1 else sinks[row, heads, queries]
-        scores = torch.cat((scores, sinks.to(dtype)[..., None].expand(*query.shape[:2], 1)), -1)
-    weight = scores.softmax(-1)[..., : len(key)].nan_to_num(0.0)  # a query of the padding sees nothing
+    key, value = call.key[row, group], call.value[row, group]
+    weight = call.weights(row, heads, queries, key, visible).nan_to_num(0.0)  # a query of the padding sees nothing
     return observation_features(weight, key, value, visible.sum(0))
 
 
