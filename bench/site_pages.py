@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from posterity.cli.guide import GUIDE
 from posterity.cli.main import app
-from posterity.results import audit_schema, comparison_schema, eviction_schema, schema
+from posterity.results import audit_schema, comparison_schema, eviction_schema, feature_schema, schema
 
 PACKAGE = Path(__file__).parent.parent / "src" / "posterity"
 REFUSALS = {  # folders of the code, as what a user did there
@@ -22,7 +22,10 @@ REFUSALS = {  # folders of the code, as what a user did there
     "measurement": "Measuring", "clauses": "The audit", "training": "Training", "results": "Results and files",
     "plotting": "Figures", "reporting": "Pages and tables", "cli": "The command line",
 }  # fmt: skip
-OTHER_KINDS = {"An audit": audit_schema, "Compared trainings": comparison_schema, "Evictions": eviction_schema}
+OTHER_KINDS = {
+    "An audit": audit_schema, "Compared trainings": comparison_schema, "Evictions": eviction_schema,
+    "Features": feature_schema,
+}  # fmt: skip
 
 
 def on_files(files, config):

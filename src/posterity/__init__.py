@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from posterity.measurement.distributed import Processes
     from posterity.measurement.document_scores import score
     from posterity.measurement.eviction import evict
+    from posterity.measurement.feature_gradients import features
     from posterity.measurement.head_folding import fold
     from posterity.measurement.local_layers import windows
     from posterity.measurement.loss_matrix import inspect
@@ -50,6 +51,7 @@ _HOMES = {
     "measurement.distributed": ("Processes",),
     "measurement.document_scores": ("score",),
     "measurement.eviction": ("evict",),
+    "measurement.feature_gradients": ("features",),
     "measurement.head_folding": ("fold",),
     "measurement.local_layers": ("windows",),
     "measurement.loss_matrix": ("inspect",),
@@ -95,6 +97,7 @@ __all__ = [
     "compare",
     "compress",
     "evict",
+    "features",
     "fold",
     "horizon",
     "inspect",

@@ -13,3 +13,10 @@ LOSS_TERMS = ("own", "later", "inner")
 QUANTITIES = ("attention", *(f"{stream} {kind}" for kind in ("mass", "credit") for stream in STREAMS))
 # of the tails by lag of a document, with the rest of its edges, all of them, and their totals
 MOMENTS = ("rest . rest", "rest . rest total", "rest . total", "all . all", "all . total")
+# of the gradient of the parameters, by its path: through the residual stream at chosen positions to the own loss, or to
+# later losses; or past them
+FEATURE_PARTS = ("direct", "pre-cached", "shared")
+FEATURE_PAIRS = (
+    *FEATURE_PARTS, "direct . pre-cached", "direct . shared", "pre-cached . shared",
+)  # fmt: skip
+PULLS = ("own", "later", "own . own", "later . later", "own . later")

@@ -3,6 +3,8 @@
 import numpy as np
 import xarray as xr
 
+from posterity.axes import FEATURE_PAIRS, FEATURE_PARTS, PULLS
+from posterity.results.feature_schema import FEATURES
 from posterity.results.schema import RESULT
 
 CLAUSES = {1: "Look-back", 3: "Readers", 6: "More useful later than now"}
@@ -73,6 +75,33 @@ def sample_eviction(documents=4) -> xr.Dataset:
         {"kind": "eviction", "prefix": 32, "continuation": 16, "task": "copy", "model": "tiny/sample",
          "posterity_version": "0"},
     )  # fmt: skip
+
+
+def sample_features(documents=4, influence=True) -> xr.Dataset:
+    """Build the parts of a gradient at two layers and three directions, from random gradients."""
+    random = np.random.default_rng(0)
+    parts = random.normal(size=(documents, 2, 3, 50)) + 0.3
+    pairs = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
+    pulls = random.normal(size=(documents, 3, 2, 40))
+    own, later = pulls[:, :, 0], pulls[:, :, 1]
+    variables = {
+        "gram": (("document", "layer", "pair"),
+                 np.stack([(parts[:, :, x] * parts[:, :, y]).sum(-1) for x, y in pairs], -1), {"units": "nats^2"}),
+        "loss": ("document", 2 + random.random(documents), {"units": "nats per token"}),
+        "pull": (("document", "direction", "pull_term"),
+                 np.stack([own, later, own**2, later**2, own * later], -1).mean(2), {"units": "nats"}),
+    }  # fmt: skip
+    if influence:
+        numbers = random.normal(size=(documents, 3, 3))
+        variables["influence"] = (("document", "direction", "part"), numbers, {"units": "nats"})
+    coords = {
+        "document": np.arange(documents), "text": ("document", [f"text {index}" for index in range(documents)]),
+        "layer": [0, 5], "pair": [*FEATURE_PAIRS], "direction": ["layers.0", "layers.5[0]", "layers.5[1]"],
+        "direction_layer": ("direction", [0, 5, 5]), "pull_term": [*PULLS],
+        **({"part": [*FEATURE_PARTS]} if influence else {}),
+    }  # fmt: skip
+    attrs = {"kind": "features", "context": 64, "positions": "0:63", "model": "tiny/sample", "posterity_version": "0"}
+    return FEATURES.check(xr.Dataset(variables, coords, attrs))
 
 
 def earlier_version(result: xr.Dataset) -> xr.Dataset:

@@ -74,6 +74,14 @@ GUIDE = {
             "posterity score gpt2 a.txt --beyond 256 -o scores.csv",
         ),
     ),
+    "features": Purpose(
+        "Which losses train the residual stream, and a probe or feature in it?",
+        (
+            "posterity features gpt2 my.txt -r features.html",
+            "posterity features gpt2 my.txt --directions probes.safetensors --influence",
+            "posterity features gpt2 my.txt --layers 4,8 --positions 0:64",
+        ),
+    ),
 }
 
 

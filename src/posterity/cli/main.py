@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 import posterity
 from posterity.cli.caches import evict_command, prices_command
 from posterity.cli.exit_codes import exit_with_one_line, raise_termination
+from posterity.cli.features import features_command
 from posterity.cli.guide import explain_commands
 from posterity.cli.options import (
     Context,
@@ -212,6 +213,7 @@ app.command("windows")(windows_command)
 app.command("prices")(prices_command)
 app.command("evict")(evict_command)
 app.command("score")(score_command)
+app.command("features")(features_command)
 
 
 @app.command("audit")

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from posterity.inputs.model import LoadedModel
     from posterity.inputs.text_sources import SkippedLines
 
-SIGNATURES = {  # the first bytes of each kind of file
-    "result": b"\x89HDF",
-    "page": b"<!doctype html",
-    "csv": b"quantity,",
-    "parquet": b"PAR1",
-    "latex": b"\\begin{tabular}",
+SIGNATURES = {  # the first bytes of each kind of file, in small letters
+    "result": (b"\x89hdf",),
+    "page": (b"<!doctype html",),
+    "csv": (b"quantity,", b"document,"),  # of table and of score
+    "parquet": (b"par1",),
+    "latex": (b"\\begin{tabular}",),
 }
 STATE_SUFFIXES = (".safetensors", ".nc")
 
@@ -45,7 +45,7 @@ def check_outputs(
         check_output_path(path, kind)
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as file:
-                if not file.read(16).lower().startswith(SIGNATURES[kind].lower()):
+                if not file.read(16).lower().startswith(SIGNATURES[kind]):
                     noun = kind if kind in ("result", "page") else f"{kind} table of posterity"
                     raise InputError(f"cannot write {path}: what is there is no {noun}; choose another file")
 

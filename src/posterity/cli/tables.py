@@ -34,7 +34,7 @@ def table_command(
         str,
         typer.Option(
             help="shares, profile, reach, sinks, losses, horizons, weights, prices, windows; audit; comparison; "
-            "eviction."
+            "eviction; features."
         ),
     ] = "shares",
     by: Annotated[

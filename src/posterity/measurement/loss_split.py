@@ -80,7 +80,7 @@ class LossSplit:
         stack.enter_context(self.watch.report_to(self._observe_total))
         stack.enter_context(self.watch.discount_states())
         if self.losses:
-            stack.enter_context(self._hidden.hook_inputs())
+            stack.enter_context(self._hidden.inputs.hook())
         return stack
 
     def backward(self, loss: ChunkedLoss, spans: Spans | None = None) -> None:
@@ -95,7 +95,7 @@ class LossSplit:
         """
         self._spans = spans
         head = self._parameter_gradients()  # of the parameters behind its input, which the later passes do not reach
-        with self._hidden.collect("total"):
+        with self._hidden.inputs.collect("total"):
             loss.backward(retain_graph=True)
         total = self._parameter_gradients()
         self._curve = {layer: [] for layer in self.watch.layers}
@@ -103,7 +103,7 @@ class LossSplit:
             rule = Discount(1 - 1 / horizon)
             self._set_parameter_gradients(head)
             part = "own" if horizon == OWN else None
-            with self.watch.override_rules((rule, rule), self._observer(horizon)), self._hidden.collect(part):
+            with self.watch.override_rules((rule, rule), self._observer(horizon)), self._hidden.inputs.collect(part):
                 loss.backward(retain_graph=horizon != self.extra_passes[-1])
             if horizon == OWN and self.parameters:
                 row = torch.stack(_module_terms(self.model, total, self._parameter_gradients()))

@@ -6,7 +6,8 @@ calls), `recompute` (queries, keys and values again), `shared_streams` (calls th
 `state_horizon` (horizons outside attention), `watch` (calls and backward passes), `recorder`, `other_paths`,
 `horizon_check` (do horizons hold there?), `gradient_check`, `packed_weights` and `probe` (check()), `attach` (the watch
 over a model), `horizon` (horizon()), `chunked_loss`, `packed_rows` (do packed documents see each other?),
-`checkpointing` (layers that run again); then models that are changed: `patching`, `folded_heads`,
+`checkpointing` (layers that run again), `layer_inputs` (the
+residual stream in front of layers and its gradients); then models that are changed: `patching`, `folded_heads`,
 `window_limits` (layers that look back no further than a window), `permanent_limits` (both as long as a model lives),
 `linear` (as_linear()); and caches: `price_heads` (prices predicted), `observed_attention` (by the last queries of
 a prompt), `compressed_layer` and `compressed_cache` (pairs dropped). `transformers_logging` keeps transformers quiet.

@@ -13,12 +13,14 @@ from posterity.errors import InputError, readable
 from posterity.reporting.audit_page import render_audit
 from posterity.reporting.comparison_page import render_comparison
 from posterity.reporting.eviction_page import render_eviction
+from posterity.reporting.feature_page import render_features
 from posterity.reporting.html import without_plotly
 from posterity.reporting.notebook import draws_with_other_script
 from posterity.reporting.result_page import render_results
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON
 from posterity.results.eviction_schema import EVICTION
+from posterity.results.feature_schema import FEATURES
 from posterity.results.files import KINDS, load
 from posterity.results.kind import kind_name
 from posterity.results.schema import RESULT
@@ -28,6 +30,7 @@ PAGES: dict[str, Callable[[xr.Dataset], str]] = {  # of the kinds that have a pa
     AUDIT.name: render_audit,
     COMPARISON.name: render_comparison,
     EVICTION.name: render_eviction,
+    FEATURES.name: render_features,
 }
 
 
@@ -56,11 +59,11 @@ def report(
     *,
     labels: Sequence[str] = (),
 ) -> Page | Path:
-    """Make one page of results side by side, of an audit, of a comparison, or of an eviction.
+    """Make one page of results side by side, of an audit, a comparison, an eviction or features.
 
     Args:
-        result: One result or several; one audit, comparison or eviction. A Dataset or a file of one. Or a dict of
-            results by the names that they have in the page.
+        result: One result or several; one audit, comparison, eviction or features. A Dataset or a file of one. Or a
+            dict of results by the names that they have in the page.
         path: Where the page is written, whole or not at all; its name ends in .html.
         labels: The names of the results in the page, in place of their models, texts and files.
 

@@ -1,4 +1,4 @@
-"""`posterity.summary`: the table of a result, an audit, a comparison or an eviction, in a terminal or a notebook."""
+"""`posterity.summary`: the table of a result or of another kind of Dataset, in a terminal or a notebook."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,11 +9,13 @@ from rich.text import Text
 from posterity.reporting.audit_table import print_audit
 from posterity.reporting.comparison_table import print_comparison
 from posterity.reporting.eviction_table import print_eviction
+from posterity.reporting.feature_table import print_features
 from posterity.reporting.result_table import print_result
 from posterity.reporting.window_table import print_windows
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON
 from posterity.results.eviction_schema import EVICTION
+from posterity.results.feature_schema import FEATURES
 from posterity.results.kind import kind_name
 from posterity.results.schema import RESULT
 from posterity.results.window_plan import WindowPlan
@@ -23,6 +25,7 @@ PRINTERS: dict[str, Callable[[xr.Dataset, Console], None]] = {  # by the name of
     AUDIT.name: print_audit,
     COMPARISON.name: print_comparison,
     EVICTION.name: print_eviction,
+    FEATURES.name: print_features,
 }
 
 
@@ -30,8 +33,8 @@ def summary(result: xr.Dataset | WindowPlan | Mapping[str, xr.Dataset], console:
     """Print table and sentence, in a terminal (from 80 columns) or a notebook; of several steps, those of the last.
 
     Of an audit, the table of its clauses; of a comparison, that of its arms; of an eviction, that of its scorers; of
-    what `posterity.windows` returns, the prices of windows and the proposal; of a dict of results by name, one after
-    the other under their names.
+    features, those of layers and directions; of what `posterity.windows` returns, the prices of windows and the
+    proposal; of a dict of results by name, one after the other under their names.
 
     Raises:
         InputError: It is no result.

@@ -1,4 +1,4 @@
-"""Save and load the four kinds of Dataset (result, audit, comparison, eviction) as netCDF files."""
+"""Save and load the kinds of Dataset (result, audit, comparison, eviction, features) as netCDF files."""
 
 import os
 from pathlib import Path
@@ -10,15 +10,16 @@ from posterity.errors import InputError
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON
 from posterity.results.eviction_schema import EVICTION
+from posterity.results.feature_schema import FEATURES
 from posterity.results.kind import Kind, kind_name
 from posterity.results.netcdf import pack, read_netcdf
 from posterity.results.schema import RESULT
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (RESULT, AUDIT, COMPARISON, EVICTION)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RESULT, AUDIT, COMPARISON, EVICTION, FEATURES)}
 
 
 def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Write a result, an audit, a comparison or an eviction as compressed netCDF: the whole file, or none of it.
+    """Write a Dataset of any of the kinds as compressed netCDF: the whole file, or none of it.
 
     Args:
         dataset: What `posterity.measure`, `audit`, `compare` or `evict` returned.
@@ -37,7 +38,7 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
-    """Read a result, an audit, a comparison or an eviction into memory and close the file.
+    """Read a result, an audit, a comparison, an eviction or features into memory and close the file.
 
     Args:
         path: A file that `save` or the command line wrote.
@@ -52,6 +53,7 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
     name = kind_name(dataset)
     if name not in KINDS:
         raise InputError(
-            f"{path}: expected a result, an audit, a comparison or an eviction of posterity; it is of kind {name!r}"
+            f"{path}: expected a result, an audit, a comparison, an eviction or features of posterity; it is of kind "
+            f"{name!r}"
         )
     return KINDS[name].check_file(dataset, path)

@@ -1,4 +1,4 @@
-"""The common interface of the kinds of Dataset (result, audit, comparison, eviction): validation and its messages."""
+"""The common interface of the kinds of Dataset (result, audit, comparison, ...): validation and its messages."""
 
 import os
 from collections.abc import Callable

@@ -13,6 +13,8 @@ from posterity.results import stats
 from posterity.results.audit_schema import AUDIT
 from posterity.results.comparison_schema import COMPARISON, myopia_gaps
 from posterity.results.eviction_schema import EVICTION
+from posterity.results.feature_parts import direction_pulls, part_shares
+from posterity.results.feature_schema import FEATURES
 from posterity.results.kind import Kind, kind_name
 from posterity.results.ratios import mean_and_error
 from posterity.results.schema import RESULT
@@ -62,12 +64,12 @@ def table(dataset: xr.Dataset, kind: str, by: Sequence[str] | None = None) -> pd
     "reach" (lags that hold most of attention, mass and credit, and what windows hold), "sinks" (at the first
     positions), "losses" (own and later), "horizons" (credit that remains under a discount), "weights" (self part in the
     gradients of W_Q, W_K and W_V), "prices" (of cached keys and values) and "windows" (what it costs to look back no
-    further). Of an audit: "audit". Of compared runs: "comparison". Of an eviction: "eviction". Every number of a result
-    is one of `posterity.stats`.
+    further). Of an audit: "audit". Of compared runs: "comparison". Of an eviction: "eviction". Of features: "features".
+    Every number of a result is one of `posterity.stats`.
 
     Args:
-        dataset: What `posterity.measure`, `audit`, `compare` or `evict` returned. A result of several training steps
-            gives the rows of every step.
+        dataset: What `posterity.measure`, `audit`, `compare`, `evict` or `features` returned. A result of several
+            training steps gives the rows of every step.
         kind: One of the kinds above.
         by: The parts of the model that have rows of their own: (), ("layer",), ("layer", "kv_head") or
             ("layer", "head"); by default the finest that the kind has.
@@ -233,7 +235,7 @@ def _weak_heads(result: xr.Dataset, values: xr.DataArray) -> xr.DataArray | bool
     return weak.sel(stream=values.written).drop_vars("stream") if "written" in values.dims else weak
 
 
-# ---- the quantities of an audit, of compared runs and of an eviction
+# ---- the quantities of an audit, of compared runs, of an eviction and of features
 
 
 def _audit(audit: xr.Dataset, by: Parts) -> Iterator[Quantity]:
@@ -262,6 +264,22 @@ def _eviction(eviction: xr.Dataset, by: Parts) -> Iterator[Quantity]:
         yield Quantity(name, template.copy(data=mean), template.copy(data=error))
 
 
+def _features(features: xr.Dataset, by: Parts) -> Iterator[Quantity]:
+    shares = part_shares(features)
+    yield Quantity("share of the gradient of the parameters", shares.share, shares.error)
+    yield Quantity("cosine between direct and pre-cached part", shares.cosine, shares.cosine_error)
+    if "pull" not in features:
+        return
+    pulls = direction_pulls(features)
+    names = {
+        "later_share": "share of later losses in the squared pull", "cosine": "cosine between own and later pull",
+        "own": "pull of own losses", "later": "pull of later losses", "influence": "change by a step along the part",
+    }  # fmt: skip
+    for variable, name in names.items():
+        if variable in pulls:
+            yield Quantity(name, pulls[variable], pulls[f"{variable}_error"])
+
+
 TABLES = {
     "shares": TableKind(_shares, ("layer", "head")),
     "profile": TableKind(_profile, ("layer",)),
@@ -275,4 +293,5 @@ TABLES = {
     "audit": TableKind(_audit, source=AUDIT),
     "comparison": TableKind(_comparison, source=COMPARISON),
     "eviction": TableKind(_eviction, source=EVICTION),
+    "features": TableKind(_features, source=FEATURES),
 }
