@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from safetensors.torch import load_file, save_file
 from support.texts import byte_tokenizer
 from support.tiny import tiny, tokens
@@ -14,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import posterity
 from posterity.errors import InputError
 from posterity.measurement import cache_scorers as scorers
+from posterity.measurement import eviction
 from posterity.measurement.eviction import choose_pairs, parse_shares
 from posterity.measurement.eviction_texts import counted_targets, task_windows
 from posterity.measurement.price_fit import Prices
@@ -241,6 +243,47 @@ def test_all_scorers_and_files_stand_beside_each_other(tmp_path):
         posterity.evict(
             model, None, ids, scorers=[], scores=[tmp_path / "mine.safetensors"], **{**options, "prefix": 69}
         )
+
+
+def test_scorers_go_by_their_names():
+    model, ids = tiny("llama"), tokens(1, 90)
+    names = ["oracle-measured-price", "first-and-last", "attention-x-value-norm", "criticalkv-snapkv"]
+    options = {"prefix": 80, "continuation": 10, "kept": ["1/2"], "progress": False}
+    result = posterity.evict(model, None, ids, scorers=names, **options)
+    assert result.scorer.values.tolist() == [
+        "oracle: measured price", "first and last", "attention x value norm", "CriticalKV (SnapKV)"
+    ]  # fmt: skip
+    whole = posterity.evict(model, None, ids, **options)
+    xr.testing.assert_equal(result.divergence, whole.divergence.sel(scorer=result.scorer))
+    with pytest.raises(InputError, match="predicted-price needs prices"):
+        posterity.evict(model, None, ids, scorers=["predicted-price"], **options)
+    with pytest.raises(InputError, match=r"expected scorers among oracle-measured-price, .*; got 'snap'"):
+        posterity.evict(model, None, ids, scorers=["snap"], **options)
+    with pytest.raises(InputError, match="expected a scorer at least"):
+        posterity.evict(model, None, ids, scorers=[], **options)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
+    model, ids = tiny("llama"), tokens(4, LENGTH)
+    options = {"scorers": ["oracle-measured-price", "h2o"], "kept": ["1/2"], **OPTIONS}
+    whole = posterity.evict(model, None, ids, **options)
+    add, added = eviction._Trial.add, []
+
+    def interrupted(self, sums, number, window):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(number)
+        add(self, sums, number, window)
+
+    monkeypatch.setattr(eviction._Trial, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        posterity.evict(model, None, ids, state=tmp_path / "state", **options)
+    monkeypatch.setattr(eviction._Trial, "add", lambda *args: added.append(args[2]) or add(*args))
+    with pytest.raises(InputError, match="scorers"):
+        posterity.evict(model, None, ids, state=tmp_path / "state", **{**options, "scorers": [scorers.H2O()]})
+    again = posterity.evict(model, None, ids, state=tmp_path / "state", **options)
+    assert 4 <= len(added) < 6
+    xr.testing.assert_equal(again, whole)
 
 
 def test_tasks_are_written_so_that_they_can_be_solved():

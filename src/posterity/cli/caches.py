@@ -98,6 +98,10 @@ def evict_command(
             "[default: model and equal]",
         ),
     ] = None,
+    scorers: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Only these scorers, such as predicted-price,snapkv.  [default: all]"),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +125,7 @@ def evict_command(
     revision: Revision = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
+    resume: Resume = False,
     output: OutputFile = None,
     report: ReportPage = None,
 ) -> None:
@@ -143,14 +148,16 @@ def evict_command(
         if unknown := [name for name in budget if name not in BUDGET_OPTIONS]:
             raise InputError(f"--budget expects {', '.join(BUDGET_OPTIONS)}; got {unknown[0]}")
         budgets = [BUDGET_OPTIONS[name] for name in budget]
+    run = ResumableRun.open(output, resume)
     skipped = SkippedLines() if skip_broken else None
     loaded = load_model(model, dtype, device, revision, trust_remote_code)
     documents = open_documents(text or [], field, skipped) if task in (None, TEXT) else None
     result = posterity.evict(
-        loaded, None, documents, attrs={"command": run_attrs(loaded)["command"]},
+        loaded, None, documents, state=run.folder, attrs={"command": run_attrs(loaded)["command"]},
         **drop_unset(
             prices=prices, kept=None if keep is None else keep.split(","), budgets=budgets, task=task, prefix=prefix,
-            continuation=continuation, limit=limit, scores=scores, save_windows=save_windows, seed=seed,
+            scorers=None if scorers is None else scorers.split(","), continuation=continuation, limit=limit,
+            scores=scores, save_windows=save_windows, seed=seed,
         ),
     )  # fmt: skip
-    write_outputs(result, output, report, skipped)
+    write_outputs(result, output, report, skipped, run)

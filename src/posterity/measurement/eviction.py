@@ -1,7 +1,9 @@
 """evict(): what it costs to drop cached keys and values, by what scores choose them."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posterity._version import __version__
 from posterity.atomic_files import write_atomically
+from posterity.decomposition.accumulator import Accumulator
 from posterity.decomposition.first_keys import FirstKeys
 from posterity.decomposition.prices import pass_prices
 from posterity.decomposition.sweep import Scratch
@@ -31,12 +35,14 @@ from posterity.measurement.cache_scorers import (
     ScoresOfFile,
     visible_pairs,
 )
+from posterity.measurement.distributed import Processes
 from posterity.measurement.eviction_texts import TEXT, counted_targets, task_windows
 from posterity.measurement.measure import check_tokens
 from posterity.measurement.predictions import compare_predictions
 from posterity.measurement.price_calibration import rank_correlation
 from posterity.measurement.price_fit import Prices
 from posterity.measurement.provenance import provenance
+from posterity.measurement.run_state import RunState, fingerprint
 from posterity.measurement.window_batch import uniform_draws
 from posterity.models.attach import refuse_other_paths, watch_model
 from posterity.models.chunked_loss import NO_TARGET, ChunkedLoss, LMHead
@@ -63,7 +69,7 @@ def evict(
     *,
     prices: "Prices | str | os.PathLike[str] | None" = None,
     kept: Sequence[float | str | Fraction] = KEPT,
-    scorers: Sequence[Scorer] | None = None,
+    scorers: Sequence[Scorer | str] | None = None,
     scores: Sequence[str | os.PathLike[str]] = (),
     budgets: Sequence[str] = (MODEL, EQUAL),
     prefix: int = PREFIX,
@@ -73,6 +79,7 @@ def evict(
     save_windows: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
+    state: str | os.PathLike[str] | None = None,
     attrs: dict[str, Any] | None = None,
 ) -> xr.Dataset:
     """Drop cached keys and values after a prompt by different scores, and measure what the model then predicts.
@@ -87,7 +94,8 @@ def evict(
         documents: As in `posterity.measure`; None, and not read, for another task than "text".
         prices: What predicts prices for this model, or the folder of it; None for none.
         kept: Shares of the pairs that are kept, above 0, at most 1.
-        scorers: What ranks pairs (`posterity.measurement.cache_scorers`); None for oracles, `prices`, the usual ones.
+        scorers: What ranks pairs (`posterity.measurement.cache_scorers`), or their names in small letters with hyphens,
+            such as "snapkv" or "predicted-price"; None for oracles, `prices` and the usual ones.
         scores: Files with scores of these windows, see `cache_scorers.ScoresOfFile`.
         budgets: "one threshold" for all layers and heads; "by layer", one for the heads of a layer, each of which keeps
             a fifth of an equal budget for sure (Feng et al. 2024, Ada-KV, arXiv 2407.11550); "equal" in every head.
@@ -98,6 +106,7 @@ def evict(
         save_windows: A file for the windows, which other libraries score (`bench/peers/kvpress_scores.py`).
         seed: Of drawn labels and of tasks.
         progress: Whether to show progress on stderr.
+        state: A folder that keeps what has been measured; where it holds some, the run goes on from there.
         attrs: Provenance to add.
 
     Returns:
@@ -130,26 +139,36 @@ def evict(
     check_tokens(inner, windows)
     if save_windows is not None:
         _save_windows(windows, prefix, Path(save_windows))
-    own = () if prices is None else (PredictedPrice(prices),)
-    all_scorers = [
-        *((*ORACLES, *own, *USUAL) if scorers is None else scorers),
-        *map(ScoresOfFile.open, map(Path, scores)),
-    ]
+    all_scorers = [*_choose_scorers(scorers, prices), *map(ScoresOfFile.open, map(Path, scores))]
+    if not all_scorers:
+        raise InputError("expected a scorer at least, of `scorers` or a file of `scores`; got none")
     names = [scorer.name for scorer in all_scorers]
     if len({*names}) < len(names):
         raise InputError(f"expected scorers with names of their own; got {', '.join(names)}")
+    settings = {
+        "version": __version__, "kind": KIND, "dtype": str(inner.dtype), "prefix": prefix, "task": task, "seed": seed,
+        "kept": [*map(str, shares)], "budgets": [*budgets], "scorers": [*map(_scorer_key, all_scorers)],
+        "text": token_digest(windows), "model": "" if state is None else fingerprint(inner),
+    }  # fmt: skip
+    run_state, sums = RunState.open(state, settings, Processes()), Accumulator()
+    remaining = run_state.remaining_windows(len(windows))
     trial = _Trial(inner, prefix, all_scorers, shares, budgets, seed)
-    with progress_bar(2 * len(windows), progress, "evicting") as advance, evaluation_mode(inner):
-        for number, window in enumerate(windows):
-            trial.score(number, window)
-            advance(1, window.size)
-        for size in trial.evaluate(windows):
-            advance(1, size)
+    with (
+        run_state.hold_lock(len(remaining)),
+        progress_bar(len(remaining), progress, "evicting") as advance,
+        evaluation_mode(inner),
+    ):
+        run_state.start(sums)
+        for number in remaining:
+            trial.add(sums, number, windows[number])
+            run_state.add_windows(sums, [number])
+            advance(1, windows[number].size)
+        run_state.finish(sums)
     text = {
         "prefix": prefix, "continuation": continuation, "task": task, "seed": seed,
         "text_digest": token_digest(windows), "command": "posterity.evict", **coverage,
     }  # fmt: skip
-    return trial.result(windows, {**text, **provenance(inner), **loaded.attrs, **(attrs or {})})
+    return trial.result(sums, windows, {**text, **provenance(inner), **loaded.attrs, **(attrs or {})})
 
 
 def parse_shares(kept: Sequence[float | str | Fraction]) -> list[Fraction]:
@@ -183,8 +202,35 @@ def _save_windows(windows: Sequence[Window], prefix: int, path: Path) -> None:
     write_atomically(path, save({"tokens": tokens}, {"prefix": str(prefix)}))
 
 
+def _choose_scorers(scorers: Sequence[Scorer | str] | None, prices: Prices | None) -> list[Scorer]:
+    """Return scorers, some of which are named.
+
+    Raises:
+        InputError: A name is none, or that of predicted prices without prices.
+    """
+    known = [*ORACLES, *(() if prices is None else (PredictedPrice(prices),)), *USUAL]
+    by_name = {re.sub(r"[^a-z0-9]+", "-", scorer.name.lower()).strip("-"): scorer for scorer in known}
+    chosen: list[Scorer] = []
+    for scorer in known if scorers is None else scorers:
+        if isinstance(scorer, str) and scorer not in by_name:
+            advice = "; predicted-price needs prices (--prices)" if scorer == "predicted-price" else ""
+            raise InputError(f"expected scorers among {', '.join(by_name)}; got {scorer!r}{advice}")
+        chosen.append(by_name[scorer] if isinstance(scorer, str) else scorer)
+    return chosen
+
+
+def _scorer_key(scorer: Scorer) -> str:
+    """Return what tells a scorer from another one of the same name: its arguments, and the sum of what it learned."""
+    learned = ()
+    if isinstance(scorer, PredictedPrice):
+        learned = [float(head.weight.double().sum()) for head in scorer.prices.heads]
+    elif isinstance(scorer, ScoresOfFile):
+        learned = [float(scorer.scores.double().sum())]
+    return f"{scorer!r} {[*learned]}" if is_dataclass(scorer) else scorer.name
+
+
 class _Trial:
-    """Scores of all windows, then what the model predicts without the pairs that they rank lowest."""
+    """Scores the pairs of a window, then measures what the model predicts without those that a score ranks lowest."""
 
     def __init__(
         self,
@@ -198,37 +244,33 @@ class _Trial:
         self.model, self.prefix, self.scorers, self.shares = model, prefix, scorers, shares
         self.budgets, self.seed = budgets, seed
         self.check, self.windows, self.head = check(model), cache_windows(model), LMHead.probe(model)
-        self.widths: dict[int, int] = {}  # of the input of each layer
-        self.scores: list[list[list[list[Tensor]]]] = []  # by window, scorer and share: of each layer
         self.visible: list[Tensor] = []  # pairs of each layer that the query behind the prompt sees
-        self.correlation: list[list[float]] = []
-        self.divergence: list[Any] = []
-        self.change: list[Any] = []
-        self.loss: list[float] = []
         self._scratch = Scratch()
 
-    def score(self, number: int, window: Window) -> None:
-        """Score the pairs of a window."""
-        prompt_layers = self._prompt_layers(number, window)
+    def add(self, sums: Accumulator, number: int, window: Window) -> None:
+        """Measure a window, and append its rows."""
+        loss, prompt_layers = self._prompt_layers(number, window)
         self.visible = [visible_pairs(x).cpu() for x in prompt_layers]
-        self.widths = {x.number: x.hidden.shape[1] for x in prompt_layers}
         prices = self._pool([x.price for x in prompt_layers])
-        scores, correlation = [], []
+        by_scorer, correlation = [], []
         with watch_model(self.model):
             for scorer in self.scorers:
                 by_share = [[scorer(x, float(share)).float().cpu() for x in prompt_layers] for share in self.shares]
-                scores.append(by_share)
+                by_scorer.append(by_share)
                 correlation.append(round(rank_correlation(self._pool(by_share[0]), prices), 9))  # 1, not 1 - 1e-14
-        self.scores.append(scores)
-        self.correlation.append(correlation)
+        widths = [x.hidden.shape[1] for x in prompt_layers]
+        results = self._evaluate(window, by_scorer, widths)
+        rows = {"divergence": results[..., 0], "change": results[..., 1], "correlation": correlation, "loss": loss}
+        for name, row in rows.items():
+            sums.append_rows((None, name), [torch.as_tensor(row, dtype=torch.float64)])
 
     def _pool(self, scores: Sequence[Tensor]) -> Float[Tensor, " pair"]:
         """Return what a query behind the prompt sees, of all layers and heads."""
         parts = [x.cpu().double()[:, seen].flatten() for x, seen in zip(scores, self.visible, strict=True)]
         return torch.cat(parts)
 
-    def _prompt_layers(self, number: int, window: Window) -> list[PromptLayer]:
-        """Run a window forward, and the losses of drawn labels behind the prompt backward."""
+    def _prompt_layers(self, number: int, window: Window) -> tuple[float, list[PromptLayer]]:
+        """Run a window forward, and the losses of drawn labels behind the prompt backward; return the loss too."""
         size, prompt_layers = window.size, {}
         targets = counted_targets(window, self.prefix)
         draws = uniform_draws(window.ids, self.seed)[None]
@@ -249,51 +291,54 @@ class _Trial:
             assert loss.drawn is not None
             with watch.override_rules((Full(), Full()), observe):
                 loss.drawn.backward()
-        self.loss.append(float(loss.losses[0]) / int((targets != NO_TARGET).sum()))
-        return [prompt_layers[index] for index in sorted(prompt_layers)]
+        text_loss = float(loss.losses[0]) / int((targets != NO_TARGET).sum())
+        return text_loss, [prompt_layers[index] for index in sorted(prompt_layers)]
 
     @torch.no_grad()
-    def evaluate(self, windows: Sequence[Window]) -> Iterator[int]:
-        """Predict what is behind each prompt by all scorers, budgets and shares; yield the tokens of each window."""
-        heads = [
-            PriceHead(torch.zeros(self.widths[number] + OTHERS, groups), torch.zeros(groups), window)
-            for number, (groups, window) in enumerate(
-                zip([len(x) for x in self.scores[0][0][0]], self.windows, strict=True)
-            )
-        ]
-        with attach_cache(self.model, self.check, heads) as cache:
-            for window, by_scorer in zip(windows, self.scores, strict=True):
-                ids = window.ids[None].to(input_device(self.model))
-                targets = counted_targets(window, self.prefix)[self.prefix :]
-                cache.reset()
-                self.model(input_ids=ids[:, : self.prefix], past_key_values=cache, use_cache=True)
-                restore = cache.snapshot()
-                full = self._continue(cache, ids)
-                results = np.empty((len(self.scorers), len(self.budgets), len(self.shares), 2))
-                for row, by_share in enumerate(by_scorer):
-                    for column, budget in enumerate(self.budgets):
-                        for place, (scores, share) in enumerate(zip(by_share, self.shares, strict=True)):
-                            restore()
-                            masks = choose_pairs(scores, self.visible, share, budget)
-                            counts = [len(index) for layer in cache.layers for index, _ in layer.candidates(0)]
-                            cache.drop([[mask[-count:] for mask, count in zip(masks, counts, strict=True)]])
-                            results[row, column, place] = self._compare(full, self._continue(cache, ids), targets)
-                self.divergence.append(results[..., 0])
-                self.change.append(results[..., 1])
-                yield window.size
+    def _evaluate(
+        self, window: Window, by_scorer: Sequence[Sequence[Sequence[Tensor]]], widths: Sequence[int]
+    ) -> np.ndarray:
+        """Predict what is behind a prompt by all scorers, budgets and shares: divergence and change of the loss.
 
-    def result(self, windows: Sequence[Window], attrs: Mapping[str, Any]) -> xr.Dataset:
+        Args:
+            window: The prompt and what is behind it.
+            by_scorer: Scores by scorer, share and layer.
+            widths: Of the input of each layer.
+        """
+        heads = [
+            PriceHead(torch.zeros(width + OTHERS, len(scores)), torch.zeros(len(scores)), seen)
+            for width, scores, seen in zip(widths, by_scorer[0][0], self.windows, strict=True)
+        ]
+        ids = window.ids[None].to(input_device(self.model))
+        targets = counted_targets(window, self.prefix)[self.prefix :]
+        results = np.empty((len(self.scorers), len(self.budgets), len(self.shares), 2))
+        with attach_cache(self.model, self.check, heads) as cache:
+            self.model(input_ids=ids[:, : self.prefix], past_key_values=cache, use_cache=True)
+            restore = cache.snapshot()
+            full = self._continue(cache, ids)
+            for row, by_share in enumerate(by_scorer):
+                for column, budget in enumerate(self.budgets):
+                    for place, (scores, share) in enumerate(zip(by_share, self.shares, strict=True)):
+                        restore()
+                        masks = choose_pairs(scores, self.visible, share, budget)
+                        counts = [len(index) for layer in cache.layers for index, _ in layer.candidates(0)]
+                        cache.drop([[mask[-count:] for mask, count in zip(masks, counts, strict=True)]])
+                        results[row, column, place] = self._compare(full, self._continue(cache, ids), targets)
+        return results
+
+    def result(self, sums: Accumulator, windows: Sequence[Window], attrs: Mapping[str, Any]) -> xr.Dataset:
         """Return the Dataset of all windows."""
         dims = ("document", "scorer", "budget", "kept")
 
-        def number(values: Sequence[Any], long_name: str, dims: Sequence[str], units: str = "nats per token") -> Any:
-            return xr.Variable(dims, np.array(values), {"units": units, "long_name": long_name})
+        def number(name: str, long_name: str, dims: Sequence[str], units: str = "nats per token") -> Any:
+            rows = torch.stack(sums.rows[None, name]).numpy()
+            return xr.Variable(dims, rows, {"units": units, "long_name": long_name})
 
         variables = {
-            "divergence": number(self.divergence, "divergence from the predictions with all pairs", dims),
-            "loss_change": number(self.change, "change of the loss", dims),
-            "correlation": number(self.correlation, "rank correlation with the measured price", dims[:2], "1"),
-            "loss": number(self.loss, "loss with all pairs", dims[:1]),
+            "divergence": number("divergence", "divergence from the predictions with all pairs", dims),
+            "loss_change": number("change", "change of the loss", dims),
+            "correlation": number("correlation", "rank correlation with the measured price", dims[:2], "1"),
+            "loss": number("loss", "loss with all pairs", dims[:1]),
         }
         coords = {
             "document": np.arange(len(windows)),
