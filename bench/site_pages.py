@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from posterity.cli.guide import GUIDE
 from posterity.cli.main import app
+from posterity.explanations import explanations
 from posterity.results import audit_schema, comparison_schema, eviction_schema, feature_schema, schema
 
 PACKAGE = Path(__file__).parent.parent / "src" / "posterity"
@@ -31,6 +32,7 @@ OTHER_KINDS = {
 def on_files(files, config):
     """Add the generated pages."""
     pages = {"commands.md": commands_page(), "schema.md": schema_page(), "refusals.md": refusals_page()}
+    pages |= {f"refusals/{name}.md": page.text for name, page in explanations().items()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -83,8 +85,13 @@ def refusals_page() -> str:
     lines = [
         "# Every refusal", "", "All messages of `posterity.InputError`, from the code: what was expected, what came, "
         "what to do. … stands for what the message names. Why some models and inputs are refused: "
-        "[limitations](limitations.md).", "",
+        "[limitations](limitations.md).", "", "## Why, and what to do", "", "A message that ends in `posterity explain "
+        "PAGE` has a page of its own, in the terminal too:", "",
     ]  # fmt: skip
+    lines += [
+        f"* [{page.title}](refusals/{name}.md): `posterity explain {name}`" for name, page in explanations().items()
+    ]
+    lines.append("")
     for folder, title in REFUSALS.items():
         messages = {text for path in sorted((PACKAGE / folder).glob("*.py")) for text in _messages(path)}
         lines += [f"## {title}", "", *(f"* {cell(text)}" for text in sorted(messages)), ""]

@@ -3,6 +3,8 @@
 import logging
 from functools import cache
 
+from posterity.explanations import find_explanation
+
 LONGEST = 1500  # characters of a message; a longer one quotes something long, and loses its middle
 
 
@@ -10,11 +12,17 @@ class InputError(ValueError):
     """Raised at the public edge for anything the user can mend; the command line prints it without a traceback.
 
     The message is one line that any terminal can show, whatever names and values it quotes.
+
+    Attributes:
+        page: The name of the page that says why, which `posterity explain` shows; None if there is none.
     """
 
     def __init__(self, message: str):
-        """Reduce the message to one readable line."""
+        """Reduce the message to one readable line; a traceback names the page behind it."""
         super().__init__(one_line(message))
+        self.page = find_explanation(str(self))
+        if self.page is not None:
+            self.add_note(f"why, and what to do: posterity explain {self.page}")
 
 
 class NotFiniteError(InputError):

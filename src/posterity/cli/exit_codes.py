@@ -33,7 +33,8 @@ def exit_with_one_line() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        _exit(str(error), 2, error)
+        more = "" if error.page is None else f" (why: posterity explain {error.page})"
+        _exit(f"{error}{more}", 2, error)
     except typer.TyperException as error:  # a wrong option
         command = getattr(getattr(error, "ctx", None), "command_path", "posterity")
         _exit(f"{error.format_message().replace('Value error, ', '').rstrip('.')}; see {command} --help", 2, error)

@@ -82,6 +82,7 @@ GUIDE = {
             "posterity features gpt2 my.txt --layers 4,8 --positions 0:64",
         ),
     ),
+    "explain": Purpose("Why was this refused?", ("posterity explain", "posterity explain other-paths")),
 }
 
 

@@ -204,6 +204,16 @@ def inspect_command(
     write_outputs(result, output, report)
 
 
+@app.command("explain")
+def explain_command(
+    page: Annotated[str | None, typer.Argument(metavar="PAGE", help="What a message names; nothing: the list.")] = None,
+) -> None:
+    """Say why something is refused, and what to do."""
+    from posterity.reporting.explanation_text import print_explanation
+
+    print_explanation(page)
+
+
 app.command("reach")(reach_command)
 app.command("table")(table_command)
 app.command("train")(train_command)

@@ -1,7 +1,8 @@
 """Datasets as words, tables and pages.
 
 In a terminal: `summary` (which table for which kind), `result_table`, `result_words`, `reach_table`, `window_table`,
-`audit_table`, `comparison_table`, `eviction_table`, `feature_table`.
+`audit_table`, `comparison_table`, `eviction_table`, `feature_table`, `explanation_text` (why something
+is refused).
 
 As a page: `report` (which page for which kind), `result_page`, `audit_page`, `comparison_page`, `eviction_page`,
 `feature_page`. What they show: `key_numbers` (the first five), `charts` (the figures by name), `reach_chart`,
