@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from support.sample import sample
-from support.sample_kinds import earlier_version, sample_audit
+from support.sample_kinds import earlier_version, sample_audit, sample_features
 
 matplotlib.use("agg")
 
@@ -17,11 +17,12 @@ from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.colors import to_hex
 
 from posterity import palette
-from posterity.axes import STREAMS
+from posterity.axes import FEATURE_PARTS, STREAMS
 from posterity.errors import InputError
 from posterity.palette import COUNT, EMPTY, INK, LATE, OTHER, SELF, SERIES, STREAM
 from posterity.plotting import plot
 from posterity.results import stats
+from posterity.results.feature_parts import part_shares
 from posterity.results.formatting import percent
 from posterity.results.steps import join_steps
 
@@ -250,6 +251,17 @@ def test_an_audit_shows_figures_errors_and_baselines(clause, units):
     assert [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()] == measures.measure.values.tolist()
 
 
+def test_features_show_the_three_parts():
+    features = sample_features(documents=WINDOWS)
+    shares = part_shares(features)
+    expected = {
+        part: (features.layer, shares.share.sel(part=part), shares.error.sel(part=part)) for part in FEATURE_PARTS
+    }
+    assert_lines(plot.features(features), expected)
+    with pytest.raises(InputError, match=r"expected what posterity\.features returns"):
+        plot.features(sample())
+
+
 def test_one_window_has_no_bands(inspected):
     for ax in (plot.lags(inspected), plot.sinks(inspected), plot.losses(inspected)):
         assert not [band for band in ax.collections if isinstance(band, PolyCollection)]
@@ -264,7 +276,7 @@ def test_of_several_steps_the_last_is_drawn(result):
 
 def every_plot(result, inspected):
     for name in plot.__all__:
-        yield name, {"matrix": inspected, "audit": sample_audit()}.get(name, result)
+        yield name, {"matrix": inspected, "audit": sample_audit(), "features": sample_features()}.get(name, result)
 
 
 def test_a_plot_is_a_column_wide_and_names_its_units(result, inspected):

@@ -12,11 +12,12 @@ from posterity.plotting.credit_plots import plot_heads as heads
 from posterity.plotting.credit_plots import plot_lags as lags
 from posterity.plotting.credit_plots import plot_reach as reach
 from posterity.plotting.credit_plots import plot_sinks as sinks
+from posterity.plotting.feature_plot import plot_features as features
 from posterity.plotting.loss_plots import plot_horizon as horizon
 from posterity.plotting.loss_plots import plot_losses as losses
 from posterity.plotting.loss_plots import plot_matrix as matrix
 
-__all__ = ["audit", "heads", "horizon", "lags", "losses", "matrix", "reach", "sinks"]
+__all__ = ["audit", "features", "heads", "horizon", "lags", "losses", "matrix", "reach", "sinks"]
 
 
 def __dir__() -> list[str]:
