@@ -68,6 +68,7 @@ def features(
 
     Two backward passes give the gradient at all these inputs, by own and later losses; two more from each layer give
     the gradient of all parameters in its direct, pre-cached and shared parts (Rofin et al. 2026, arXiv 2603.14087).
+    Memory: five times that of the parameters, beside a backward pass.
 
     Args:
         model: As in `posterity.measure`.

@@ -5,7 +5,7 @@ import xarray as xr
 
 from posterity.palette import OTHER, SELF, SERIES
 from posterity.reporting.eviction_table import budget_words, eviction_heading, kept_text, scorer_cells
-from posterity.reporting.html import render_page
+from posterity.reporting.html import list_origin, render_page
 from posterity.reporting.page_figures import page_figures
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.traces import line
@@ -25,16 +25,10 @@ def render_eviction(eviction: xr.Dataset) -> str:
         }
         for budget in eviction.budget.values
     ]
-    attrs = eviction.attrs
-    origin = {
-        "texts": "; ".join(dict.fromkeys(map(str, eviction.text.values))), "command": attrs.get("command", ""),
-        "posterity": attrs.get("posterity_version", ""), "dtype": attrs.get("dtype", ""),
-        "device": attrs.get("device", ""), "text digest": attrs.get("text_digest", ""),
-    }  # fmt: skip
     return render_page(
         "eviction.html.j2", page_figures({"divergence": _divergence_figure(eviction)}), title=title, details=details,
         tables=tables, shares=[kept_text(float(share)) for share in eviction.kept.values],
-        error=error_words(eviction.sizes["document"]), origin={name: str(x) for name, x in origin.items() if str(x)},
+        error=error_words(eviction.sizes["document"]), origin=list_origin(eviction),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from posterity.reporting.feature_table import (
     influence_rows,
     layer_rows,
 )
-from posterity.reporting.html import render_page
+from posterity.reporting.html import list_origin, render_page
 from posterity.reporting.page_figures import page_figures
 from posterity.reporting.panel_grid import Panel, PanelGrid
 from posterity.reporting.traces import ZERO_LINE, band, line
@@ -32,16 +32,9 @@ def render_features(features: xr.Dataset) -> str:
         tables.append({"title": "Pulls on directions", "columns": PULL_COLUMNS, "rows": direction_rows(features)})
     if rows := influence_rows(features) if "influence" in features else []:
         tables.append({"title": "What a step along each part does", "columns": INFLUENCE_COLUMNS, "rows": rows})
-    attrs = features.attrs
-    origin = {
-        "texts": "; ".join(dict.fromkeys(map(str, features.text.values))), "command": attrs.get("command", ""),
-        "posterity": attrs.get("posterity_version", ""), "dtype": attrs.get("dtype", ""),
-        "device": attrs.get("device", ""), "text digest": attrs.get("text_digest", ""),
-    }  # fmt: skip
     return render_page(
         "features.html.j2", page_figures({"parts": _parts_figure(features)}), title=title, details=details,
-        tables=tables,
-        error=error_words(features.sizes["document"]), origin={name: str(x) for name, x in origin.items() if str(x)},
+        tables=tables, error=error_words(features.sizes["document"]), origin=list_origin(features),
     )  # fmt: skip
 
 

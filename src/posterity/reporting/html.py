@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import xarray as xr
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -42,6 +43,17 @@ def render_page(
             **values,
         )
     )  # fmt: skip
+
+
+def list_origin(dataset: xr.Dataset) -> dict[str, str]:
+    """Return where the numbers of a page come from: texts, command, version, dtype, device and digest, where known."""
+    attrs = dataset.attrs
+    origin = {
+        "texts": "; ".join(dict.fromkeys(map(str, dataset.text.values))), "command": attrs.get("command", ""),
+        "posterity": attrs.get("posterity_version", ""), "dtype": attrs.get("dtype", ""),
+        "device": attrs.get("device", ""), "text digest": attrs.get("text_digest", ""),
+    }  # fmt: skip
+    return {name: str(value) for name, value in origin.items() if str(value)}
 
 
 def without_plotly(page: str) -> str:
