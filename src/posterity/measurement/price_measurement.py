@@ -132,11 +132,8 @@ class PriceMeasurement:
 
         def receive(number: int, pairs: PricedPairs) -> None:
             head = heads[number].to(pairs.features.device)
-            assert head.observed is not None
-            assert head.observed_variance is not None
-            features, observed = pairs.features.to(head.weight.dtype), pairs.observed.to(head.weight.dtype)
-            by_input = features @ head.weight + head.variance / 2
-            by_attention = torch.einsum("gro,og->rg", observed, head.observed) + head.observed_variance / 2
+            by_input = pairs.features.to(head.weight.dtype) @ head.weight + head.variance / 2
+            by_attention = torch.stack([head.observed_logs(group, x) for group, x in enumerate(pairs.observed)], 1)
             predicted.append(((by_input + by_attention) / 2).double().flatten().cpu())
             measured.append(pairs.prices.double().flatten().cpu())
 

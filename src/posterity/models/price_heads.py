@@ -83,12 +83,20 @@ class PriceHead:
             features: Of `observed_attention`.
             positions: Of the pairs; the last was cached last.
         """
+        ages = positions[-1] + 1 - positions
+        logs = self.observed_logs(group, observation_rows(features, positions, ages))
+        return (newborn + logs - self.weight[AGE, group] * ages.to(newborn.dtype).log()) / 2
+
+    def observed_logs(self, group: int, rows: Float[Tensor, "pair observation"]) -> Float[Tensor, " pair"]:
+        """Return what the attention of a prompt's last queries alone says: logarithms of prices per query.
+
+        Args:
+            group: The key/value head of the pairs.
+            rows: Of `observation_rows`.
+        """
         assert self.observed is not None
         assert self.observed_variance is not None
-        ages = positions[-1] + 1 - positions
-        features = observation_rows(features, positions, ages)
-        logs = features.to(newborn.dtype) @ self.observed[:, group] + self.observed_variance[group] / 2
-        return (newborn + logs - self.weight[AGE, group] * ages.to(newborn.dtype).log()) / 2
+        return rows.to(self.observed.dtype) @ self.observed[:, group] + self.observed_variance[group] / 2
 
     def log_prices(
         self, group: int, newborn: Float[Tensor, " pair"], ages: Int[Tensor, " pair"], horizon: int
