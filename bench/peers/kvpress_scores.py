@@ -62,7 +62,7 @@ def press_scores(press, model, ids):
 
     press.score = record
     with torch.no_grad(), press(model):
-        model(ids, past_key_values=DynamicCache())
+        model.model(ids, past_key_values=DynamicCache())  # without the head: no logits are needed
     return torch.stack([scores[layer] for layer in sorted(scores)])
 
 

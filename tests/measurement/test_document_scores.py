@@ -107,7 +107,8 @@ def test_the_command_writes_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr("posterity.inputs.model.load_model", lambda *args: None)
     text = tmp_path / "a.txt"
     text.write_text("a text")
-    for name, read in (("s.parquet", pd.read_parquet), ("s.csv", pd.read_csv)):
+    tables = (("s.parquet", pd.read_parquet), ("s.csv", pd.read_csv))
+    for name, read in (*tables, *tables):  # the second time in place of the first
         run = CliRunner().invoke(app, ["score", "model", str(text), "-o", str(tmp_path / name)])
         assert run.exit_code == 0, run.output
         assert "1 documents" in run.output
