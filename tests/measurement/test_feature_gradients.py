@@ -106,8 +106,10 @@ def test_parts_and_influence_at_one_position_are_those_of_the_definition(name):
 
 def test_parts_of_positions_add_up():
     model, ids = tiny("llama"), tokens(1, LENGTH)
+    direction = torch.randn(24, generator=torch.Generator().manual_seed(4))
+    options = {"directions": {1: direction}, "layers": [0, 1, 2], "influence": True}
     with double():
-        result = posterity.features(model, None, ids, positions=(3, 7), **OPTIONS)
+        result = posterity.features(model, None, ids, positions=(3, 7), **options, **OPTIONS)
     oracle = Definition(model, ids[0])
     for layer in range(3):
         single = [oracle.parts(layer, position) for position in range(3, 7)]
@@ -115,6 +117,10 @@ def test_parts_of_positions_add_up():
         whole = sum(single[0])
         expected = products((direct, pre_cached, whole - direct - pre_cached))
         np.testing.assert_allclose(result.gram[0, layer], expected, rtol=1e-6, atol=1e-9 * expected.max())
+        if layer == 1:
+            slope = oracle.feature_gradient(layer, (direction / direction.norm()).double(), slice(3, 7))
+            expected = [-float(part @ slope) for part in (direct, pre_cached, whole - direct - pre_cached)]
+            np.testing.assert_allclose(result.influence[0, 0], expected, rtol=1e-5)
         stopped, _ = oracle.losses_and_stream(layer, slice(3, 7))  # the shared part is that of one stop-gradient at all
         assert float(result.gram[0, layer, 2]) == pytest.approx(float(oracle.gradient(stopped.sum()).square().sum()))
 

@@ -119,8 +119,7 @@ def features(
         settings = {
             "version": __version__, "kind": KIND, "dtype": str(inner.dtype), "context": context,
             "layers": [*split.layers], "positions": [first, stop], "influence": influence, "seed": seed,
-            "directions": [*vectors.names, *(float(x.double() @ torch.arange(1.0, len(x) + 1).double()) for x in
-                                             vectors.vectors)],
+            "directions": [*vectors.names, *map(_weighted_sum, vectors.vectors)],
             "text": token_digest(windows), "model": "" if state is None else fingerprint(inner),
         }  # fmt: skip
         run_state, sums = RunState.open(state, settings, Processes()), Accumulator()
@@ -141,6 +140,11 @@ def features(
         "text_digest": token_digest(windows), "command": "posterity.features", **corpus.coverage.attrs(),
     }  # fmt: skip
     return split.result(sums, windows, {**text, **provenance(inner), **loaded.attrs, **(attrs or {})})
+
+
+def _weighted_sum(vector: Float[Tensor, " width"]) -> float:
+    """Return a number that tells vectors apart, for the settings of an unfinished run."""
+    return float(vector.double() @ torch.arange(1, len(vector) + 1).double())
 
 
 def _check_layers(layers: Sequence[int]) -> tuple[int, ...]:
@@ -236,8 +240,9 @@ class _StreamSplit:
         loss = ChunkedLoss.run(model, batch.ids, head, batch.targets)
         if not loss.losses.isfinite().all():
             raise NotFiniteError("the loss")
-        for layer in map(self._by_number.__getitem__, {*self.layers, *self.directions.layers}):
-            self._check_width(layer)
+        numbers = sorted({*self.layers, *self.directions.layers})
+        for number in numbers:
+            self._check_width(number)
         with self.inputs.collect("total"):
             loss.backward(retain_graph=True)
         whole = {name: x.grad.clone() for name, x in self._parameters() if x.grad is not None}
@@ -247,7 +252,7 @@ class _StreamSplit:
         gram: list[list[float]] = []
         pulls: dict[int, list[float]] = {}  # by direction
         influence: dict[int, list[float]] = {}
-        for number in sorted({*self.layers, *self.directions.layers}):
+        for number in numbers:
             own, later = self._stream_gradients(self._by_number[number])
             along = self.directions.of_layer(number)
             pulls |= {index: _pull(own, later, self.directions.vectors[index]) for index in along}
@@ -307,17 +312,17 @@ class _StreamSplit:
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, x) for name, x in self.model.named_parameters() if x.requires_grad]
 
-    def _check_width(self, layer: Layer) -> None:
+    def _check_width(self, number: int) -> None:
         """Raise InputError unless the directions in front of a layer are as wide as its input."""
+        layer = self._by_number[number]
         if layer not in self.inputs.tensors:
             raise InputError(f"the input of layer {layer} has no gradient: its residual stream cannot be split")
         width = self.inputs.tensors[layer].shape[-1]
-        for name, number, vector in zip(
-            self.directions.names, self.directions.layers, self.directions.vectors, strict=True
-        ):
-            if self._by_number[number] == layer and len(vector) != width:
+        for index in self.directions.of_layer(number):
+            name, size = self.directions.names[index], len(self.directions.vectors[index])
+            if size != width:
                 raise InputError(
-                    f"direction {name!r} has {len(vector)} numbers; the stream in front of layer {number} has {width}"
+                    f"direction {name!r} has {size} numbers; the stream in front of layer {number} has {width}"
                 )
 
     def _stream_gradients(
