@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from support.hostile import TARGETS
 
 QUICK = {"results, changed by h5py": 15, "sealed results, bytes changed": 20, "command lines": 60}
-SLOW = {"results, changed by h5py": 50}  # each takes more than a second
+SLOW = {"results, changed by h5py": 25}  # each takes more than a second
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
