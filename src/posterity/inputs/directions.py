@@ -50,8 +50,8 @@ class Directions:
             tensor = _check_tensor(name, tensor)
             for layer in _layers_of(name, layers):
                 for row, vector in enumerate(tensor):
-                    at = "" if _number(name) is not None else f" at {layer}"
-                    names.append(f"{name}{at}" + (f"[{row}]" if len(tensor) > 1 else ""))
+                    place = "" if _number(name) is not None else f" at {layer}"
+                    names.append(f"{name}{place}" + (f"[{row}]" if len(tensor) > 1 else ""))
                     numbers.append(layer)
                     vectors.append(vector / vector.norm())
         if source is not None and not names:

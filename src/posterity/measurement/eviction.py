@@ -208,10 +208,10 @@ def _choose_scorers(scorers: Sequence[Scorer | str] | None, prices: Prices | Non
     Raises:
         InputError: A name is none, or that of predicted prices without prices.
     """
-    known = [*ORACLES, *(() if prices is None else (PredictedPrice(prices),)), *USUAL]
-    by_name = {re.sub(r"[^a-z0-9]+", "-", scorer.name.lower()).strip("-"): scorer for scorer in known}
+    all_scorers = [*ORACLES, *(() if prices is None else (PredictedPrice(prices),)), *USUAL]
+    by_name = {re.sub(r"[^a-z0-9]+", "-", scorer.name.lower()).strip("-"): scorer for scorer in all_scorers}
     chosen: list[Scorer] = []
-    for scorer in known if scorers is None else scorers:
+    for scorer in all_scorers if scorers is None else scorers:
         if isinstance(scorer, str) and scorer not in by_name:
             advice = "; predicted-price needs prices (--prices)" if scorer == "predicted-price" else ""
             raise InputError(f"expected scorers among {', '.join(by_name)}; got {scorer!r}{advice}")

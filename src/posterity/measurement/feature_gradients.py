@@ -33,7 +33,7 @@ from posterity.measurement.measure import CONTEXT, LIMIT, check_tokens, name_win
 from posterity.measurement.provenance import provenance
 from posterity.measurement.run_state import RunState, fingerprint
 from posterity.measurement.window_batch import WindowBatch
-from posterity.models.attach import refuse_uncut_paths, watch_model
+from posterity.models.attach import require_whole_gradient, watch_model
 from posterity.models.chunked_loss import ChunkedLoss, LMHead
 from posterity.models.context_length import check_context
 from posterity.models.language_model import freeze_parameters, language_model, seed_rng
@@ -112,9 +112,7 @@ def features(
         freeze_parameters(inner, parameters=True),
         seed_rng(seed),
     ):
-        refuse_uncut_paths(watch, "to say who pays")
-        if watch.cuts:
-            raise InputError("who pays is a question to the whole gradient: leave the `with` of the horizon first")
+        require_whole_gradient(watch)
         split = _StreamSplit(inner, watch, chosen, vectors, slice(first, stop), influence)
         settings = {
             "version": __version__, "kind": KIND, "dtype": str(inner.dtype), "context": context,
@@ -245,7 +243,7 @@ class _StreamSplit:
             self._check_width(number)
         with self.inputs.collect("total"):
             loss.backward(retain_graph=True)
-        whole = {name: x.grad.clone() for name, x in self._parameters() if x.grad is not None}
+        total_gradients = {name: x.grad.clone() for name, x in self._parameters() if x.grad is not None}
         with self.watch.override_rules((Myopic(), Myopic()), _ignore), self.inputs.collect("own"):
             loss.backward(retain_graph=True)
         sums.append_rows((None, "loss"), loss.losses.cpu().double() / batch.predictions)
@@ -258,7 +256,7 @@ class _StreamSplit:
             pulls |= {index: _pull(own, later, self.directions.vectors[index]) for index in along}
             if number not in self.layers and not self.influence:
                 continue
-            parts = _Parts.of(whole, self._send_back(number, own), self._send_back(number, later))
+            parts = _Parts.of(total_gradients, self._send_back(number, own), self._send_back(number, later))
             if number in self.layers:
                 gram.append(parts.gram())
             for index in along if self.influence else ():

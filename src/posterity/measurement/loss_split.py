@@ -25,7 +25,7 @@ from posterity.decomposition.projections import is_packed
 from posterity.decomposition.weight_gradients import Projections
 from posterity.errors import InputError
 from posterity.measurement.hidden_gradients import HiddenGradients
-from posterity.models.attach import refuse_uncut_paths
+from posterity.models.attach import require_whole_gradient
 from posterity.models.chunked_loss import ChunkedLoss
 from posterity.models.language_model import language_model
 from posterity.models.watch import Layer, Observer, Watch
@@ -56,9 +56,7 @@ class LossSplit:
             InputError: The model has other paths between positions; a horizon is in force; weights that are asked for
                 are offloaded.
         """
-        refuse_uncut_paths(watch, "to say who pays")
-        if watch.cuts:
-            raise InputError("who pays is a question to the whole gradient: leave the `with` of the horizon first")
+        require_whole_gradient(watch)
         self.model, self.watch, self.parameters = language_model(model), watch, parameters
         if parameters and any(x.is_meta for x in self.model.parameters()):
             raise InputError("parameters=True needs all weights in memory; some are offloaded: leave it out")

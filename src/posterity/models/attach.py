@@ -80,6 +80,13 @@ def refuse_other_paths(watch: Watch, what: str) -> None:
         )
 
 
+def require_whole_gradient(watch: Watch) -> None:
+    """Raise InputError unless own and later losses can be told apart: every path can be cut, and no horizon is on."""
+    refuse_uncut_paths(watch, "to say who pays")
+    if watch.cuts:
+        raise InputError("who pays is a question to the whole gradient: leave the `with` of the horizon first")
+
+
 def refuse_uncut_paths(watch: Watch, what: str) -> None:
     """Raise InputError if losses reach keys and values by paths that neither attention nor a horizon on states sees."""
     if watch.uncut_paths:

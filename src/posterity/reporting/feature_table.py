@@ -55,11 +55,12 @@ def layer_rows(features: xr.Dataset) -> list[list[str]]:
     """Return for each layer its number, the shares of the parts, and the cosine of direct and pre-cached part."""
     shares, windows, rows = part_shares(features), features.sizes["document"], []
     for layer in shares.layer.values:
-        at = shares.sel(layer=layer)
+        layer_shares = shares.sel(layer=layer)
         cells = [
-            percent(float(at.share.sel(part=part)), float(at.error.sel(part=part)), windows) for part in FEATURE_PARTS
+            percent(float(layer_shares.share.sel(part=part)), float(layer_shares.error.sel(part=part)), windows)
+            for part in FEATURE_PARTS
         ]
-        cosine = value_with_error(float(at.cosine), float(at.cosine_error), windows=windows)
+        cosine = value_with_error(float(layer_shares.cosine), float(layer_shares.cosine_error), windows=windows)
         rows.append([str(layer), *cells, cosine])
     return rows
 
@@ -68,12 +69,12 @@ def direction_rows(features: xr.Dataset) -> list[list[str]]:
     """Return for each direction its name, share of later losses, cosine and pulls."""
     pulls, windows, rows = direction_pulls(features), features.sizes["document"], []
     for index, name in enumerate(pulls.direction.values):
-        at = pulls.isel(direction=index)
+        pull = pulls.isel(direction=index)
         numbers = [
-            value_with_error(float(at[name]), float(at[f"{name}_error"]), windows=windows)
+            value_with_error(float(pull[name]), float(pull[f"{name}_error"]), windows=windows)
             for name in ("cosine", "own", "later")
         ]
-        share = percent(float(at.later_share), float(at.later_share_error), windows)
+        share = percent(float(pull.later_share), float(pull.later_share_error), windows)
         rows.append([readable(str(name)), share, *numbers])
     return rows
 

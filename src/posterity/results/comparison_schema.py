@@ -9,7 +9,7 @@ import math
 import numpy as np
 import xarray as xr
 
-from posterity.results.kind import Kind
+from posterity.results.kind import Kind, find_variable_flaw
 
 KIND = "comparison"
 VANILLA = "vanilla"  # the arm of the plain runs
@@ -64,14 +64,8 @@ def _error(values: np.ndarray) -> np.ndarray:
 
 def _flaw(comparison: xr.Dataset) -> str | None:
     """Return the first flaw as half a sentence; None if there is none."""
-    for name, (dims, dtypes) in DIMS_AND_DTYPES.items():
-        if name not in comparison.variables:
-            return f"it has no {name!r}"
-        variable = comparison[name]
-        if variable.dims != dims or variable.dtype.kind not in dtypes:
-            return f"{name!r} is {variable.dtype} by {', '.join(map(str, variable.dims)) or 'nothing'}"
-    if 0 in comparison.sizes.values():
-        return "it holds nothing"
+    if (flaw := find_variable_flaw(comparison, DIMS_AND_DTYPES)) is not None:
+        return flaw
     missing = {"data", "steps"} - set(comparison.attrs) or {"units"} - set(comparison.loss.attrs)
     if missing:
         return f"it does not say its {min(missing)}"

@@ -7,7 +7,7 @@ rank correlation of a score with the measured price; `loss` (document), of the m
 import numpy as np
 import xarray as xr
 
-from posterity.results.kind import Kind
+from posterity.results.kind import Kind, find_variable_flaw
 
 KIND = "eviction"
 MODEL, LAYER, EQUAL = BUDGETS = ("one threshold", "by layer", "equal")
@@ -30,14 +30,8 @@ ATTRS = ("prefix", "continuation", "model", "posterity_version")
 
 def _flaw(eviction: xr.Dataset) -> str | None:
     """Return the first flaw as half a sentence; None if there is none."""
-    for name, (dims, dtypes) in DIMS_AND_DTYPES.items():
-        if name not in eviction.variables:
-            return f"it has no {name!r}"
-        variable = eviction[name]
-        if variable.dims != dims or variable.dtype.kind not in dtypes:
-            return f"{name!r} is {variable.dtype} by {', '.join(map(str, variable.dims)) or 'nothing'}"
-    if 0 in eviction.sizes.values():
-        return "it holds nothing"
+    if (flaw := find_variable_flaw(eviction, DIMS_AND_DTYPES)) is not None:
+        return flaw
     if missing := set(ATTRS) - set(eviction.attrs):
         return f"it does not say its {min(missing)}"
     if not set(map(str, eviction.budget.values)) <= set(BUDGETS):

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from posterity.axes import FEATURE_PAIRS, FEATURE_PARTS, PULLS
-from posterity.results.kind import Kind
+from posterity.results.kind import Kind, find_variable_flaw
 
 KIND = "features"
 DIMS_AND_DTYPES = {  # dimensions, and kinds of numpy's dtypes
@@ -40,14 +40,8 @@ def _flaw(features: xr.Dataset) -> str | None:
     expected = DIMS_AND_DTYPES
     expected = expected | (DIRECTION_DIMS_AND_DTYPES if "pull" in features else {})
     expected = expected | (INFLUENCE_DIMS_AND_DTYPES if "influence" in features else {})
-    for name, (dims, dtypes) in expected.items():
-        if name not in features.variables:
-            return f"it has no {name!r}"
-        variable = features[name]
-        if variable.dims != dims or variable.dtype.kind not in dtypes:
-            return f"{name!r} is {variable.dtype} by {', '.join(map(str, variable.dims)) or 'nothing'}"
-    if 0 in features.sizes.values():
-        return "it holds nothing"
+    if (flaw := find_variable_flaw(features, expected)) is not None:
+        return flaw
     if "influence" in features and "pull" not in features:
         return "it has an influence without directions"
     for name, labels in LABELS.items():

@@ -1,7 +1,7 @@
 """The common interface of the kinds of Dataset (result, audit, comparison, ...): validation and its messages."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import xarray as xr
@@ -38,6 +38,20 @@ class Kind:
         if flaw is not None:
             raise InputError(f"{path}: expected {self.expected_file}, but {flaw}; {self.file_advice}")
         return self.restore(dataset)
+
+
+def find_variable_flaw(dataset: xr.Dataset, variables: Mapping[str, tuple[tuple[str, ...], str]]) -> str | None:
+    """Return as half a sentence that a variable is missing or of another form, or that there is no entry; None if not.
+
+    `variables`: dimensions, and kinds of numpy's dtypes, by name.
+    """
+    for name, (dims, dtypes) in variables.items():
+        if name not in dataset.variables:
+            return f"it has no {name!r}"
+        variable = dataset[name]
+        if variable.dims != dims or variable.dtype.kind not in dtypes:
+            return f"{name!r} is {variable.dtype} by {', '.join(map(str, variable.dims)) or 'nothing'}"
+    return "it holds nothing" if 0 in dataset.sizes.values() else None
 
 
 def kind_name(dataset: object) -> str:
