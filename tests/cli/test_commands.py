@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import posterity
 from posterity.atomic_files import check_output_path
 from posterity.cli.guide import GUIDE
-from posterity.cli.main import app
+from posterity.cli.main import app, main
 from posterity.errors import InputError
 from posterity.inputs.documents import default_text
 from posterity.inputs.model import LoadedModel
@@ -409,6 +409,25 @@ def test_help_answers_without_importing_torch():
     result = process("--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("measure", "inspect", "report", "check", "summary"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_that_wait_leave_their_core_unless_the_environment_decides(monkeypatch, chosen, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("posterity.cli.main.signal.signal", lambda *args: None)
+    seen = []
+    monkeypatch.setattr("posterity.cli.main.app", lambda **kwargs: seen.append(os.environ.get("GOMP_SPINCOUNT")))
+    try:
+        main()
+    finally:
+        os.environ.pop("GOMP_SPINCOUNT", None)
+    assert seen == [spins]
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

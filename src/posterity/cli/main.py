@@ -1,5 +1,6 @@
 """The app and its measuring commands: each is one call of the library, and every mistake of the user's is one line."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -371,4 +372,8 @@ explain_commands(app.registered_commands)
 def main() -> None:
     """Run the command line; the console script and `python -m posterity` come here."""
     signal.signal(signal.SIGTERM, raise_termination)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # GNU OpenMP reads this when torch is loaded. By default a thread that waits for others keeps its core for
+        # 300,000 rounds; where another process wants that core, each wait then takes a time slice of the scheduler.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app(prog_name="posterity")
