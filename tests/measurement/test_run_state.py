@@ -147,8 +147,8 @@ def test_a_window_that_stands_in_two_states_is_refused(tmp_path):
 
 
 def test_an_interruption_says_what_is_kept_and_half_a_window_is_not(tmp_path, monkeypatch):
-    accounts = importlib.import_module("posterity.measurement.account")
-    expected, original, calls = measure(), accounts.pass_credit, []
+    ledgers = importlib.import_module("posterity.measurement.ledger")
+    expected, original, calls = measure(), ledgers.pass_credit, []
 
     def interrupted(*args):
         calls.append(1)
@@ -156,11 +156,11 @@ def test_an_interruption_says_what_is_kept_and_half_a_window_is_not(tmp_path, mo
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(accounts, "pass_credit", interrupted)
+    monkeypatch.setattr(ledgers, "pass_credit", interrupted)
     monkeypatch.setattr(run_state, "WRITE_SHARE", 1e9)
     with pytest.raises(KeyboardInterrupt, match=r"kept in .*state"):
         measure(tmp_path / "state")
-    monkeypatch.setattr(accounts, "pass_credit", original)
+    monkeypatch.setattr(ledgers, "pass_credit", original)
     assert expected.drop_attrs().identical(measure(tmp_path / "state").drop_attrs())
 
 

@@ -5,88 +5,22 @@ higher is kept. Those of others are written after their papers, named with each;
 authors' own code. What is not said there is taken as NVIDIA's kvpress has it (github.com/NVIDIA/kvpress).
 """
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool1d, cosine_similarity, normalize, pad
 
 from posterity.errors import InputError
 from posterity.measurement.price_fit import Prices
-from posterity.models.interception import AttentionCall, intercept
-from posterity.models.observed_attention import recorded_attention, recorded_features
-from posterity.models.price_heads import reader_share
-from posterity.ops.attention import Backward
+from posterity.measurement.prompt_layer import PromptLayer, output_norm, unrotated_query
+from posterity.models.observed_attention import recorded_features
 
-ROWS = 256  # of queries whose attention is computed at once
 Scores = Float[Tensor, "group key"]
-
-
-@dataclass(eq=False)
-class PromptLayer:
-    """What one layer computed on the first tokens of a window, and what came after them.
-
-    Attributes:
-        number: Of the attention layer.
-        window_number: Of the window of text.
-        length: Tokens of the prompt.
-        back: The layer's attention over the whole window, with the gradient of its losses.
-        inputs: Arguments of the attention module.
-        hidden: Its input: (position, width).
-        price: Measured prices of the pairs for all later queries.
-        window: Tokens that a query of the layer sees; None for all.
-    """
-
-    number: int
-    window_number: int
-    length: int
-    back: Backward
-    module: nn.Module
-    inputs: tuple[tuple, dict[str, Any]]
-    hidden: Float[Tensor, "position width"]
-    price: Float[Tensor, "group key"]
-    window: int | None
-
-    @property
-    def key(self) -> Float[Tensor, "group key dim"]:
-        """Keys of the prompt."""
-        return self.back.key[0, :, : self.length]
-
-    @property
-    def value(self) -> Float[Tensor, "group key dim_v"]:
-        """Values of the prompt."""
-        return self.back.value[0, :, : self.length]
-
-    def attention(self, rows: slice) -> Float[Tensor, "head query key"]:
-        """Return the attention of some queries on the prompt's keys."""
-        return recorded_attention(self.back, rows, self.length)
-
-    def by_group(self, heads: Float[Tensor, "head *rest"]) -> Float[Tensor, "group member *rest"]:
-        """Sort query heads by the key/value head that they read."""
-        return heads.unflatten(0, (self.back.key.shape[1], -1))
-
-    @cached_property
-    def received(self) -> Float[Tensor, "head key"]:
-        """The sum of the attention that the prompt's queries pay to each of its keys."""
-        return self._sum_attention(0, self.length)
-
-    @cached_property
-    def future(self) -> Float[Tensor, "head key"]:
-        """The sum of the attention that later queries pay to the prompt's keys."""
-        return self._sum_attention(self.length, self.back.query.shape[2])
-
-    def _sum_attention(self, start: int, stop: int) -> Tensor:
-        total: Any = 0.0
-        for first in range(start, stop, ROWS):
-            total = total + self.attention(slice(first, min(first + ROWS, stop))).sum(1)
-        return total
 
 
 class Scorer(Protocol):
@@ -255,7 +189,7 @@ class ExpectedAttention:
     def __call__(self, prompt: PromptLayer, share: float) -> Scores:
         """Return softmax(mean.k c + c^2 k.cov k / 2) over keys, mean over the group, times the norm of the value."""
         sinks, scale = min(self.sinks, prompt.length - 2), prompt.back.scale
-        query, rotate = _unrotated_query(prompt, self.future)
+        query, rotate = unrotated_query(prompt, self.future)
         query = query[:, sinks : prompt.length].float()
         mean = rotate(query.mean(1, keepdim=True))
         key = prompt.back.repeat(prompt.back.key)[0, :, sinks : prompt.length].float()
@@ -291,7 +225,7 @@ class CriticalKV:
         scores = self.base(prompt, share)
         budget = int(share * scores.shape[1])
         first = scores.topk(int(budget * self.first), -1).indices
-        scores = (scores + self.epsilon) * _output_norm(prompt)
+        scores = (scores + self.epsilon) * output_norm(prompt)
         return scores.scatter(-1, first, float(scores.max()))
 
 
@@ -342,71 +276,9 @@ USUAL: tuple[Scorer, ...] = (
 ORACLES: tuple[Scorer, ...] = (GradientOracle(), AttentionOracle())
 
 
-def visible_pairs(prompt: PromptLayer) -> Tensor:
-    """Return which pairs the query after the prompt sees: (key,)."""
-    ages = prompt.length - torch.arange(prompt.length, device=prompt.key.device)
-    return reader_share(ages.float(), 1, prompt.window) > 0
-
-
 def _window(window: int, prompt: PromptLayer) -> int:
     if window >= prompt.length:
         raise InputError(
             f"expected a prompt longer than the {window} queries that are observed; got {prompt.length} tokens"
         )
     return window
-
-
-@dataclass(eq=False)
-class _Reader:
-    """Interceptor that takes the query of a call, and answers with the values of one query head, or with nothing."""
-
-    head: int | None = None
-    query: Tensor | None = None
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Return each position's own value in one head, zero in the others."""
-        self.query, output = call.query, call.zero_output()
-        if self.head is not None:
-            output[:, self.head] = call.value[:, self.head * call.value.shape[1] // call.query.shape[1]]
-        return output
-
-
-def _run_module(prompt: PromptLayer, reader: _Reader, **changes: Any) -> Float[Tensor, "position width"]:
-    """Run the attention module of a layer again, its attention answered by a reader; return its output."""
-    args, kwargs = prompt.inputs
-    with intercept([prompt.module], reader, this_thread=True), torch.no_grad():
-        output = prompt.module(*args, **(kwargs | changes))
-    return (output[0] if isinstance(output, tuple) else output)[0]
-
-
-def _unrotated_query(
-    prompt: PromptLayer, future: int
-) -> tuple[Float[Tensor, "head position dim"], Callable[[Tensor], Tensor]]:
-    """Return queries before rotary embedding, and the mean rotation over the positions after the prompt."""
-    rotary = getattr(sys.modules.get(type(prompt.module).__module__), "apply_rotary_pos_emb", None)
-    embeddings = prompt.inputs[1].get("position_embeddings")
-    if rotary is None or not isinstance(embeddings, tuple) or len(embeddings) != 2:
-        raise InputError(
-            f"Expected Attention needs rotary embeddings that {type(prompt.module).__name__} gets with its input; it "
-            "has none: choose other scorers"
-        )
-    cosine, sine = embeddings
-    reader = _Reader()
-    _run_module(prompt, reader, position_embeddings=(torch.ones_like(cosine), torch.zeros_like(sine)))
-    assert reader.query is not None
-    coming = slice(prompt.length, min(prompt.length + future, cosine.shape[1]))
-    means = [x[:, coming].float().mean(1, keepdim=True) for x in (cosine, sine)]
-
-    def rotate(query: Tensor) -> Tensor:
-        return rotary(query[None], query[None], *means)[0][0]
-
-    return reader.query[0], rotate
-
-
-def _output_norm(prompt: PromptLayer) -> Scores:
-    """Return the L1 norm of each value behind the output projection, mean over the query heads of its group."""
-    zero, norms = _run_module(prompt, _Reader()), []  # with the bias of the projection
-    for head in range(prompt.back.query.shape[1]):
-        output = _run_module(prompt, _Reader(head)) - zero
-        norms.append(output[: prompt.length].float().norm(p=1, dim=-1))
-    return prompt.by_group(torch.stack(norms)).mean(1)

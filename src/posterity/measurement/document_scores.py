@@ -17,8 +17,9 @@ from posterity.errors import InputError
 from posterity.inputs.arguments import open_model, split_arguments
 from posterity.inputs.named_documents import open_files
 from posterity.inputs.windows import Window, read_whole_documents, token_digest
-from posterity.measurement.account import Ledger, open_ledger
+from posterity.measurement.account import open_ledger
 from posterity.measurement.distributed import Processes
+from posterity.measurement.ledger import Ledger
 from posterity.measurement.measure import check_tokens, measure_batch
 from posterity.measurement.run_state import RunState, fingerprint
 from posterity.measurement.window_batch import WindowBatch

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posterity.decomposition.projections import plain_tensors
-from posterity.measurement.account import Ledger
+from posterity.measurement.ledger import Ledger
 from posterity.measurement.memory_timeline import MemoryTimeline, peak_bytes
 from posterity.measurement.price_account import SAMPLES
 from posterity.measurement.window_batch import uniform_draws

@@ -26,21 +26,14 @@ from posterity.errors import InputError
 from posterity.inputs.arguments import open_model, split_arguments
 from posterity.inputs.named_documents import name_texts, open_files
 from posterity.inputs.windows import Window, read_corpus, token_digest
-from posterity.measurement.cache_scorers import (
-    ORACLES,
-    USUAL,
-    PredictedPrice,
-    PromptLayer,
-    Scorer,
-    ScoresOfFile,
-    visible_pairs,
-)
+from posterity.measurement.cache_scorers import ORACLES, USUAL, PredictedPrice, Scorer, ScoresOfFile
 from posterity.measurement.distributed import Processes
 from posterity.measurement.eviction_texts import TEXT, counted_targets, task_windows
 from posterity.measurement.measure import check_tokens
 from posterity.measurement.predictions import compare_predictions
 from posterity.measurement.price_calibration import rank_correlation
 from posterity.measurement.price_fit import Prices
+from posterity.measurement.prompt_layer import PromptLayer
 from posterity.measurement.provenance import provenance
 from posterity.measurement.run_state import RunState, fingerprint
 from posterity.measurement.window_batch import uniform_draws
@@ -250,7 +243,7 @@ class _Trial:
     def add(self, sums: Accumulator, number: int, window: Window) -> None:
         """Measure a window, and append its rows."""
         loss, prompt_layers = self._prompt_layers(number, window)
-        self.visible = [visible_pairs(x).cpu() for x in prompt_layers]
+        self.visible = [x.visible.cpu() for x in prompt_layers]
         prices = self._pool([x.price for x in prompt_layers])
         by_scorer, correlation = [], []
         with watch_model(self.model):

@@ -21,9 +21,10 @@ from posterity.errors import InputError, NotFiniteError
 from posterity.inputs.arguments import open_model, split_arguments
 from posterity.inputs.named_documents import open_files
 from posterity.inputs.windows import Window, read_corpus, token_digest
-from posterity.measurement.account import Ledger, open_ledger
+from posterity.measurement.account import open_ledger
 from posterity.measurement.distributed import Processes
 from posterity.measurement.estimate import estimate
+from posterity.measurement.ledger import Ledger
 from posterity.measurement.price_account import SAMPLES, check_prices
 from posterity.measurement.run_state import RunState, fingerprint
 from posterity.measurement.window_batch import WindowBatch, equal_lengths
