@@ -107,9 +107,8 @@ print(status[status.index("VmHWM"):].split()[1])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize(
     "options",
-    ["", "losses=True", "losses=True, horizons=(4, 64)", "parameters=True", "checkpoint=True",
-     "losses=True, checkpoint=True"],
-)  # fmt: skip
+    ["", "losses=True, horizons=(4, 64)", "parameters=True", "losses=True, checkpoint=True"],
+)
 def test_the_peak_is_the_memory_that_was_said(options):
     process = subprocess.run([sys.executable, "-c", RUN.replace("{options}", options)], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

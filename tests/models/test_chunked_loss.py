@@ -101,6 +101,36 @@ def test_the_heads_own_parameters_get_their_gradient_once(name, chunk_of):
         close(grad, right[parameter], 1e-10)
 
 
+@pytest.mark.parametrize(("counted", "chunks"), [([], 0), ([7], 1), ([3, 4, 11], 2), ([0, 11], 2), ([4, 9], 2)])
+def test_logits_are_computed_where_a_target_counts_and_nowhere_else(counted, chunks, chunk_of, monkeypatch):
+    chunk_of(5, 61)
+    model, ids = tiny("llama"), tokens(2)
+    targets, right, calls = torch.full_like(ids, -100), [], []
+    targets[1, counted] = ids[0, counted]
+    logits = LMHead.logits
+    with freeze_parameters(model):
+        embeddings = []
+        hook = model.get_input_embeddings().register_forward_hook(lambda *call: embeddings.append(call[-1]))
+        head = LMHead.probe(model)
+        monkeypatch.setattr(LMHead, "logits", lambda *args: calls.append(1) or logits(*args))
+        for run in ("chunks", "at once"):
+            embeddings.clear()
+            if run == "chunks":
+                loss = ChunkedLoss.run(model, ids, head, targets)
+                losses = loss.losses
+                embeddings[0].retain_grad()
+                loss.backward()
+            else:
+                losses = chunked_loss.window_losses(model, ids, targets)
+                embeddings[0].retain_grad()
+                losses.sum().backward()
+            right.append((losses.detach(), embeddings[0].grad.clone()))
+        hook.remove()
+    assert len(calls) == chunks
+    for actual, expected in zip(*right, strict=True):
+        close(actual, expected, 1e-12)
+
+
 def past_the_head(model, hidden, logits):
     return logits + 0.05 * hidden[:, : logits.shape[1]].sum(-1, keepdim=True)
 

@@ -134,23 +134,30 @@ def _run_head(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the losses of each window, and their gradient at the input of the head; then those of drawn labels."""
     kinds = 1 if draws is None else 2
-    gradients = [torch.empty_like(hidden) for _ in range(kinds)]
-    losses: list[list[Tensor]] = [[] for _ in range(kinds)]
-    for start in range(0, ids.shape[1], length := head.chunk_length(len(ids))):
-        chunk = slice(start, start + length)
+    gradients = [torch.zeros_like(hidden) for _ in range(kinds)]
+    losses = [hidden.new_zeros(targets.shape, dtype=working_dtype(hidden.dtype)) for _ in range(kinds)]
+    for chunk in _chunks_with_targets(targets, head.chunk_length(len(ids))):
         part = hidden[:, chunk].clone().requires_grad_()
         logits, labels = head.logits(part, ids, outputs), [targets[:, chunk]]
         if draws is not None:
             labels.append(draw_labels(logits, draws[:, chunk], targets[:, chunk]))
         for kind in reversed(range(kinds)):
             chunk_losses = token_losses(logits, labels[kind])
-            losses[kind].append(chunk_losses.detach())
+            losses[kind][:, chunk] = chunk_losses.detach()
             if kind:  # the head's own parameters get the gradients of the text alone
                 (gradients[kind][:, chunk],) = torch.autograd.grad(chunk_losses.sum(), part, retain_graph=True)
         chunk_losses.sum().backward()
         assert part.grad is not None
         gradients[0][:, chunk] = part.grad
-    return [(torch.cat(x, 1).sum(1), gradient) for x, gradient in zip(losses, gradients, strict=True)]
+    return [(x.sum(1), gradient) for x, gradient in zip(losses, gradients, strict=True)]
+
+
+def _chunks_with_targets(targets: Int[Tensor, "window position"], length: int) -> list[slice]:
+    """Return chunks of positions that begin at the first with a target; those without any target are left out."""
+    predicts = (targets != NO_TARGET).any(0).cpu()
+    first = int(predicts.int().argmax())
+    chunks = [slice(start, start + length) for start in range(first, len(predicts), length)]
+    return [chunk for chunk in chunks if predicts[chunk].any()]
 
 
 def _next_tokens(ids: Tensor) -> Tensor:
