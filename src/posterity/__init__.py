@@ -126,7 +126,7 @@ def __getattr__(name: str) -> Any:
     globals()[name] = value
     if not _HOME[name].startswith(("errors", "ops.")):
         # nnsight gives every object a method `save`, which would hide this name until it is bound.
-        globals()["save"] = import_module(f"{__name__}.results.files").save
+        globals().setdefault("save", import_module(f"{__name__}.results.files").save)
     return value
 
 
