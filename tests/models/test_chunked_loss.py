@@ -24,13 +24,13 @@ def chunk_of(monkeypatch):
     return lambda positions, vocabulary: monkeypatch.setattr(chunked_loss, "CHUNK", 2 * positions * vocabulary + 1)
 
 
-def by_chunks(model, ids, parameters=False):
+def by_chunks(model, ids, parameters=False, targets=None):
     """Losses, the gradient at the embeddings, and the gradients of all parameters, from two backward passes."""
     embeddings = []
     with freeze_parameters(model, parameters):
         head = LMHead.probe(model)
         hook = model.get_input_embeddings().register_forward_hook(lambda *call: embeddings.append(call[-1]))
-        loss = ChunkedLoss.run(model, ids, head)
+        loss = ChunkedLoss.run(model, ids, head, targets)
         hook.remove()
         embeddings[0].retain_grad()
         loss.backward(retain_graph=True)
@@ -105,30 +105,16 @@ def test_the_heads_own_parameters_get_their_gradient_once(name, chunk_of):
 def test_logits_are_computed_where_a_target_counts_and_nowhere_else(counted, chunks, chunk_of, monkeypatch):
     chunk_of(5, 61)
     model, ids = tiny("llama"), tokens(2)
-    targets, right, calls = torch.full_like(ids, -100), [], []
+    targets, calls, logits = torch.full_like(ids, -100), [], LMHead.logits
     targets[1, counted] = ids[0, counted]
-    logits = LMHead.logits
-    with freeze_parameters(model):
-        embeddings = []
-        hook = model.get_input_embeddings().register_forward_hook(lambda *call: embeddings.append(call[-1]))
-        head = LMHead.probe(model)
-        monkeypatch.setattr(LMHead, "logits", lambda *args: calls.append(1) or logits(*args))
-        for run in ("chunks", "at once"):
-            embeddings.clear()
-            if run == "chunks":
-                loss = ChunkedLoss.run(model, ids, head, targets)
-                losses = loss.losses
-                embeddings[0].retain_grad()
-                loss.backward()
-            else:
-                losses = chunked_loss.window_losses(model, ids, targets)
-                embeddings[0].retain_grad()
-                losses.sum().backward()
-            right.append((losses.detach(), embeddings[0].grad.clone()))
-        hook.remove()
-    assert len(calls) == chunks
-    for actual, expected in zip(*right, strict=True):
-        close(actual, expected, 1e-12)
+    monkeypatch.setattr(LMHead, "logits", lambda *args: calls.append(args[2]) or logits(*args))
+    _, losses, grad, _ = by_chunks(model, ids, targets=targets)
+    assert sum(of is ids for of in calls) == chunks  # others are the probe's
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    right = token_losses(model(inputs_embeds=embeddings).logits, targets).sum(1)
+    right.sum().backward()
+    close(losses, right.detach(), 1e-12)
+    close(grad, embeddings.grad, 1e-12)
 
 
 def past_the_head(model, hidden, logits):

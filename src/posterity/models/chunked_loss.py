@@ -109,7 +109,7 @@ class ChunkedLoss:
         """
         ids = ids.to(input_device(head.model))
         body = head.run_body(model, ids, **_position_ids(positions, ids))
-        targets = _next_tokens(ids) if targets is None else targets.to(ids.device)
+        targets = _next_tokens(ids) if targets is None else targets
         if body is None:
             logits = _logits(model, ids, positions)
             losses, drawn = token_losses(logits, targets).sum(1), None
@@ -136,7 +136,9 @@ def _run_head(
     kinds = 1 if draws is None else 2
     gradients = [torch.zeros_like(hidden) for _ in range(kinds)]
     losses = [hidden.new_zeros(targets.shape, dtype=working_dtype(hidden.dtype)) for _ in range(kinds)]
-    for chunk in _chunks_with_targets(targets, head.chunk_length(len(ids))):
+    chunks = _chunks_with_targets(targets, head.chunk_length(len(ids)))  # on the CPU, where targets mostly are
+    targets = targets.to(ids.device)
+    for chunk in chunks:
         part = hidden[:, chunk].clone().requires_grad_()
         logits, labels = head.logits(part, ids, outputs), [targets[:, chunk]]
         if draws is not None:
