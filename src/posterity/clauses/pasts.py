@@ -83,7 +83,7 @@ def query_gradients(model: PreTrainedModel, ids: Tensor, past: int) -> list[Laye
     """
     gradients: dict[Layer, LayerGradient] = {}
 
-    def observe(layer: Layer, back: Backward, project: object) -> None:
+    def observe(layer: Layer, back: Backward, projections: object) -> None:
         gradients[layer] = back.grad_query[:, :, past:-1], back.query[:, :, past:-1]
 
     with observe_model(model, observe) as watch:

@@ -71,7 +71,7 @@ class _ParticipationRatios:
     def start_window(self) -> None:
         self.windows.append({})
 
-    def observe(self, layer: Layer, back: Backward, project: object) -> None:
+    def observe(self, layer: Layer, back: Backward, projections: object) -> None:
         self.windows[-1][layer] = participation_ratio(back)[:, 0].cpu()
 
     def means(self, layers: tuple[Layer, ...]) -> tuple[Tensor, Tensor, Tensor]:

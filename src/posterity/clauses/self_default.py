@@ -92,7 +92,7 @@ class _HeadMeasures:
         """Record the learned sinks of a forward pass; the attention call stays as it is."""
         self.sinks[layer] = call.sinks
 
-    def observe(self, layer: Layer, back: Backward, project: object) -> None:
+    def observe(self, layer: Layer, back: Backward, projections: object) -> None:
         """Measure one layer."""
         if layer in self.layers:
             raise InputError(f"layer {layer} was sent back twice in one pass: its heads cannot be told apart")

@@ -1,15 +1,19 @@
 """The gradient of W_Q, W_K and W_V, split into the part a position sends to itself and the rest.
 
-The projections of a layer are run once more from its saved input, and the two parts of dq, dk and dv are sent back
-through them. What lies between weights and queries (norms, rotary embedding, a fused matrix) needs no case of its own.
+The two parts of dq, dk and dv are sent back to the weights through whatever lies between (norms, rotary embedding, a
+fused matrix). Plain projections are found in the graph of the forward pass: a gradient at their outputs, times their
+inputs, is that of their weights. Any other are run once more from the saved input of their layer, which the first
+document of each layer is in either case: where both ways do not agree, the second holds.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from posterity.axes import SIDES, STREAMS
 from posterity.decomposition.accumulator import Accumulator
@@ -19,6 +23,9 @@ from posterity.decomposition.gram import gram_terms
 from posterity.ops.attention import Backward
 from posterity.ops.heads import sum_heads
 from posterity.ops.precision import working_dtype
+
+Sides = tuple[Tensor, Tensor]  # a gradient's part over self edges, and the rest
+Pairs = dict[int, Sides]  # both sides of the gradient of each parameter, by its number
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,59 @@ class Projections:
     packed: list[Tensor] = field(default_factory=list)  # a zero added to the output of each projection without gradient
 
 
+@dataclass(frozen=True)
+class TracedProjection:
+    """One product with a weight, as the forward pass computed it."""
+
+    input: Float[Tensor, "batch *rest width"]
+    output: GradientEdge
+    weight: int  # numbers of the parameters
+    bias: int | None
+    transposed: bool  # the weight is (in, out)
+
+
+@dataclass(frozen=True)
+class ProjectionTrace:
+    """The plain projections of a layer in the graph of its forward pass, and its query, key and value there."""
+
+    projections: Sequence[TracedProjection]
+    streams: Sequence[tuple[GradientEdge, torch.dtype] | None]  # None: without gradient
+
+    def send_to_outputs(self, stream: int, sides: Sides) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Return both sides of the gradient at the output of each projection, for all documents."""
+        if (traced := self.streams[stream]) is None:
+            return [(None, None)] * len(self.projections)
+        edge, dtype = traced
+        outputs = [projection.output for projection in self.projections]
+        by_side = [
+            torch.autograd.grad([edge], outputs, [side.to(dtype)], retain_graph=True, allow_unused=True)
+            for side in sides
+        ]
+        return list(zip(*by_side, strict=True))
+
+    def pairs(self, at_outputs: Sequence[tuple[Tensor | None, Tensor | None]], document: int) -> Pairs:
+        """Return both sides of the gradient of each weight and bias, for one document."""
+        pairs: Pairs = {}
+        for projection, (left, right) in zip(self.projections, at_outputs, strict=True):
+            if left is None or right is None:
+                continue
+            both = torch.cat((left[document], right[document]), -1).flatten(0, -2)  # one product for the two
+            product = both.mT @ projection.input[document].flatten(0, -2).to(both.dtype)
+            weights = product.chunk(2)
+            _add_pair(pairs, projection.weight, tuple(x.mT for x in weights) if projection.transposed else weights)
+            if projection.bias is not None:
+                _add_pair(pairs, projection.bias, both.sum(0).chunk(2))
+        return pairs
+
+
+@dataclass(frozen=True)
+class LayerProjections:
+    """The two ways from a layer's query, key and value to its weights."""
+
+    run_again: Callable[[int], Projections]  # for one document of the batch
+    trace: Callable[[], ProjectionTrace | None]  # None: some projection is not a plain one
+
+
 class WeightSplit:
     """Squared norms and inner product of the two sides for one layer: of each document, and of their mean."""
 
@@ -38,25 +98,27 @@ class WeightSplit:
         """Accumulate rows "weight_by_document" (stream, term) and the gradients' sums into `sums`, under `layer`."""
         self.sums, self.layer, self.adapters = sums, layer, adapters
         self._dependencies: list[list[int]] = [[], [], []]  # of each stream, the parameters that it depends on
+        self._trace_agrees: bool | None = None  # with the projections run again; None: not known yet
 
-    def add(self, back: Backward, self_part: SelfEdgeGradients, project: Callable[[int], Projections]) -> None:
-        """Account for the documents of one backward pass; `project` recomputes the projections of one of them.
+    def add(self, back: Backward, self_part: SelfEdgeGradients, projections: LayerProjections) -> None:
+        """Account for the documents of one backward pass.
 
         A query, key or value that later calls read too brings what these send to the weights as well.
         """
-        totals = [back.stream_gradient(stream) for stream in range(3)]
+        streams = [stream for stream in range(len(STREAMS)) if not _is_borrowed(back, stream)]
         parts = _self_gradients(back, self_part)
+        sides = {stream: (parts[stream], back.stream_gradient(stream) - parts[stream]) for stream in streams}
+        trace = None if self._trace_agrees is False else projections.trace()
+        at_outputs = {} if trace is None else {x: trace.send_to_outputs(x, sides[x]) for x in streams}
         self.adapters.start_layer(self.layer, len(back.query))
         for document in range(len(back.query)):
-            with torch.enable_grad():
-                projections = project(document)
-            row = [
-                gram_terms((), ()).to(total.device)  # in the row of the call that the tensor was made for
-                if _is_borrowed(back, stream)
-                else self._add_stream(stream, document, projections, part[document, None], total[document, None])
-                for stream, (part, total) in enumerate(zip(parts, totals, strict=True))
-            ]
-            self.sums.append_rows((self.layer, "weight_by_document"), [torch.stack(row)])
+            traced = None
+            if trace is not None and self._trace_agrees is not False:
+                traced = {x: trace.pairs(at_outputs[x], document) for x in streams}
+            by_stream = self._choose_pairs(document, sides, traced, projections)
+            row = [self._enter(stream, by_stream.get(stream, {})) for stream in range(len(STREAMS))]  # borrowed: NaN
+            terms = torch.stack([x.to(back.lse.device) for x in row])
+            self.sums.append_rows((self.layer, "weight_by_document"), [terms])
 
     def mean(self) -> Float[Tensor, "stream term"]:
         """Return the same three numbers for the mean gradient over the documents."""
@@ -67,36 +129,74 @@ class WeightSplit:
             rows.append(gram_terms(*sides).cpu())
         return torch.stack(rows) / max(self.sums.count((self.layer, "weight_by_document")), 1) ** 2
 
-    def _add_stream(
-        self, stream: int, document: int, projections: Projections, self_grad: Tensor, total_grad: Tensor
-    ) -> Float[Tensor, " term"]:
+    def _choose_pairs(
+        self, document: int, sides: dict[int, Sides], traced: dict[int, Pairs] | None, projections: LayerProjections
+    ) -> dict[int, Pairs]:
+        """Return a document's gradients by stream: traced, or from running again until both are known to agree."""
+        if traced is not None and self._trace_agrees:
+            return traced
+        with torch.enable_grad():
+            recomputed = projections.run_again(document)
+        by_stream = {x: self._differentiate(x, document, recomputed, sides[x]) for x in sides}
+        if traced is not None:
+            self._trace_agrees = _agree(traced, by_stream)
+        return by_stream
+
+    def _differentiate(self, stream: int, document: int, projections: Projections, sides: Sides) -> Pairs:
+        """Return both sides of the gradient of each parameter; none if a part of the weights is not known."""
         output, parameters = projections.streams[stream], projections.parameters
         if not output.requires_grad:
-            return gram_terms((), ()).to(output.device)
+            return {}
         # The parameters that a stream depends on are found once: all of them are tried the first time.
         numbers = self._dependencies[stream] or range(len(parameters))
         leaves = [leaf for _, leaf in projections.adapters]
         candidates = [*(parameters[number] for number in numbers), *projections.packed, *leaves]
-        self_grad, total_grad = self_grad.to(output.dtype), total_grad.to(output.dtype)
-        sides = [
-            torch.autograd.grad(output, candidates, grad, retain_graph=True, allow_unused=True)
-            for grad in (self_grad, total_grad - self_grad)
+        by_side = [
+            torch.autograd.grad(output, candidates, side.to(output.dtype), retain_graph=True, allow_unused=True)
+            for side in (x[document, None] for x in sides)
         ]
         count, marked = len(numbers), len(numbers) + len(projections.packed)
-        for (parameter, _), *pair in zip(projections.adapters, *(side[marked:] for side in sides), strict=True):
+        for (parameter, _), *pair in zip(projections.adapters, *(side[marked:] for side in by_side), strict=True):
             if pair[0] is not None:
                 self.adapters.add(document, parameter, (pair[0], pair[1]))
-        if any(mark is not None for mark in sides[0][count:marked]):  # a part of its weights is not known
-            return gram_terms((), ()).to(output.device)
-        pairs_by_number = zip(numbers, *(side[:count] for side in sides), strict=True)
-        gradients = {number: pair for number, *pair in pairs_by_number if pair[0] is not None}
-        self._dependencies[stream] = list(gradients)
-        pairs = []
-        for number, pair in gradients.items():
-            pairs.append([x.to(working_dtype(x.dtype)) for x in pair])
-            for side, x in zip(SIDES, pairs[-1], strict=True):
+        if any(mark is not None for mark in by_side[0][count:marked]):
+            return {}
+        pairs_by_number = zip(numbers, *(side[:count] for side in by_side), strict=True)
+        pairs: Pairs = {number: (left, right) for number, left, right in pairs_by_number if left is not None}
+        self._dependencies[stream] = list(pairs)
+        return pairs
+
+    def _enter(self, stream: int, pairs: Pairs) -> Float[Tensor, " term"]:
+        """Add gradients to their sums; return their terms."""
+        rounded = {number: tuple(x.to(working_dtype(x.dtype)) for x in pair) for number, pair in pairs.items()}
+        for number, pair in rounded.items():
+            for side, x in zip(SIDES, pair, strict=True):
                 self.sums.add_weight((self.layer, stream, side, number), x)
-        return gram_terms(*zip(*pairs, strict=True)) if pairs else gram_terms((), ()).to(output.device)
+        return gram_terms(*zip(*rounded.values(), strict=True)) if rounded else gram_terms((), ())
+
+
+def _add_pair(pairs: Pairs, number: int, pair: Sequence[Tensor]) -> None:
+    earlier = pairs.get(number)
+    pairs[number] = (pair[0], pair[1]) if earlier is None else (earlier[0] + pair[0], earlier[1] + pair[1])
+
+
+def _agree(traced: dict[int, Pairs], recomputed: dict[int, Pairs]) -> bool | None:
+    """Return whether two ways to the same gradients agree in half of their digits, in each stream.
+
+    None if the gradients of a stream say nothing of it: all are zero, or some not finite.
+    """
+    answers = []
+    for stream, pairs in recomputed.items():
+        if traced[stream].keys() != pairs.keys():
+            return False
+        if not pairs:
+            continue
+        first, second = (torch.cat([x.flatten() for n in pairs for x in y[n]]) for y in (traced[stream], pairs))
+        half_of_digits = torch.finfo(second.dtype).eps ** 0.5
+        first, second = (x.to(working_dtype(x.dtype)) for x in (first, second))
+        error, size = (first - second).norm().item(), second.norm().item()
+        answers.append(error < size * half_of_digits if math.isfinite(error) and size else None)
+    return False if False in answers else None if None in answers else True
 
 
 def _is_borrowed(back: Backward, stream: int) -> bool:

@@ -87,7 +87,8 @@ def open_ledger(
     with watch_model(model) as watch:
         positions = _exact_positions(watch) if positions is None else positions
         ledger = Ledger(model, watch, lags, weights, sinks, positions, prices, atomic)
-        with watch.report_to(ledger.observe):
+        record = watch.record_projections() if weights else contextlib.nullcontext()
+        with watch.report_to(ledger.observe), record:
             yield ledger
 
 

@@ -110,7 +110,7 @@ class _TracedHead(LMHead):
 def _mark_accounts(ledger: Ledger, timeline: MemoryTimeline) -> Iterator[None]:
     """Begin a segment before and after each account of a layer, whose operations vary with the tokens."""
 
-    def mark(layer: Layer, back: Backward, project: object) -> None:
+    def mark(layer: Layer, back: Backward, projections: object) -> None:
         timeline.start_segment()
 
     observers = ledger.watch.observers

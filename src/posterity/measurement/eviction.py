@@ -271,7 +271,7 @@ class _Trial:
             refuse_other_paths(watch, "the price of a pair")
             numbers = {layer: index for index, layer in enumerate(watch.layers)}
 
-            def observe(layer: Layer, back: Backward, project: object) -> None:
+            def observe(layer: Layer, back: Backward, projections: object) -> None:
                 index, module = numbers[layer], self.model.get_submodule(layer.name)
                 price = pass_prices(back, FirstKeys.of(back, 0), (self.prefix, size), self._scratch).pairs[0, :, 1]
                 inputs = watch.inputs[module]

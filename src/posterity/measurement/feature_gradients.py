@@ -359,5 +359,5 @@ def _pull(
     return [float(x.mean()) for x in (own, later, own * own, later * later, own * later)]
 
 
-def _ignore(layer: Layer, back: object, project: object) -> None:
+def _ignore(layer: Layer, back: object, projections: object) -> None:
     """Take a report of a backward pass."""

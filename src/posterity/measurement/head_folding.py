@@ -223,7 +223,9 @@ def price_heads(
         for ids in windows:
             prices: dict[Layer, Tensor] = {}
 
-            def observe(layer: Layer, back: Backward, project: object, prices: dict[Layer, Tensor] = prices) -> None:
+            def observe(
+                layer: Layer, back: Backward, projections: object, prices: dict[Layer, Tensor] = prices
+            ) -> None:
                 prices[layer] = pass_prices(back, FirstKeys.of(back, 0), scratch=scratch).windows[0, :, 0].cpu()
 
             loss = ChunkedLoss.run(inner, ids[None], head, draws=uniform_draws(ids, seed)[None])

@@ -1,7 +1,7 @@
 """The ledger of a model: what backward passes add, layer by layer, text by text, and the result made of it."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from posterity.decomposition.first_keys import SINKS, Spans
 from posterity.decomposition.projections import find_projections
 from posterity.decomposition.sweep import Scratch
 from posterity.decomposition.tail_moments import tail_moments
-from posterity.decomposition.weight_gradients import Projections, WeightSplit
+from posterity.decomposition.weight_gradients import LayerProjections, WeightSplit
 from posterity.errors import InputError, NotFiniteError, warn
 from posterity.measurement.loss_split import LossSplit
 from posterity.measurement.price_account import TEXT, PriceAccount, check_prices, window_sizes
@@ -113,18 +113,18 @@ class Ledger:
         if self.atomic:
             self._entries.clear()
 
-    def observe(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
+    def observe(self, layer: Layer, back: Backward, projections: LayerProjections) -> None:
         """Account for one backward pass of one layer."""
         if self._not_finite is not None:
             return
         try:
-            self._enter(layer, back, project)
+            self._enter(layer, back, projections)
         except NotFiniteError as error:
             if not self.atomic:
                 raise
             self._not_finite = error
 
-    def _enter(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
+    def _enter(self, layer: Layer, back: Backward, projections: LayerProjections) -> None:
         if layer not in self.watch.layers:
             raise InputError(
                 f"attention layer {layer} was not called when the model was probed: its calls vary with input"
@@ -138,7 +138,7 @@ class Ledger:
         if self._prices is not None and credit.prices is not None:
             self._prices.enter(layer, credit.prices, back, self._spans)
         if self.weights:
-            self._weights[layer].add(back, self_edge, project)
+            self._weights[layer].add(back, self_edge, projections)
             self._check_weights(name, len(back.query))
         totals = {
             "credit": credit.credit,

@@ -118,14 +118,14 @@ class _LossMatrices:
         self._reader_lags: dict[Layer, Tensor] = {}  # quantity, level, position
         self._edges = torch.zeros(len(READER_QUANTITIES), length, length, dtype=torch.float64)  # of all layers
 
-    def observe_total(self, layer: Layer, back: Backward, project: object) -> None:
+    def observe_total(self, layer: Layer, back: Backward, projections: object) -> None:
         """Keep the gradients of the pass of all losses, and how far away the readers of each position are."""
         self._totals[layer] = [_in_working_dtype(back.stream_gradient(stream)) for stream in (1, 2)]
         edges = edge_sums(back).cpu()
         self._reader_lags[layer] = lags_within(edges, READER_LEVELS)
         self._edges += edges
 
-    def observe(self, layer: Layer, back: Backward, project: object) -> None:
+    def observe(self, layer: Layer, back: Backward, projections: object) -> None:
         """Keep the gradients of this pass."""
         self._latest[layer] = [_in_working_dtype(back.call_gradient(stream)) for stream in (1, 2)]
 

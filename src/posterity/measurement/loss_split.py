@@ -9,7 +9,7 @@ Under `Discount(1 - 1/h)` losses at distance d count (1 - 1/h)^d: what remains f
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from posterity.decomposition.credit import check_finite, restart_positions, self
 from posterity.decomposition.first_keys import FirstKeys, Spans
 from posterity.decomposition.gram import gram_terms
 from posterity.decomposition.projections import is_packed
-from posterity.decomposition.weight_gradients import Projections
 from posterity.errors import InputError
 from posterity.measurement.hidden_gradients import HiddenGradients
 from posterity.models.attach import require_whole_gradient
@@ -141,13 +140,13 @@ class LossSplit:
             coordinates["parameter"] = list(_parameters_by_module(self.model))
         return coordinates
 
-    def _observe_total(self, layer: Layer, back: Backward, project: object) -> None:
+    def _observe_total(self, layer: Layer, back: Backward, projections: object) -> None:
         if layer in self._total_passes:
             raise InputError(f"layer {layer} was sent back twice in one pass: who pays cannot be said")
         self._total_passes[layer] = back
 
     def _observer(self, horizon: int) -> Observer:
-        def observe(layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
+        def observe(layer: Layer, back: Backward, projections: object) -> None:
             total = self._total_passes[layer]
             if horizon == OWN and self.losses:
                 self._add_products(layer, total, back)

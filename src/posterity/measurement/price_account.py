@@ -93,7 +93,7 @@ class PriceAccount:
             }
         return {name: x.cpu().numpy() for name, x in variables.items()}
 
-    def _observe(self, layer: Layer, back: Backward, project: object) -> None:
+    def _observe(self, layer: Layer, back: Backward, projections: object) -> None:
         first_keys = FirstKeys.of(back, self.sinks, self._spans)
         self.enter(layer, pass_prices(back, first_keys, scratch=self._scratch), back, self._spans)
 

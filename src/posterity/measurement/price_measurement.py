@@ -99,7 +99,7 @@ class PriceMeasurement:
         """Send `receive` each layer's number and its pairs."""
         ends = [*range(self.horizon, window.size, self.horizon), window.size]
 
-        def observe(layer: Layer, back: Backward, project: object) -> None:
+        def observe(layer: Layer, back: Backward, projections: object) -> None:
             pairs = pass_prices(back, FirstKeys.of(back, 0), ends, self._scratch).pairs[0]
             check_finite(pairs, f"the gradient of layer {layer}")
             args, kwargs = self.watch.inputs[self.model.get_submodule(layer.name)]

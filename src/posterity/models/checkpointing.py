@@ -107,7 +107,7 @@ def _gradients(watch: Watch) -> list[tuple[Layer, Tensor]]:
     ids = torch.randint(vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
     gradients: list[tuple[Layer, Tensor]] = []
 
-    def observe(layer: Layer, back: Backward, project: object) -> None:
+    def observe(layer: Layer, back: Backward, projections: object) -> None:
         gradients.extend((layer, x) for x in (back.grad_query, back.grad_key, back.grad_value))
 
     with torch.random.fork_rng(), watch.override_rules((Full(), Full()), observe):

@@ -7,14 +7,13 @@ is seen however little it carries.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from posterity.decomposition.weight_gradients import Projections
 from posterity.models.language_model import freeze_parameters, max_difference, rounding
 from posterity.models.state_horizon import find_mixers
 from posterity.models.watch import Layer, Watch
@@ -66,7 +65,7 @@ class _Pass:
         """Return the gradient at every point under a rule."""
         grads: dict[str, Tensor] = {}
 
-        def observe(layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
+        def observe(layer: Layer, back: Backward, projections: object) -> None:
             for name, grad in (("key", back.grad_key), ("value", back.grad_value)):
                 grads[f"{layer} {name}"] = grad.transpose(1, 2).flatten(2)
 

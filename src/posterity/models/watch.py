@@ -5,6 +5,7 @@ import threading
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import Cache
 
-from posterity.decomposition.weight_gradients import Projections
+from posterity.decomposition.weight_gradients import LayerProjections, ProjectionTrace
 from posterity.errors import InputError
 from posterity.models.interception import AttentionCall, intercept
 from posterity.models.masks import in_backward
+from posterity.models.projection_calls import AttentionInputs, ProjectionCalls
 from posterity.models.recompute import Recomputation
 from posterity.models.shared_streams import SharingCalls, StreamOwners
 from posterity.models.state_horizon import Rate, discount_states
@@ -36,10 +38,10 @@ class Layer:
 
 
 class Observer(Protocol):
-    """Gets every finished backward pass of a layer, and the means to run its projections again."""
+    """Gets every finished backward pass of a layer, and the ways from its streams to its weights."""
 
-    def __call__(self, layer: Layer, back: Backward, project: Callable[[int], Projections]) -> None:
-        """`project(document)` makes the projections of one document of the batch anew."""
+    def __call__(self, layer: Layer, back: Backward, projections: LayerProjections) -> None:
+        """Account for a backward pass."""
         ...
 
 
@@ -96,6 +98,7 @@ class Watch:
         self.without_gradient: set[Layer] = set()  # called while gradients are on, with inputs that require none
         self.override: Override | None = None
         self.replacement: Replacement | None = None
+        self._projection_calls: ProjectionCalls | None = None
         self._checkpointed = _Checkpointed()
         self._recomputations: dict[Layer, Recomputation] = {}  # of the checkpointed layers that have run again
 
@@ -120,6 +123,16 @@ class Watch:
             yield
         finally:
             self.observers.remove(observe)
+
+    @contextlib.contextmanager
+    def record_projections(self) -> Iterator[None]:
+        """Record the calls of projections in the forward passes of the block, so that no module has to run again."""
+        before, self._projection_calls = self._projection_calls, ProjectionCalls(self.names)
+        try:
+            with self._projection_calls.record():
+                yield
+        finally:
+            self._projection_calls = before
 
     @contextlib.contextmanager
     def override_rules(self, rules: Rules, observe: Observer) -> Iterator[None]:
@@ -248,6 +261,8 @@ class Watch:
             passes.put_cuts_in_force(streams)
             if not runs_again:
                 passes.sharing = self.owners.register(layer, streams, passes.open_sharing)
+            if not checkpointed and self._projection_calls is not None:
+                passes.inputs = self._projection_calls.enter_attention(call.module, streams)
         elif torch.is_grad_enabled():
             self.without_gradient.add(layer)
         if checkpointed:  # the input comes again, with the backward pass
@@ -269,6 +284,7 @@ class _BackwardPasses:
         }  # those of one stream are equal
         self.detached: tuple[Tensor | None, Tensor | None] = (None, None)
         self.sharing: SharingCalls | None = None  # with other calls
+        self.inputs: AttentionInputs | None = None  # where projections are recorded
 
     def put_cuts_in_force(self, streams: tuple[Tensor, Tensor, Tensor]) -> None:
         """Count the call for its horizons; make the key and value anew that a cut of the hidden state needs."""
@@ -307,13 +323,15 @@ class _BackwardPasses:
     def _report(self, back: Backward) -> None:
         recomputation = self.watch.take_recomputation(self.layer) or self.recomputation
 
-        def project(document: int) -> Projections:
-            return recomputation.project(back, document)
+        def trace() -> ProjectionTrace | None:
+            # Where calls share a stream, the graph of some has been run through before all have reported.
+            return None if self.inputs is None or self.sharing is not None else self.inputs.trace()
 
+        projections = LayerProjections(partial(recomputation.project, back), trace)
         if self.watch.override is not None:
-            self.watch.override.observe(self.layer, back, project)
+            self.watch.override.observe(self.layer, back, projections)
             return
         for observe in self.observers:
             if observe not in self.watch.observers:
                 raise _late_backward()
-            observe(self.layer, back, project)
+            observe(self.layer, back, projections)
