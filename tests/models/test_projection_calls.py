@@ -91,6 +91,19 @@ def test_gradients_that_say_nothing_are_no_evidence(factor, second_use, runs):
     torch.testing.assert_close(query_terms(ledger.result(), documents), query_squares(model, ids), rtol=1e-5, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_runs_again_once(reentrant):
+    model, ids, calls = tiny("llama").train(), tokens(2), []
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
+    with posterity.account(model):
+        calls.clear()
+        summed_loss(model, ids).backward()
+        assert len(calls) == 2 * LAYERS
+
+
 def test_an_input_that_changed_in_place_is_not_traced():
     model = tiny("llama")
     attention = model.model.layers[0].self_attn

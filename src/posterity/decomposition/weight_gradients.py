@@ -74,12 +74,13 @@ class ProjectionTrace:
         for projection, (left, right) in zip(self.projections, at_outputs, strict=True):
             if left is None or right is None:
                 continue
-            both = torch.cat((left[document], right[document]), -1).flatten(0, -2)  # one product for the two
-            product = both.mT @ projection.input[document].flatten(0, -2).to(both.dtype)
-            weights = product.chunk(2)
-            _add_pair(pairs, projection.weight, tuple(x.mT for x in weights) if projection.transposed else weights)
+            grads = [x[document].flatten(0, -2) for x in (left, right)]
+            inputs = projection.input[document].flatten(0, -2).to(grads[0].dtype)
+            # The same products, in the same order, as autograd's.
+            weights = [inputs.mT @ x if projection.transposed else x.mT @ inputs for x in grads]
+            _add_pair(pairs, projection.weight, weights)
             if projection.bias is not None:
-                _add_pair(pairs, projection.bias, both.sum(0).chunk(2))
+                _add_pair(pairs, projection.bias, [x.sum(0) for x in grads])
         return pairs
 
 

@@ -99,6 +99,7 @@ class Watch:
         self.override: Override | None = None
         self.replacement: Replacement | None = None
         self._projection_calls: ProjectionCalls | None = None
+        self._layers_run_again = False  # in the backward passes of this forward pass
         self._checkpointed = _Checkpointed()
         self._recomputations: dict[Layer, Recomputation] = {}  # of the checkpointed layers that have run again
 
@@ -214,6 +215,10 @@ class Watch:
         """Count calls from 0, and forget the tensors of the forward pass before."""
         self.calls.clear()
         self.owners.clear()
+        # By transformers' checkpointing, which each pass through a part of the graph would set off.
+        self._layers_run_again = self.model.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        )
 
     def _save_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Save the input of a module, without its graph and without its cache; count its calls from 0."""
@@ -261,7 +266,7 @@ class Watch:
             passes.put_cuts_in_force(streams)
             if not runs_again:
                 passes.sharing = self.owners.register(layer, streams, passes.open_sharing)
-            if not checkpointed and self._projection_calls is not None:
+            if self._projection_calls is not None and not (checkpointed or self._layers_run_again):
                 passes.inputs = self._projection_calls.enter_attention(call.module, streams)
         elif torch.is_grad_enabled():
             self.without_gradient.add(layer)
