@@ -13,7 +13,10 @@ python bench/bench.py trends     what it logs over three trainings from scratch
 """
 
 import json
+import os
 import sys
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded, as the command line does
 
 import torch
 from contexts import context, default_model_context, long, two_layers, two_layers_losses, two_layers_sliding

@@ -68,7 +68,7 @@ def test_a_weight_that_is_used_past_its_module_is_found_by_running_again(runs):
     model, ids = tiny("llama"), tokens(3)
     add_second_use(model)
     result = posterity.measure(model, None, ids, context=12, progress=False)
-    assert len(runs) == LAYERS * 3
+    assert len(runs) == LAYERS * (1 + 3)  # to compare, then for each text
     torch.testing.assert_close(query_terms(result, 3), query_squares(model, ids), rtol=1e-5, atol=0)
 
 
@@ -86,8 +86,8 @@ def test_gradients_that_say_nothing_are_no_evidence(factor, second_use, runs):
         for row in ids:
             summed_loss(model, row[None]).backward()
     documents = ledger.documents
-    assert (documents, uninformative) == ((4, LAYERS) if factor == 0 else (3, 0))
-    assert len(runs) - uninformative == LAYERS * (3 if second_use else 1)
+    assert (documents, uninformative) == ((4, 2 * LAYERS) if factor == 0 else (3, 0))
+    assert len(runs) - uninformative == LAYERS * (1 + 3 if second_use else 1)
     torch.testing.assert_close(query_terms(ledger.result(), documents), query_squares(model, ids), rtol=1e-5, atol=0)
 
 

@@ -7,7 +7,7 @@ document of each layer is in either case: where both ways do not agree, the seco
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from posterity.axes import SIDES, STREAMS
+from posterity.axes import SIDES, STREAMS, TERMS
 from posterity.decomposition.accumulator import Accumulator
 from posterity.decomposition.adapter_gradients import AdapterSplit
 from posterity.decomposition.credit import SelfEdgeGradients, self_edge_gradients
@@ -88,7 +88,7 @@ class ProjectionTrace:
 class LayerProjections:
     """The two ways from a layer's query, key and value to its weights."""
 
-    run_again: Callable[[int], Projections]  # for one document of the batch
+    run_again: Callable[[int], Projections]  # of one document of the batch
     trace: Callable[[], ProjectionTrace | None]  # None: some projection is not a plain one
 
 
@@ -106,20 +106,34 @@ class WeightSplit:
 
         A query, key or value that later calls read too brings what these send to the weights as well.
         """
+        whole, parts = [back.stream_gradient(stream) for stream in range(3)], _self_gradients(back, self_part)
+
+        def sides(stream: int, documents: slice = slice(None)) -> Sides:
+            part = parts[stream][documents]
+            return part, whole[stream][documents] - part
+
+        # What is borrowed stands in the row of the call that it was made for.
         streams = [stream for stream in range(len(STREAMS)) if not _is_borrowed(back, stream)]
-        parts = _self_gradients(back, self_part)
-        sides = {stream: (parts[stream], back.stream_gradient(stream) - parts[stream]) for stream in streams}
+        documents = range(len(back.query))
+        self.adapters.start_layer(self.layer, len(documents))
         trace = None if self._trace_agrees is False else projections.trace()
-        at_outputs = {} if trace is None else {x: trace.send_to_outputs(x, sides[x]) for x in streams}
-        self.adapters.start_layer(self.layer, len(back.query))
-        for document in range(len(back.query)):
-            traced = None
-            if trace is not None and self._trace_agrees is not False:
-                traced = {x: trace.pairs(at_outputs[x], document) for x in streams}
-            by_stream = self._choose_pairs(document, sides, traced, projections)
-            row = [self._enter(stream, by_stream.get(stream, {})) for stream in range(len(STREAMS))]  # borrowed: NaN
-            terms = torch.stack([x.to(back.lse.device) for x in row])
-            self.sums.append_rows((self.layer, "weight_by_document"), [terms])
+        if trace is not None and self._trace_agrees is None:
+            recomputed = projections.run_again(0)
+            self._trace_agrees = _conjunction(self._agrees(x, trace, recomputed, sides(x)) for x in streams)
+        terms = back.lse.new_full((len(documents), len(STREAMS), len(TERMS)), torch.nan, dtype=torch.float64)
+        if trace is not None and self._trace_agrees:
+            for stream in streams:
+                at_outputs = trace.send_to_outputs(stream, sides(stream))
+                for document in documents:
+                    terms[document, stream] = self._enter(stream, trace.pairs(at_outputs, document))
+        else:
+            for document in documents:
+                recomputed = projections.run_again(document)
+                for stream in streams:
+                    row = sides(stream, slice(document, document + 1))
+                    pairs = self._differentiate(stream, document, recomputed, row)
+                    terms[document, stream] = self._enter(stream, pairs)
+        self.sums.append_rows((self.layer, "weight_by_document"), terms)
 
     def mean(self) -> Float[Tensor, "stream term"]:
         """Return the same three numbers for the mean gradient over the documents."""
@@ -130,21 +144,8 @@ class WeightSplit:
             rows.append(gram_terms(*sides).cpu())
         return torch.stack(rows) / max(self.sums.count((self.layer, "weight_by_document")), 1) ** 2
 
-    def _choose_pairs(
-        self, document: int, sides: dict[int, Sides], traced: dict[int, Pairs] | None, projections: LayerProjections
-    ) -> dict[int, Pairs]:
-        """Return a document's gradients by stream: traced, or from running again until both are known to agree."""
-        if traced is not None and self._trace_agrees:
-            return traced
-        with torch.enable_grad():
-            recomputed = projections.run_again(document)
-        by_stream = {x: self._differentiate(x, document, recomputed, sides[x]) for x in sides}
-        if traced is not None:
-            self._trace_agrees = _agree(traced, by_stream)
-        return by_stream
-
     def _differentiate(self, stream: int, document: int, projections: Projections, sides: Sides) -> Pairs:
-        """Return both sides of the gradient of each parameter; none if a part of the weights is not known."""
+        """Return both sides of the gradient of each parameter of one document; none if some weights are not known."""
         output, parameters = projections.streams[stream], projections.parameters
         if not output.requires_grad:
             return {}
@@ -154,7 +155,7 @@ class WeightSplit:
         candidates = [*(parameters[number] for number in numbers), *projections.packed, *leaves]
         by_side = [
             torch.autograd.grad(output, candidates, side.to(output.dtype), retain_graph=True, allow_unused=True)
-            for side in (x[document, None] for x in sides)
+            for side in sides
         ]
         count, marked = len(numbers), len(numbers) + len(projections.packed)
         for (parameter, _), *pair in zip(projections.adapters, *(side[marked:] for side in by_side), strict=True):
@@ -167,6 +168,23 @@ class WeightSplit:
         self._dependencies[stream] = list(pairs)
         return pairs
 
+    def _agrees(self, stream: int, trace: ProjectionTrace, recomputed: Projections, sides: Sides) -> bool | None:
+        """Return whether both ways to the gradients of the first document agree in half of their digits.
+
+        None if these gradients say nothing of it: all are zero, or some not finite.
+        """
+        traced = trace.pairs(trace.send_to_outputs(stream, sides), 0)
+        pairs = self._differentiate(stream, 0, recomputed, (sides[0][:1], sides[1][:1]))
+        if traced.keys() != pairs.keys():
+            return False
+        if not pairs:
+            return True
+        first, second = (torch.cat([x.flatten() for number in pairs for x in y[number]]) for y in (traced, pairs))
+        half_of_digits = torch.finfo(second.dtype).eps ** 0.5
+        first, second = (x.to(working_dtype(x.dtype)) for x in (first, second))
+        error, size = (first - second).norm().item(), second.norm().item()
+        return error < size * half_of_digits if math.isfinite(error) and size else None
+
     def _enter(self, stream: int, pairs: Pairs) -> Float[Tensor, " term"]:
         """Add gradients to their sums; return their terms."""
         rounded = {number: tuple(x.to(working_dtype(x.dtype)) for x in pair) for number, pair in pairs.items()}
@@ -176,28 +194,15 @@ class WeightSplit:
         return gram_terms(*zip(*rounded.values(), strict=True)) if rounded else gram_terms((), ())
 
 
+def _conjunction(answers: Iterable[bool | None]) -> bool | None:
+    """Return False if any is, else None if any is, else True."""
+    answers = list(answers)
+    return False if False in answers else None if None in answers else True
+
+
 def _add_pair(pairs: Pairs, number: int, pair: Sequence[Tensor]) -> None:
     earlier = pairs.get(number)
     pairs[number] = (pair[0], pair[1]) if earlier is None else (earlier[0] + pair[0], earlier[1] + pair[1])
-
-
-def _agree(traced: dict[int, Pairs], recomputed: dict[int, Pairs]) -> bool | None:
-    """Return whether two ways to the same gradients agree in half of their digits, in each stream.
-
-    None if the gradients of a stream say nothing of it: all are zero, or some not finite.
-    """
-    answers = []
-    for stream, pairs in recomputed.items():
-        if traced[stream].keys() != pairs.keys():
-            return False
-        if not pairs:
-            continue
-        first, second = (torch.cat([x.flatten() for n in pairs for x in y[n]]) for y in (traced[stream], pairs))
-        half_of_digits = torch.finfo(second.dtype).eps ** 0.5
-        first, second = (x.to(working_dtype(x.dtype)) for x in (first, second))
-        error, size = (first - second).norm().item(), second.norm().item()
-        answers.append(error < size * half_of_digits if math.isfinite(error) and size else None)
-    return False if False in answers else None if None in answers else True
 
 
 def _is_borrowed(back: Backward, stream: int) -> bool:

@@ -32,6 +32,7 @@ class Recomputation:
         device = next((x.device.type for x in tensors if x.is_floating_point()), "cpu")
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
+    @torch.enable_grad()
     def project(self, back: Backward, document: int) -> Projections:
         """Query, key and value of one document of the batch, as a function of fresh leaves for the module's weights.
 
